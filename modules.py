@@ -1,0 +1,1454 @@
+"""Models: vector quantizer, VQ-VAE of one to three levels, PixelCNN prior.
+
+Opening a saved model needs this module imported first::
+
+    import keras
+    import modules
+    vqvae = keras.models.load_model("runs/NAME/vqvae.keras")
+
+Dimension letters: B batch, H W image, h w latent grid, C channels,
+D length of a code vector, K number of code vectors.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import utils
+
+register = keras.saving.register_keras_serializable("mri_vqvae")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+class Configurable:
+    """Mixin: `get_config` from the names in `ARGUMENTS`.
+
+    Each constructor argument is kept as an attribute of the same name.
+    """
+
+    ARGUMENTS: tuple[str, ...] = ()
+
+    def get_config(self) -> dict:
+        own = {name: getattr(self, name) for name in self.ARGUMENTS}
+        return {**super().get_config(), **own}
+
+
+# === Vector quantizer ===
+
+
+@register
+class VectorQuantizer(Configurable, keras.layers.Layer):
+    """Replace each latent vector by its nearest code vector.
+
+    Nearest in squared Euclidean distance, computed in float32 whatever the
+    precision policy. Gradients pass straight through:
+    `quantized = z + stop_gradient(e - z)`.
+
+    The first training batch sets the codebook to latents of that batch. From
+    then on it follows exponential moving averages of the latents assigned to
+    it (`codebook_update="ema"`) or the gradient of a codebook loss
+    (`"gradient"`). It never moves outside training. A code vector whose
+    average use falls under `restart_threshold` times the mean use is dead: it
+    restarts at a latent of the batch, drawn in proportion to squared
+    quantization error, and its moving statistics restart with it.
+
+    Args:
+        num_embeddings: int >= 2. Number of code vectors, K.
+        embedding_dim: int >= 1. Length of a code vector, D.
+        commitment_cost: float >= 0. Weight beta of the commitment term, eq. 3.
+        codebook_update: "ema" or "gradient".
+        decay: float in [0, 1). Moving-average factor per training step.
+        epsilon: float > 0. Laplace smoothing of the counts, in latents.
+        restart_threshold: float >= 0, as a fraction of the mean use; 0 never
+            restarts a code.
+        seed: int. Which latents are drawn at a start or restart.
+
+    Input shape: `(batch, ..., D)`, any float dtype.
+    Output shape: `(batch, ..., D)` float32 quantized;
+        `(batch, ...)` int32 indices in `[0, K)`.
+    Losses: adds `commitment_cost * mean((stop_gradient(e) - z)**2)` and, with
+        a gradient codebook, `mean((e - stop_gradient(z))**2)`; in squared
+        latent units, per element.
+    Raises:
+        ValueError: if an argument is out of range or the last axis is not D.
+
+    Reference: van den Oord et al., 2017, arXiv:1711.00937, sec. 3.2, app. A.1.
+    Restarts: Dhariwal et al., 2020, arXiv:2005.00341, sec. 3.1.
+
+    Example:
+    >>> tuple(VectorQuantizer(8, 4)(keras.ops.zeros((2, 5, 5, 4)))[1].shape)
+    (2, 5, 5)
+    """
+
+    ARGUMENTS = (
+        "num_embeddings",
+        "embedding_dim",
+        "commitment_cost",
+        "codebook_update",
+        "decay",
+        "epsilon",
+        "restart_threshold",
+        "seed",
+    )
+
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        commitment_cost=0.25,
+        codebook_update="ema",
+        decay=0.99,
+        epsilon=1e-5,
+        restart_threshold=0.02,
+        seed=0,
+        **kwargs,
+    ):
+        require(
+            2 <= num_embeddings <= 2**20,
+            f"num_embeddings: expected 2..1048576, found {num_embeddings}",
+        )
+        require(
+            1 <= embedding_dim <= 2**14,
+            f"embedding_dim: expected 1..16384, found {embedding_dim}",
+        )
+        require(
+            commitment_cost >= 0,
+            f"commitment_cost: expected >= 0, found {commitment_cost}",
+        )
+        require(
+            codebook_update in ("ema", "gradient"),
+            f"codebook_update: expected ema or gradient, found "
+            f"{codebook_update!r}",
+        )
+        require(0 <= decay < 1, f"decay: expected [0, 1), found {decay}")
+        require(epsilon > 0, f"epsilon: expected > 0, found {epsilon}")
+        require(
+            0 <= restart_threshold < 1,
+            f"restart_threshold: expected [0, 1), found {restart_threshold}",
+        )
+        # Half precision picks wrong neighbours, so float32 is not a choice.
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.codebook_update = codebook_update
+        self.decay = decay
+        self.epsilon = epsilon
+        self.restart_threshold = restart_threshold
+        self.seed = seed
+
+    def build(self, input_shape):
+        require(
+            input_shape[-1] == self.embedding_dim,
+            f"last axis of the latents: expected {self.embedding_dim}, "
+            f"found {input_shape[-1]}",
+        )
+        shape = (self.num_embeddings, self.embedding_dim)
+        self.codebook = self.add_weight(
+            name="codebook",
+            shape=shape,
+            initializer=keras.initializers.RandomUniform(seed=self.seed),
+            trainable=self.codebook_update == "gradient",
+        )
+        # Counts of one and sums equal to the codebook: with zero counts the
+        # first update would send unused codes far away or to zero.
+        self.ema_count = self.add_weight(
+            name="ema_count",
+            shape=shape[:1],
+            initializer="ones",
+            trainable=False,
+        )
+        self.ema_sum = self.add_weight(
+            name="ema_sum",
+            shape=shape,
+            initializer=lambda *_, **__: tf.identity(self.codebook.value),
+            trainable=False,
+        )
+        self.step = self.add_weight(
+            name="step",
+            shape=(),
+            dtype="int32",
+            initializer="zeros",
+            trainable=False,
+        )
+
+    def call(self, inputs, training=False):
+        latents = tf.reshape(inputs, (-1, self.embedding_dim))  # (B*h*w, D)
+        distances = self.distances(latents)  # (B*h*w, K)
+        indices = tf.argmin(distances, axis=1, output_type=tf.int32)
+        quantized = tf.gather(self.codebook, indices)  # (B*h*w, D)
+        self._add_losses(latents, quantized)
+        if training:
+            errors = tf.reduce_min(distances, axis=1)
+            self._update(tf.stop_gradient(latents), indices, errors)
+        passed = latents + tf.stop_gradient(quantized - latents)
+        return (
+            tf.reshape(passed, tf.shape(inputs)),
+            tf.reshape(indices, tf.shape(inputs)[:-1]),
+        )
+
+    def distances(self, latents):
+        """Squared distances `(N, K)` of `(N, D)` latents to the codebook."""
+        codebook = tf.stop_gradient(tf.convert_to_tensor(self.codebook))
+        # |z|^2 - 2 z.e + |e|^2 cancels badly far from the origin: move it.
+        origin = tf.reduce_mean(codebook, axis=0)
+        latents = tf.stop_gradient(latents) - origin
+        codebook = codebook - origin
+        products = tf.matmul(latents, codebook, transpose_b=True)
+        squares = tf.reduce_sum(latents**2, axis=1, keepdims=True)
+        return squares - 2 * products + tf.reduce_sum(codebook**2, axis=1)
+
+    def lookup(self, indices):
+        """Code vectors `(..., D)` of integer `indices` `(...)`."""
+        return tf.gather(self.codebook, indices)
+
+    def _add_losses(self, latents, quantized):
+        commitment = tf.reduce_mean(
+            (tf.stop_gradient(quantized) - latents) ** 2
+        )
+        self.add_loss(self.commitment_cost * commitment)
+        if self.codebook_update == "gradient":
+            fixed = tf.stop_gradient(latents)
+            self.add_loss(tf.reduce_mean((quantized - fixed) ** 2))
+
+    def _update(self, latents, indices, errors):
+        """Move averages, then the codebook; restart what is dead.
+
+        `tf.where` rather than `tf.cond`: a variable may not be assigned in a
+        branch under `tf.distribute`.
+        """
+        counts = tf.math.bincount(
+            indices,
+            minlength=self.num_embeddings,
+            maxlength=self.num_embeddings,
+            dtype=tf.float32,
+        )  # (K,)
+        sums = tf.math.unsorted_segment_sum(
+            latents, indices, self.num_embeddings
+        )  # (K, D)
+        # Latents move fast at first: average over fewer steps then.
+        step = tf.cast(self.step, tf.float32)
+        rate = 1 - tf.minimum(self.decay, (1 + step) / (10 + step))
+        count = self.ema_count + rate * (counts - self.ema_count)
+        total = self.ema_sum + rate * (sums - self.ema_sum)
+        codes = tf.convert_to_tensor(self.codebook)
+        if self.codebook_update == "ema":
+            codes = total / self._smoothed(count)[:, None]
+
+        mean_use = tf.reduce_sum(counts) / self.num_embeddings
+        level = self.restart_threshold * mean_use
+        dead = (count < level) | (self.step == 0)  # (K,)
+        # High enough above `level` for a new code to find its latents.
+        fresh_count = tf.maximum(5 * level, 0.1 * mean_use)
+        fresh = self._draw(latents, errors)  # (K, D)
+        codes = tf.where(dead[:, None], fresh, codes)
+        self.ema_count.assign(tf.where(dead, fresh_count, count))
+        self.ema_sum.assign(tf.where(dead[:, None], fresh * fresh_count, total))
+        self.codebook.assign(codes)
+        self.step.assign_add(1)
+
+    def _smoothed(self, count):
+        total = tf.reduce_sum(count)
+        share = (count + self.epsilon) / (
+            total + self.num_embeddings * self.epsilon
+        )
+        return share * total
+
+    def _draw(self, latents, errors):
+        """K latents, drawn with probability proportional to `errors`.
+
+        Without replacement (Gumbel top-k) while there are K of them; with
+        fewer, they repeat.
+        """
+        seed = [self.seed, tf.convert_to_tensor(self.step)]
+        uniform = tf.random.stateless_uniform(tf.shape(errors), seed, 1e-9, 1.0)
+        scores = tf.math.log(tf.maximum(errors, 1e-12)) - tf.math.log(
+            -tf.math.log(uniform)
+        )
+        available = tf.shape(errors)[0]
+        _, order = tf.math.top_k(
+            scores, tf.minimum(self.num_embeddings, available)
+        )
+        picks = tf.gather(order, tf.range(self.num_embeddings) % available)
+        return tf.gather(latents, picks)
+
+
+# === VQ-VAE ===
+
+
+@register
+class ResidualStack(Configurable, keras.layers.Layer):
+    """Blocks of ReLU, 3x3, ReLU, 1x1 convolution, each added to its input.
+
+    Args:
+        channels: int. Channels of input and output.
+        blocks: int >= 0.
+        residual_channels: int >= 1. Channels between the two convolutions.
+
+    Input and output shape: `(B, h, w, channels)`.
+    Reference: arXiv:1711.00937, sec. 4.1.
+    """
+
+    ARGUMENTS = ("channels", "blocks", "residual_channels")
+
+    def __init__(self, channels, blocks, residual_channels, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.blocks = blocks
+        self.residual_channels = residual_channels
+        self.inner = [
+            keras.layers.Conv2D(residual_channels, 3, padding="same")
+            for _ in range(blocks)
+        ]
+        self.outer = [keras.layers.Conv2D(channels, 1) for _ in range(blocks)]
+
+    def call(self, x):
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            x = x + outer(tf.nn.relu(inner(tf.nn.relu(x))))
+        return tf.nn.relu(x)
+
+
+def stage_widths(channels: int, downsampling: int) -> list[int]:
+    """Channels after each halving; the last has `channels`.
+
+    >>> stage_widths(64, 8)
+    [16, 32, 64]
+    """
+    stages = downsampling.bit_length() - 1
+    return [max(channels >> (stages - 1 - s), 1) for s in range(stages)]
+
+
+@register
+class Encoder(Configurable, keras.layers.Layer):
+    """Strided 4x4 convolutions, then a residual stack.
+
+    Args:
+        channels: int. Channels of the output; each stage before has half.
+        downsampling: int, a power of 2. Input height over output height.
+        residual_blocks, residual_channels: see `ResidualStack`.
+
+    Input shape: `(B, H, W, any)`. Output shape: `(B, H/f, W/f, channels)`.
+    """
+
+    ARGUMENTS = (
+        "channels",
+        "downsampling",
+        "residual_blocks",
+        "residual_channels",
+    )
+
+    def __init__(
+        self,
+        channels,
+        downsampling,
+        residual_blocks,
+        residual_channels,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.downsampling = downsampling
+        self.residual_blocks = residual_blocks
+        self.residual_channels = residual_channels
+
+        self.halvings = [
+            keras.layers.Conv2D(
+                width, 4, strides=2, padding="same", activation="relu"
+            )
+            for width in stage_widths(channels, downsampling)
+        ]
+        self.mix = keras.layers.Conv2D(channels, 3, padding="same")
+        self.residual = ResidualStack(
+            channels, residual_blocks, residual_channels
+        )
+
+    def call(self, x):
+        for halving in self.halvings:
+            x = halving(x)
+        return self.residual(self.mix(x))
+
+
+@register
+class Decoder(Configurable, keras.layers.Layer):
+    """Residual stack, then doublings of the grid; mirrors `Encoder`.
+
+    The last doubling is a 3x3 convolution to 4 values a position, rearranged
+    to 2x2 pixels (Shi et al., 2016, arXiv:1609.05158): it reaches as far as a
+    strided transposed convolution and costs less at full resolution.
+
+    Args:
+        filters: int. Channels of the output.
+        channels: int. Channels at the coarsest grid; halved by each stage.
+        upsampling: int, a power of 2. Output height over input height.
+        residual_blocks, residual_channels: see `ResidualStack`.
+
+    Input shape: `(B, h, w, any)`. Output shape: `(B, h*f, w*f, filters)`.
+    """
+
+    ARGUMENTS = (
+        "filters",
+        "channels",
+        "upsampling",
+        "residual_blocks",
+        "residual_channels",
+    )
+
+    def __init__(
+        self,
+        filters,
+        channels,
+        upsampling,
+        residual_blocks,
+        residual_channels,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.channels = channels
+        self.upsampling = upsampling
+        self.residual_blocks = residual_blocks
+        self.residual_channels = residual_channels
+
+        self.mix = keras.layers.Conv2D(channels, 3, padding="same")
+        self.residual = ResidualStack(
+            channels, residual_blocks, residual_channels
+        )
+        self.doublings = [
+            keras.layers.Conv2DTranspose(
+                width, 4, strides=2, padding="same", activation="relu"
+            )
+            for width in reversed(stage_widths(channels, upsampling)[:-1])
+        ]
+        self.head = keras.layers.Conv2D(4 * filters, 3, padding="same")
+
+    def call(self, x):
+        x = self.residual(self.mix(x))
+        for doubling in self.doublings:
+            x = doubling(x)
+        return tf.nn.depth_to_space(self.head(x), 2)
+
+
+@register
+class CodebookUsage(keras.metrics.Metric):
+    """Share of codes in use and perplexity over all indices of an epoch.
+
+    Over a whole epoch, not a batch: both numbers depend on how many indices
+    they are taken over.
+
+    Args:
+        num_embeddings: int. K.
+
+    Result: dict with `codebook_usage` in (0, 1] and `perplexity` in codes,
+        1..K; the keys end in the name's suffix for levels above the first.
+    """
+
+    def __init__(self, num_embeddings, suffix="", name="codebook", **kwargs):
+        super().__init__(name=name + suffix, **kwargs)
+        self.num_embeddings = num_embeddings
+        self.suffix = suffix
+        self.counts = self.add_weight(
+            name="counts", shape=(num_embeddings,), initializer="zeros"
+        )
+
+    def update_state(self, indices):
+        self.counts.assign_add(
+            tf.math.bincount(
+                tf.reshape(indices, (-1,)),
+                minlength=self.num_embeddings,
+                maxlength=self.num_embeddings,
+                dtype=tf.float32,
+            )
+        )
+
+    def result(self):
+        total = tf.maximum(tf.reduce_sum(self.counts), 1.0)
+        share = self.counts / total
+        entropy = -tf.reduce_sum(tf.math.xlogy(share, share))
+        used = tf.reduce_mean(tf.cast(self.counts > 0, tf.float32))
+        return {
+            f"codebook_usage{self.suffix}": used,
+            f"perplexity{self.suffix}": tf.exp(entropy),
+        }
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_embeddings": self.num_embeddings,
+            "suffix": self.suffix,
+        }
+
+
+@register
+class VQVAE(Configurable, keras.Model):
+    """Autoencoder whose latents are one to three grids of codebook indices.
+
+    One level is the VQ-VAE, two the VQ-VAE-2. Level 1 (`bottom`) has the
+    grid `H/f x W/f`; each level above halves it. Encoding runs bottom to top;
+    quantizing and decoding run top to bottom: a level quantizes its encoder
+    features together with the decoded level above.
+
+    Args:
+        image_size: (H, W) in pixels, multiples of
+            `downsampling * 2**(levels - 1)`.
+        levels: int, 1 to 3.
+        downsampling: int f, a power of 2 from 2 to 64. Pixels a side for each
+            position of the bottom grid.
+        channels: int. Width of encoder and decoder at the latent grids.
+        residual_blocks, residual_channels: see `ResidualStack`.
+        num_embeddings, embedding_dim, commitment_cost, codebook_update,
+            decay, restart_threshold, seed: see `VectorQuantizer`.
+        ssim_weight: float >= 0. Weight of `1 - SSIM` in the reconstruction
+            loss, beside `MSE / data_variance`.
+        data_variance: float > 0. Variance of the training pixels.
+
+    Input shape: `(B, H, W, 1)` float in [0, 1].
+    Output shape: `(B, H, W, 1)` float32, near [0, 1]; `reconstruct` clips.
+    Raises:
+        ValueError: if an argument is out of range or the size not divisible.
+
+    References: van den Oord et al., 2017, arXiv:1711.00937 (one level);
+        Razavi et al., 2019, arXiv:1906.00446 (two and more).
+
+    Example:
+    >>> model = VQVAE((32, 32), channels=8, num_embeddings=16, embedding_dim=4)
+    >>> [tuple(i.shape) for i in model.encode(keras.ops.zeros((2, 32, 32, 1)))]
+    [(2, 8, 8)]
+    """
+
+    ARGUMENTS = (
+        "image_size",
+        "levels",
+        "downsampling",
+        "channels",
+        "residual_blocks",
+        "residual_channels",
+        "num_embeddings",
+        "embedding_dim",
+        "commitment_cost",
+        "codebook_update",
+        "decay",
+        "restart_threshold",
+        "ssim_weight",
+        "data_variance",
+        "seed",
+    )
+
+    def __init__(
+        self,
+        image_size,
+        levels=1,
+        downsampling=4,
+        channels=128,
+        residual_blocks=2,
+        residual_channels=32,
+        num_embeddings=512,
+        embedding_dim=64,
+        commitment_cost=0.25,
+        codebook_update="ema",
+        decay=0.99,
+        restart_threshold=0.02,
+        ssim_weight=0.0,
+        data_variance=1.0,
+        seed=0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        require(levels in (1, 2, 3), f"levels: expected 1..3, found {levels}")
+        require(
+            downsampling in (2, 4, 8, 16, 32, 64),
+            f"downsampling: expected a power of 2 in 2..64, found "
+            f"{downsampling}",
+        )
+        require(
+            1 <= channels <= 4096 and 1 <= residual_channels <= 4096,
+            f"channels: expected 1..4096, found {channels} and "
+            f"{residual_channels}",
+        )
+        require(
+            0 <= residual_blocks <= 64,
+            f"residual_blocks: expected 0..64, found {residual_blocks}",
+        )
+        require(
+            data_variance > 0,
+            f"data_variance: expected > 0, found {data_variance}",
+        )
+        require(
+            ssim_weight >= 0, f"ssim_weight: expected >= 0, found {ssim_weight}"
+        )
+        total = downsampling * 2 ** (levels - 1)
+        require(
+            all(0 < side <= 4096 and side % total == 0 for side in image_size),
+            f"image_size: expected multiples of {total} up to 4096, found "
+            f"{tuple(image_size)}",
+        )
+        self.image_size = tuple(image_size)
+        self.levels = levels
+        self.downsampling = downsampling
+        self.channels = channels
+        self.residual_blocks = residual_blocks
+        self.residual_channels = residual_channels
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.codebook_update = codebook_update
+        self.decay = decay
+        self.restart_threshold = restart_threshold
+        self.ssim_weight = ssim_weight
+        self.data_variance = data_variance
+        self.seed = seed
+        for level in range(1, levels + 1):
+            self._add_level(level)
+        self._trackers = {
+            name: keras.metrics.Mean(name=name)
+            for name in (
+                "loss",
+                "reconstruction_loss",
+                "commitment_loss",
+                "ssim",
+            )
+        }
+        self(tf.zeros((1, *self.image_size, 1)))  # makes the weights
+
+    def _add_level(self, level):
+        """Attributes `encoder_1`, `quantizer_1`, ... : named, not listed.
+
+        Keras restores the members of a list by class and position, so a list
+        of levels could be loaded in the wrong order without an error.
+        """
+        factor = self.downsampling if level == 1 else 2
+        shared = (self.residual_blocks, self.residual_channels)
+        parts = {
+            "encoder": Encoder(self.channels, factor, *shared),
+            "projection": keras.layers.Conv2D(self.embedding_dim, 1),
+            "quantizer": VectorQuantizer(
+                self.num_embeddings,
+                self.embedding_dim,
+                commitment_cost=self.commitment_cost,
+                codebook_update=self.codebook_update,
+                decay=self.decay,
+                restart_threshold=self.restart_threshold,
+                seed=self.seed + level,
+            ),
+            "decoder": Decoder(
+                1 if level == 1 else self.embedding_dim,
+                self.channels,
+                factor,
+                *shared,
+            ),
+            "usage": CodebookUsage(
+                self.num_embeddings, "" if level == 1 else f"_{level}"
+            ),
+        }
+        for name, part in parts.items():
+            setattr(self, f"{name}_{level}", part)
+
+    def part(self, name: str, level: int):
+        """`encoder`, `projection`, `quantizer`, `decoder`, `usage` of a level."""
+        return getattr(self, f"{name}_{level}")
+
+    @property
+    def latent_grids(self) -> list[tuple[int, int]]:
+        """(h, w) of each level, bottom first."""
+        factors = [self.downsampling * 2**i for i in range(self.levels)]
+        return [tuple(side // f for side in self.image_size) for f in factors]
+
+    def call(self, images, training=False):
+        return self._forward(images, training)[0]
+
+    def _forward(self, images, training=False):
+        """Reconstruction `(B, H, W, 1)` and the indices of each level."""
+        features = self._features(images)
+        indices, decoded = [], None
+        for level in range(self.levels, 0, -1):
+            x = features[level - 1]
+            if decoded is not None:
+                x = tf.concat([x, decoded], axis=-1)
+            latents = self.part("projection", level)(x)
+            quantized, found = self.part("quantizer", level)(
+                latents, training=training
+            )
+            indices.insert(0, found)
+            decoded = self._decode_level(level, quantized, decoded)
+        return tf.cast(decoded, tf.float32), indices
+
+    def _features(self, images):
+        features = []
+        for level in range(1, self.levels + 1):
+            images = self.part("encoder", level)(images)
+            features.append(images)
+        return features
+
+    def _decode_level(self, level, quantized, above):
+        x = tf.cast(quantized, self.compute_dtype)
+        if above is not None:
+            x = tf.concat([x, tf.cast(above, x.dtype)], axis=-1)
+        return self.part("decoder", level)(x)
+
+    @tf.function(reduce_retracing=True)
+    def encode(self, images):
+        """Indices of each level, bottom first: list of `(B, h, w)` int32.
+
+        Args:
+            images: `(B, H, W, 1)` in [0, 1].
+        """
+        return self._forward(tf.cast(images, self.compute_dtype))[1]
+
+    @tf.function(reduce_retracing=True)
+    def decode_indices(self, indices):
+        """Images `(B, H, W, 1)` in [0, 1] from the indices of each level.
+
+        Args:
+            indices: list as returned by `encode`, bottom first.
+        """
+        decoded = None
+        for level in range(self.levels, 0, -1):
+            quantized = self.part("quantizer", level).lookup(indices[level - 1])
+            decoded = self._decode_level(level, quantized, decoded)
+        return tf.clip_by_value(tf.cast(decoded, tf.float32), 0.0, 1.0)
+
+    @tf.function(reduce_retracing=True)
+    def reconstruct(self, images):
+        """Images after encoding and decoding, clipped to [0, 1]."""
+        images = tf.cast(images, self.compute_dtype)
+        return tf.clip_by_value(self._forward(images)[0], 0.0, 1.0)
+
+    @property
+    def metrics(self):
+        usages = [self.part("usage", i + 1) for i in range(self.levels)]
+        return [*self._trackers.values(), *usages]
+
+    def train_step(self, images):
+        with tf.GradientTape() as tape:
+            loss = self._batch_loss(images, training=True)
+            scaled = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(scaled, variables), variables, strict=True)
+        )
+        return self.get_metrics_result()
+
+    def test_step(self, images):
+        self._batch_loss(images, training=False)
+        return self.get_metrics_result()
+
+    def _batch_loss(self, images, training):
+        """Total loss of a batch; updates every metric."""
+        output, indices = self._forward(
+            tf.cast(images, self.compute_dtype), training
+        )
+        error = tf.reduce_mean((images - output) ** 2)
+        ssim = tf.reduce_mean(utils.ssim(images, output))
+        reconstruction = error / self.data_variance
+        if self.ssim_weight:
+            reconstruction += self.ssim_weight * (1 - ssim)
+        commitment = tf.add_n(self.losses)
+        loss = reconstruction + commitment
+        values = (loss, reconstruction, commitment, ssim)
+        for tracker, value in zip(self._trackers.values(), values, strict=True):
+            tracker.update_state(value, sample_weight=tf.shape(images)[0])
+        for level, found in enumerate(indices, start=1):
+            self.part("usage", level).update_state(found)
+        return loss
+
+
+# === Causal layers ===
+#
+# A causal layer computes the same thing in two ways. `call` takes the whole
+# grid (training, likelihood). `step` takes one position in raster order and a
+# small cache (sampling): `init_cache` makes it, `start_row` moves it on to the
+# next row. Caches are plain tensors, so one compiled loop can carry them.
+
+
+def dense_step(layer, x):
+    """What a Dense `layer` makes of `x` `(B, C)`, in float32.
+
+    Read from its variables, outside `__call__`: the precision policy that
+    casts in training does not apply, sampling is float32 always.
+    """
+    return layer.activation(tf.matmul(x, layer.kernel) + layer.bias)
+
+
+@register
+class CausalConv2D(Configurable, keras.layers.Layer):
+    """Convolution over the positions before one in raster order.
+
+    Only rows up to the current one have weights; in the last of them a mask
+    hides the positions to the right (`mask_type="B"`) or these and the
+    position itself (`"A"`). The product `kernel * mask` is taken in `call`,
+    so masked weights get no gradient.
+
+    Args:
+        filters: int. Output channels.
+        kernel_size: odd int k: k columns, (k + 1) / 2 rows.
+        mask_type: "A" for the first layer of a network, else "B".
+
+    Input shape: `(B, h, w, C)`. Output shape: `(B, h, w, filters)`.
+    Reference: van den Oord et al., 2016, arXiv:1601.06759, sec. 3.4.
+    """
+
+    ARGUMENTS = ("filters", "kernel_size", "mask_type")
+
+    def __init__(self, filters, kernel_size, mask_type, **kwargs):
+        require(
+            kernel_size % 2 == 1 and 1 <= kernel_size <= 63,
+            f"kernel_size: expected odd, 1..63, found {kernel_size}",
+        )
+        require(
+            mask_type in ("A", "B"),
+            f"mask_type: expected A or B, found {mask_type!r}",
+        )
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.kernel_size = kernel_size
+        self.mask_type = mask_type
+        self.rows = (kernel_size + 1) // 2
+        self.side = kernel_size // 2
+
+    def build(self, input_shape):
+        self.channels = input_shape[-1]
+        self.mask = np.ones((self.rows, self.kernel_size, 1, 1), "float32")
+        first_hidden = self.side + (self.mask_type == "B")
+        self.mask[-1, first_hidden:] = 0
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.rows, self.kernel_size, self.channels, self.filters),
+            initializer="glorot_uniform",
+        )
+        self.bias = self.add_weight(
+            name="bias", shape=(self.filters,), initializer="zeros"
+        )
+
+    def call(self, x):
+        kernel = tf.convert_to_tensor(self.kernel)
+        kernel = kernel * tf.cast(self.mask, kernel.dtype)
+        padding = [[0, 0], [self.rows - 1, 0], [self.side, self.side], [0, 0]]
+        return tf.nn.conv2d(x, kernel, 1, padding) + self.bias
+
+    def init_cache(self, batch, width):
+        """The last `rows` rows seen, zeros outside the grid."""
+        shape = (batch, self.rows, width + 2 * self.side, self.channels)
+        return tf.zeros(shape)
+
+    def start_row(self, cache):
+        return tf.concat([cache[:, 1:], tf.zeros_like(cache[:, :1])], axis=1)
+
+    def write(self, x, cache, column):
+        """Put `x` `(B, C)` at `column` of the current row."""
+        start = [0, self.rows - 1, self.side + column, 0]
+        return keras.ops.slice_update(cache, start, x[:, None, None])
+
+    def read(self, cache, column):
+        """Output `(B, filters)` at `column` of the current row."""
+        shape = (cache.shape[0], self.rows, self.kernel_size, self.channels)
+        window = tf.slice(cache, [0, 0, column, 0], shape)
+        kernel = tf.reshape(self.kernel * self.mask, (-1, self.filters))
+        return tf.matmul(tf.reshape(window, (shape[0], -1)), kernel) + self.bias
+
+    def step(self, x, cache, column):
+        cache = self.write(x, cache, column)
+        return self.read(cache, column), cache
+
+
+@register
+class CausalResidualBlock(Configurable, keras.layers.Layer):
+    """ReLU, 1x1, ReLU, masked 3x3 plus context, ReLU, 1x1; added to its input.
+
+    Args:
+        channels: int. Channels of input and output; half of it inside.
+        dropout: float in [0, 1). After the masked convolution.
+        use_context: bool. Whether a context map is added to the convolution.
+
+    Input shape: `(B, h, w, channels)` and, with context, `(B, h, w, any)`.
+    Output shape: `(B, h, w, channels)`.
+    """
+
+    ARGUMENTS = ("channels", "dropout", "use_context")
+
+    def __init__(self, channels, dropout=0.0, use_context=False, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.dropout = dropout
+        self.use_context = use_context
+        inner = max(channels // 2, 1)
+        self.reduce = keras.layers.Dense(inner, activation="relu")
+        self.conv = CausalConv2D(inner, 3, "B")
+        self.expand = keras.layers.Dense(channels)
+        self.drop = keras.layers.Dropout(dropout)
+        if use_context:
+            self.context = keras.layers.Dense(inner)
+
+    def build(self, input_shape):
+        inner = (*input_shape[:-1], self.conv.filters)
+        self.reduce.build(input_shape)
+        self.conv.build(inner)
+        self.expand.build(inner)
+
+    def call(self, x, context=None, training=False):
+        y = self.conv(self.reduce(tf.nn.relu(x)))
+        if self.use_context:
+            y = y + self.context(context)
+        y = self.drop(tf.nn.relu(y), training=training)
+        return x + self.expand(y)
+
+    def init_cache(self, batch, width):
+        return self.conv.init_cache(batch, width)
+
+    def start_row(self, cache):
+        return self.conv.start_row(cache)
+
+    def step(self, x, cache, column, context=None):
+        y = dense_step(self.reduce, tf.nn.relu(x))
+        y, cache = self.conv.step(y, cache, column)
+        if self.use_context:
+            y = y + dense_step(self.context, context)
+        return x + dense_step(self.expand, tf.nn.relu(y)), cache
+
+
+def sine_features(position, count):
+    """Sines and cosines of `position` in [0, 1] at `count` octaves.
+
+    Returns shape `position.shape + (2 * count,)`.
+    """
+    angles = position[..., None] * (np.pi * 2.0 ** np.arange(count))
+    return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
+
+
+@register
+class ContextMap(Configurable, keras.layers.Layer):
+    """What every layer of a prior may know besides the indices before it.
+
+    The place on the grid (sine features of row and column) and the height of
+    the slice in the head (`slice_position`). Both are of the request, not of
+    the indices, so they cannot leak what is to be predicted.
+
+    Args:
+        grid: (h, w).
+        channels: int. Channels of the map.
+        position_features: bool. Include the place on the grid.
+        slice_condition: bool. Include the slice position.
+
+    Input shape: `slice_position` `(B,)` float in [0, 1], 0 the first slice of
+        a subject's stack, or `(B,)` anything without slice condition.
+    Output shape: `(B, h, w, channels)`.
+    """
+
+    ARGUMENTS = ("grid", "channels", "position_features", "slice_condition")
+    OCTAVES = 5
+
+    def __init__(
+        self, grid, channels, position_features, slice_condition, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.grid = tuple(grid)
+        self.channels = channels
+        self.position_features = position_features
+        self.slice_condition = slice_condition
+        self.place = keras.layers.Dense(channels)
+        self.slice = keras.layers.Dense(channels)
+        self.mix = keras.layers.Dense(channels, activation="relu")
+
+    def build(self, input_shape):
+        if self.position_features:
+            self.place.build((None, 4 * self.OCTAVES))
+        if self.slice_condition:
+            self.slice.build((None, 2 * self.OCTAVES))
+        self.mix.build((None, self.channels))
+
+    def call(self, slice_position):
+        height, width = self.grid
+        shape = (tf.shape(slice_position)[0], height, width, self.channels)
+        context = tf.zeros(shape, self.compute_dtype)
+        if self.position_features:
+            context += self.place(self._grid_features())
+        if self.slice_condition:
+            features = sine_features(slice_position, self.OCTAVES)
+            context += self.slice(features)[:, None, None]
+        return self.mix(tf.nn.relu(context))
+
+    def _grid_features(self):
+        height, width = self.grid
+        rows = np.broadcast_to(np.arange(height)[:, None] / height, self.grid)
+        columns = np.broadcast_to(np.arange(width) / width, self.grid)
+        return tf.concat(
+            [
+                sine_features(rows.astype("float32"), self.OCTAVES),
+                sine_features(columns.astype("float32"), self.OCTAVES),
+            ],
+            axis=-1,
+        )
+
+
+# === Priors ===
+
+
+class AutoregressivePrior(Configurable, keras.Model):
+    """Distribution of a grid of indices as a product over raster order.
+
+    `p(indices) = prod_t p(index_t | indices before t, context)`. A subclass
+    gives `_build_layers`, `_hidden` (whole grid) and the list of its causal
+    layers with `_step` (one position); the rest is here: context, likelihood,
+    training in bits per code, and the sampler.
+
+    Args:
+        num_embeddings: int K >= 2. Number of codes.
+        latent_grid: (h, w).
+        channels: int. Width of the network.
+        blocks: int >= 0. Residual blocks.
+        kernel_size: odd int. Columns the first layer sees.
+        head_layers: int >= 0. 1x1 layers before the logits.
+        dropout: float in [0, 1). In the residual blocks.
+        position_features: bool. Let every layer know its place on the grid.
+        slice_condition: bool. Condition on the slice position.
+        codebook_sha256: str. Which codebook the indices belong to.
+
+    Input shape: `indices` `(B, h, w)` int; `slice_position` `(B,)` float in
+        [0, 1] if `slice_condition`.
+    Output shape: `(B, h, w, K)` float32 logits.
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    ARGUMENTS = (
+        "num_embeddings",
+        "latent_grid",
+        "channels",
+        "blocks",
+        "kernel_size",
+        "head_layers",
+        "dropout",
+        "position_features",
+        "slice_condition",
+        "codebook_sha256",
+    )
+    CONTEXT_CHANNELS = 64
+    # Images sampled by one run of the compiled loop. Fixed, and image k is
+    # always number k % 16 of its run, so that it does not depend on how many
+    # are asked for: matrix products round differently at other sizes.
+    SAMPLE_CHUNK = 16
+
+    def __init__(
+        self,
+        num_embeddings,
+        latent_grid,
+        channels=128,
+        blocks=5,
+        kernel_size=7,
+        head_layers=2,
+        dropout=0.0,
+        position_features=False,
+        slice_condition=False,
+        codebook_sha256="",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        require(
+            2 <= num_embeddings <= 2**20,
+            f"num_embeddings: expected 2..1048576, found {num_embeddings}",
+        )
+        require(
+            all(1 <= side <= 1024 for side in latent_grid),
+            f"latent_grid: expected sides 1..1024, found {latent_grid}",
+        )
+        require(
+            1 <= channels <= 4096 and 0 <= blocks <= 256,
+            f"channels, blocks: expected 1..4096 and 0..256, found "
+            f"{channels} and {blocks}",
+        )
+        require(0 <= dropout < 1, f"dropout: expected [0, 1), found {dropout}")
+        self.num_embeddings = num_embeddings
+        self.latent_grid = tuple(latent_grid)
+        self.channels = channels
+        self.blocks = blocks
+        self.kernel_size = kernel_size
+        self.head_layers = head_layers
+        self.dropout = dropout
+        self.position_features = position_features
+        self.slice_condition = slice_condition
+        self.codebook_sha256 = codebook_sha256
+        self.use_context = position_features or slice_condition
+        self.embedding = keras.layers.Embedding(num_embeddings, channels)
+        if self.use_context:
+            self.context = ContextMap(
+                latent_grid,
+                self.CONTEXT_CHANNELS,
+                position_features,
+                slice_condition,
+            )
+        self._build_layers()
+        self.logits = keras.layers.Dense(num_embeddings, dtype="float32")
+        self._trackers = {
+            name: keras.metrics.Mean(name=name)
+            for name in ("loss", "bits_per_code")
+        }
+        self._sampler = tf.function(
+            self._sample_chunk, jit_compile=True, autograph=False
+        )
+        self(tf.zeros((1, *self.latent_grid), tf.int32))  # makes the weights
+
+    def call(self, indices, slice_position=None, training=False):
+        if slice_position is None:
+            slice_position = tf.fill(tf.shape(indices)[:1], 0.5)
+        context = self.context(slice_position) if self.use_context else None
+        x = self.embedding(indices)
+        return self.logits(self._hidden(x, context, training))
+
+    def distribution(self, indices, slice_position=None):
+        """`tfd.Categorical` of every position given the indices before it."""
+        logits = self(indices, slice_position=slice_position)
+        return tfd().Categorical(logits=logits)
+
+    @tf.function(reduce_retracing=True)
+    def log_prob(self, indices, slice_position=None):
+        """Log-probability in nats of each position, `(B, h, w)` float32.
+
+        The sum over positions is the log-probability of the grid.
+        """
+        distribution = self.distribution(indices, slice_position)
+        return distribution.log_prob(indices)
+
+    @property
+    def metrics(self):
+        return list(self._trackers.values())
+
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            loss = self._batch_loss(batch, training=True)
+            scaled = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(scaled, variables), variables, strict=True)
+        )
+        return self.get_metrics_result()
+
+    def test_step(self, batch):
+        self._batch_loss(batch, training=False)
+        return self.get_metrics_result()
+
+    def _batch_loss(self, batch, training):
+        """Mean negative log-likelihood, nats per code; updates the metrics.
+
+        Args:
+            batch: dict with `indices` and, if conditional, `slice_position`.
+        """
+        logits = self(**batch, training=training)
+        nats = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=batch["indices"], logits=logits
+        )
+        loss = tf.reduce_mean(nats)
+        for name, value in (
+            ("loss", loss),
+            ("bits_per_code", loss / np.log(2)),
+        ):
+            self._trackers[name].update_state(
+                value, sample_weight=tf.shape(logits)[0]
+            )
+        return loss
+
+    def sample(
+        self,
+        n,
+        seed=0,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        slice_position=None,
+        first=0,
+        return_log_prob=False,
+        progress=None,
+    ):
+        """Draw `n` grids of indices.
+
+        Image k is a function of (seed, k) and its own conditions alone, on
+        one machine: the same in any request, chunk or order.
+
+        Args:
+            n: int >= 1.
+            seed: int in [0, 2**31).
+            temperature: float > 0. Below 1 favours likely codes.
+            top_k: int. Draw from the k likeliest codes only; 0 from all.
+            top_p: float in (0, 1]. Draw from the likeliest codes that
+                together have this probability.
+            slice_position: `(n,)` float in [0, 1]; default 0.5.
+            first: int >= 0. Number of the first image.
+            return_log_prob: bool. Also return the log-probability in nats of
+                each grid under the model (temperature 1, all codes),
+                accumulated while drawing.
+            progress: callable that wraps the iterable of chunks, such as
+                `tqdm.tqdm`.
+
+        Returns: `(n, h, w)` int32 array, and `(n,)` float32 if asked for.
+        """
+        numbers = np.arange(first, first + n)
+        positions = (
+            np.full(n, 0.5) if slice_position is None else slice_position
+        )
+        positions = np.asarray(positions, "float32")
+        chunks = np.unique(numbers // self.SAMPLE_CHUNK)
+        grids = np.zeros((n, *self.latent_grid), "int32")
+        log_probs = np.zeros(n, "float32")
+        for chunk in progress(chunks) if progress else chunks:
+            rows = np.flatnonzero(numbers // self.SAMPLE_CHUNK == chunk)
+            slots = numbers[rows] % self.SAMPLE_CHUNK
+            filled = np.full(self.SAMPLE_CHUNK, 0.5, "float32")
+            filled[slots] = positions[rows]
+            indices, log_prob = self._sampler(
+                self._uniforms(seed, int(chunk)),
+                tf.constant(filled),
+                tf.constant(temperature, tf.float32),
+                top_p=float(top_p),
+                top_k=int(top_k),
+            )
+            grids[rows] = indices.numpy()[slots]
+            log_probs[rows] = log_prob.numpy()[slots]
+        return (grids, log_probs) if return_log_prob else grids
+
+    def _uniforms(self, seed, chunk):
+        """Uniform numbers in [0, 1) of each image and position of a chunk."""
+        first = chunk * self.SAMPLE_CHUNK
+        return tf.stack(
+            [
+                tf.random.stateless_uniform(
+                    self.latent_grid, [seed, k], alg="philox"
+                )
+                for k in range(first, first + self.SAMPLE_CHUNK)
+            ]
+        )
+
+    def _sample_chunk(
+        self, uniforms, slice_position, temperature, top_p, top_k
+    ):
+        """The compiled loop: rows outside, columns inside."""
+        batch = uniforms.shape[0]
+        height, width = self.latent_grid
+        context = None
+        if self.use_context:
+            context = tf.cast(self.context(slice_position), tf.float32)
+
+        def draw_row(row, grid, log_prob, caches):
+            caches = self._start_row(caches)
+
+            def draw(column, grid, log_prob, caches):
+                at = None
+                if context is not None:
+                    at = tf.slice(
+                        context,
+                        [0, row, column, 0],
+                        [batch, 1, 1, context.shape[-1]],
+                    )[:, 0, 0]
+                hidden, caches = self._step(caches, column, at)
+                logits = dense_step(self.logits, hidden)
+                uniform = tf.slice(uniforms, [0, row, column], [batch, 1, 1])
+                index = draw_index(
+                    logits, uniform[:, 0], temperature, top_p, top_k
+                )
+                chosen = tf.gather(
+                    tf.nn.log_softmax(logits), index, batch_dims=1
+                )
+                caches = self._write(index, caches, column)
+                grid = keras.ops.slice_update(
+                    grid, [0, row, column], index[:, None, None]
+                )
+                return column + 1, grid, log_prob + chosen, caches
+
+            _, grid, log_prob, caches = tf.while_loop(
+                lambda column, *_: column < width,
+                draw,
+                (0, grid, log_prob, caches),
+            )
+            return row + 1, grid, log_prob, caches
+
+        start = (
+            0,
+            tf.zeros((batch, height, width), tf.int32),
+            tf.zeros((batch,)),
+            self._init_caches(batch, width),
+        )
+        _, grid, log_prob, _ = tf.while_loop(
+            lambda row, *_: row < height, draw_row, start
+        )
+        return grid, log_prob
+
+
+def tfd():
+    """`tensorflow_probability.distributions`, imported when first needed."""
+    import tensorflow_probability as tfp
+
+    return tfp.distributions
+
+
+def keep_likeliest(probabilities, top_k, top_p):
+    """`probabilities` `(B, K)` with all but the likeliest set to zero.
+
+    Args:
+        top_k: Python int. Keep the k likeliest; 0 keeps all.
+        top_p: Python float in (0, 1]. Keep the likeliest that together reach
+            this probability, at least one.
+    """
+    ranked = tf.sort(probabilities, axis=-1, direction="DESCENDING")
+    before = tf.cumsum(ranked, axis=-1, exclusive=True)
+    kept = before < top_p
+    if top_k:
+        kept &= tf.range(ranked.shape[-1]) < top_k
+    least = tf.reduce_min(tf.where(kept, ranked, 1.0), -1, keepdims=True)
+    return tf.where(probabilities < least, 0.0, probabilities)
+
+
+def draw_index(logits, uniform, temperature, top_p=1.0, top_k=0):
+    """Index drawn from `softmax(logits / temperature)` by one uniform number.
+
+    By inversion of the cumulative distribution, so that a position needs one
+    random number, not K.
+
+    Args:
+        logits: `(B, K)` float32.
+        uniform: `(B, 1)` float32 in [0, 1).
+        temperature: scalar > 0.
+        top_p, top_k: see `keep_likeliest`.
+
+    Returns: `(B,)` int32 in [0, K), of positive probability.
+    """
+    probabilities = tf.nn.softmax(logits / temperature)
+    if top_k or top_p < 1:  # sorting is most of the cost of a draw
+        probabilities = keep_likeliest(probabilities, top_k, top_p)
+    cumulative = tf.cumsum(probabilities, axis=-1)
+    # Strictly below the total, whatever the rounding: else an index past the
+    # last code of positive probability could be drawn.
+    goal = uniform * cumulative[:, -1:] * (1 - 1e-6)
+    return tf.reduce_sum(tf.cast(cumulative <= goal, tf.int32), axis=-1)
+
+
+@register
+class PixelCNN(AutoregressivePrior):
+    """Masked convolutions: one A layer, residual blocks, 1x1 layers.
+
+    Its receptive field has a blind spot: positions above and to the right
+    beyond a diagonal are never seen. Arguments, shapes and methods are those
+    of `AutoregressivePrior`.
+
+    Reference: van den Oord et al., 2016, arXiv:1601.06759; blind spot:
+    van den Oord et al., 2016, arXiv:1606.05328, sec. 2.2.
+
+    Example:
+    >>> prior = PixelCNN(16, (4, 4), channels=8, blocks=1)
+    >>> prior.sample(2, seed=0).shape
+    (2, 4, 4)
+    """
+
+    def _build_layers(self):
+        self.stem = CausalConv2D(self.channels, self.kernel_size, "A")
+        self.residual = [
+            CausalResidualBlock(self.channels, self.dropout, self.use_context)
+            for _ in range(self.blocks)
+        ]
+        self.head = [
+            keras.layers.Dense(self.channels, activation="relu")
+            for _ in range(self.head_layers)
+        ]
+
+    def _hidden(self, x, context, training):
+        x = self.stem(x)
+        for block in self.residual:
+            x = block(x, context, training=training)
+        x = tf.nn.relu(x)
+        for layer in self.head:
+            x = layer(x)
+        return x
+
+    def _init_caches(self, batch, width):
+        return [
+            layer.init_cache(batch, width)
+            for layer in (self.stem, *self.residual)
+        ]
+
+    def _start_row(self, caches):
+        layers = (self.stem, *self.residual)
+        return [
+            layer.start_row(cache)
+            for layer, cache in zip(layers, caches, strict=True)
+        ]
+
+    def _step(self, caches, column, context):
+        stem, *rest = caches
+        x = self.stem.read(stem, column)
+        moved = []
+        for block, cache in zip(self.residual, rest, strict=True):
+            x, cache = block.step(x, cache, column, context)
+            moved.append(cache)
+        x = tf.nn.relu(x)
+        for layer in self.head:
+            x = dense_step(layer, x)
+        return x, [stem, *moved]
+
+    def _write(self, index, caches, column):
+        stem, *rest = caches
+        x = tf.gather(self.embedding.embeddings, index)
+        return [self.stem.write(x, stem, column), *rest]
+
+
+PRIORS = {"pixelcnn": PixelCNN}
+
+
+# === The chain: images -> indices -> images ===
+
+
+def encode_dataset(vqvae, images) -> list[np.ndarray]:
+    """Indices of every image of a dataset.
+
+    Args:
+        vqvae: `VQVAE`.
+        images: iterable of `(B, H, W, 1)` batches.
+
+    Returns: an `(N, h, w)` int32 array for each level, bottom first.
+    """
+    batches = [vqvae.encode(batch) for batch in images]
+    return [np.concatenate(level) for level in zip(*batches, strict=True)]
+
+
+def slice_positions(n: int, first: int = 0, columns: int = 8) -> np.ndarray:
+    """Slice positions `(n,)` for images `first` to `first + n`.
+
+    Spread evenly over the stack and rising along each row of a grid of
+    `columns`, by the golden ratio within a column. Number k has the same
+    position in every request.
+    """
+    numbers = np.arange(first, first + n)
+    shift = (0.5 + numbers // columns * 0.6180339887498949) % 1
+    return ((numbers % columns + shift) / columns).astype("float32")
+
+
+def generate(
+    vqvae, priors, n, seed=0, first=0, slice_position=None, **sampling
+):
+    """Draw new images: indices from the priors, decoded by the VQ-VAE.
+
+    Args:
+        vqvae: `VQVAE`.
+        priors: its priors, bottom first.
+        n: int >= 1.
+        seed, first: image k of a request is a function of the seed and
+            `first + k`.
+        slice_position: `(n,)` in [0, 1]; default `slice_positions`.
+        sampling: further arguments of `AutoregressivePrior.sample`.
+
+    Returns: `(n, H, W)` float32 images in [0, 1], and the indices `(n, h, w)`
+        of each level.
+    """
+    if slice_position is None:
+        slice_position = slice_positions(n, first)
+    indices = [
+        prior.sample(
+            n, seed, first=first, slice_position=slice_position, **sampling
+        )
+        for prior in priors
+    ]
+    step = AutoregressivePrior.SAMPLE_CHUNK
+    images = [
+        vqvae.decode_indices([grid[k : k + step] for grid in indices])
+        for k in range(0, n, step)
+    ]
+    return np.concatenate(images)[..., 0], indices

@@ -1,0 +1,1814 @@
+"""What every script shares. Sections, in this order:
+
+1. Errors       one-line user errors with exit codes, `run_main`, `lazy_import`
+2. Flags        a dataclass field is a flag: `flag`, `positional`, `parse`
+3. Settings     `Config`, the recipes, `resolve`
+4. Run folder   `Run`, atomic writes, model files
+5. Seeds        `set_seed`, `choose_precision`, `peak_memory_mb`
+6. Metrics      SSIM and relatives, bootstrap by subject, codebook statistics
+7. Figures      every picture of a run, and its summary as text
+8. Evaluation   `evaluation.json` of a run, its figures, loading its priors
+
+Only the standard library and NumPy are imported here, so that `--help` and a
+mistyped flag answer at once; heavy packages are loaded on first use.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import errno
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import types
+import typing
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+# TensorFlow's start-up notices; its errors are still shown.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+
+# ---------------------------------------------------------------- 1. Errors
+
+
+class UserError(Exception):
+    """A problem the user can solve: one line, no traceback."""
+
+    exit_code = 1
+
+
+class FlagError(UserError):
+    """A flag is unknown, out of bounds or contradicts another."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Images are missing, unreadable or unfit."""
+
+    exit_code = 3
+
+
+class RunError(UserError):
+    """A run folder or a model file is missing, damaged or mismatched."""
+
+    exit_code = 4
+
+
+class NumericsError(UserError):
+    """A loss, gradient or weight stopped being finite."""
+
+    exit_code = 5
+
+
+class ResourceError(UserError):
+    """Disk, memory or permission is lacking."""
+
+    exit_code = 6
+
+
+RESOURCE_ERRNOS = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some disk space",
+    errno.EFBIG: "raise the file size limit",
+    errno.EACCES: "check its permissions or choose another folder",
+    errno.EPERM: "check its permissions or choose another folder",
+    errno.EROFS: "choose another folder",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "check the disk",
+}
+TENSORFLOW_NOTICES = r"WARNING: All log messages before|[IW]\d{4} |.*cuInit"
+MEMORY_ADVICE = "use a smaller --batch-size or --image-size"
+
+
+class _LazyModule:
+    """Stand-in for a module, imported at its first use."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        # Tools that look a module over (`__wrapped__`) must not import it.
+        if attribute.startswith("__") and attribute != "__version__":
+            raise AttributeError(attribute)
+        if self._name in sys.modules or "tensorflow" in sys.modules:
+            return getattr(importlib.import_module(self._name), attribute)
+        with _quiet_start():
+            module = importlib.import_module(self._name)
+            if "tensorflow" in sys.modules:  # its notices on GPUs come now
+                sys.modules["tensorflow"].config.list_physical_devices()
+        return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def _quiet_start():
+    """Hold back TensorFlow's start-up notices; let all else through.
+
+    They are written to file descriptor 2 before its log level is read.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            held.seek(0)
+            for line in held.read().decode(errors="replace").splitlines():
+                if not re.match(TENSORFLOW_NOTICES, line):
+                    print(line, file=sys.stderr)
+
+
+def lazy_import(name):
+    """Return a stand-in for module `name`, imported at its first use."""
+    return _LazyModule(name)
+
+
+keras = lazy_import("keras")
+pd = lazy_import("pandas")
+tf = lazy_import("tensorflow")
+
+
+def _as_user_error(error):
+    """Return the `UserError` that says what `error` means, or None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
+        where = f"{error.filename}: " if error.filename else ""
+        advice = RESOURCE_ERRNOS[error.errno]
+        return ResourceError(f"{where}{error.strerror}; {advice}")
+    # h5py and TensorFlow report a full disk in words only.
+    if "No space left on device" in text:
+        advice = RESOURCE_ERRNOS[errno.ENOSPC]
+        return ResourceError(f"No space left on device; {advice}")
+    exhausted = type(error).__name__ == "ResourceExhaustedError"
+    if exhausted or isinstance(error, MemoryError):
+        return ResourceError(f"out of memory; {MEMORY_ADVICE}")
+    return None
+
+
+def run_main(main, argv=None):
+    """Call `main(argv)`; end with the exit codes of the README.
+
+    A `UserError` becomes one line on stderr. Anything else is a defect of
+    ours and keeps its traceback, as everything does under `--debug` or
+    `MRI_VQVAE_DEBUG=1`.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv or os.environ.get("MRI_VQVAE_DEBUG") == "1"
+    try:
+        code = main(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `| head`: the interpreter must not flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except Exception as error:
+        user_error = _as_user_error(error)
+        if debug or user_error is None:
+            raise
+        print("error:", " ".join(str(user_error).split()), file=sys.stderr)
+        sys.exit(user_error.exit_code)
+    if code:
+        sys.exit(code)
+
+
+# ----------------------------------------------------------------- 2. Flags
+
+
+def flag(
+    default,
+    help,
+    low=None,
+    high=None,
+    choices=None,
+    metavar=None,
+    *,
+    above=None,
+    below=None,
+    section=None,
+    short=None,
+):
+    """Declare a setting: a dataclass field that `parse` offers as a flag.
+
+    Args:
+        default: value without the flag.
+        help: what it is, with its unit.
+        low, high: inclusive bounds, of each side for an image size.
+        choices: the values allowed.
+        metavar: name of the value in `--help`.
+        above, below: exclusive bounds.
+        section: starts a section of `--help` at this flag.
+        short: one-letter form such as "-n".
+    """
+    metadata = {k: v for k, v in locals().items() if k != "default"}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def positional(help, many=False, default=dataclasses.MISSING):
+    """Declare an argument without a flag; required unless it has a default.
+
+    With `many` the field is a `tuple[str, ...]`.
+    """
+    metadata = {"help": help, "positional": True, "many": many}
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line that begins with the flag."""
+
+    def __init__(self, **kwargs):
+        kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise FlagError(message.removeprefix("argument "))
+
+
+def _flag_name(field):
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    return "--" + field.name.replace("_", "-")
+
+
+def _field_types(config_class):
+    """Return {field name: (type, whether None is allowed)}."""
+    result = {}
+    for name, hint in typing.get_type_hints(config_class).items():
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        if optional:
+            hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        result[name] = hint, optional
+    return result
+
+
+def size_text(size):
+    """Return an image size (H, W) as it is typed: HxW."""
+    return "x".join(str(side) for side in size)
+
+
+def _bounds(field):
+    return [field.metadata.get(k) for k in ("low", "above", "high", "below")]
+
+
+def _expected(field, kind):
+    """Return in words what a flag takes: type, choices, bounds."""
+    if field.metadata.get("choices"):
+        return "one of " + ", ".join(map(str, field.metadata["choices"]))
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        tuple[int, int]: "H or HxW with sides",
+    }
+    low, above, high, below = _bounds(field)
+    left = f"[{low}, " if low is not None else f"({above}, "
+    right = f"{high}]" if high is not None else f"{below})"
+    interval = "" if low is above else f" in {left}{right}"
+    return words.get(kind, "text") + interval.replace("None", "inf")
+
+
+def _is_allowed(value, field, kind):
+    """Return whether `value` has the type, choices and bounds of a field."""
+    if field.metadata.get("choices") and value not in field.metadata["choices"]:
+        return False
+    if kind is bool or kind is str:
+        return isinstance(value, kind)
+    if kind == tuple[str, ...]:
+        return all(isinstance(item, str) for item in value)
+    if kind == tuple[int, int]:
+        if not isinstance(value, tuple) or len(value) != 2:
+            return False
+        return all(_is_allowed(side, field, int) for side in value)
+
+    number = numbers.Integral if kind is int else numbers.Real
+    if not isinstance(value, number) or isinstance(value, bool):
+        return False
+    low, above, high, below = _bounds(field)
+    return (
+        math.isfinite(value)
+        and (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    )
+
+
+def check_fields(config):
+    """Raise `FlagError` unless every field has an allowed value."""
+    kinds = _field_types(type(config))
+    for field in dataclasses.fields(config):
+        kind, optional = kinds[field.name]
+        value = getattr(config, field.name)
+        if optional and value is None:
+            continue
+        if not _is_allowed(value, field, kind):
+            _refuse(field, kind, value)
+
+
+def _refuse(field, kind, value):
+    found = value if isinstance(value, (int, float)) else repr(value)
+    name, expected = _flag_name(field), _expected(field, kind)
+    raise FlagError(f"{name}: expected {expected}, found {found}")
+
+
+def _converter(field, kind, optional):
+    """Return the function that reads the text of a flag."""
+
+    def convert(text):
+        if optional and kind is not str and text == "none":
+            return None
+        try:
+            if kind == tuple[int, int]:
+                sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text).groups()
+                return int(sides[0]), int(sides[1] or sides[0])
+            return kind(text) if kind in (int, float) else text
+        except (AttributeError, ValueError):
+            _refuse(field, kind, text)
+
+    return convert
+
+
+def _help_text(field, kind, optional):
+    """Return help, bounds and default of a flag, safe for argparse."""
+    notes = []
+    expected = _expected(field, kind)
+    if " in " in expected or field.metadata.get("choices"):
+        notes.append(expected)
+    if optional and kind is not str:
+        notes.append("or none")
+    default = field.default
+    if default not in (None, dataclasses.MISSING, ()):
+        default = size_text(default) if isinstance(default, tuple) else default
+        notes.append(f"default {default}")
+    text = field.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
+
+
+def _add_flag(group, field, kind, optional):
+    """Add the flag of one field; absent flags leave no trace."""
+    data = field.metadata
+    options = {"default": argparse.SUPPRESS}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = _converter(field, kind, optional)
+        options["metavar"] = data.get("metavar") or _metavar(field, kind)
+    required = field.default is dataclasses.MISSING
+    if data.get("positional"):
+        options["nargs"] = ("+" if required else "*") if data["many"] else "?"
+        if required and not data["many"]:
+            del options["nargs"]
+        names = [field.name]
+    else:
+        if kind == tuple[str, ...]:
+            options["nargs"] = "+"
+        names = [name for name in (data["short"], _flag_name(field)) if name]
+    action = group.add_argument(*names, **options)
+    action.help = _help_text(field, kind, optional)
+
+
+def _metavar(field, kind):
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    names = {int: "N", float: "X", tuple[int, int]: "H[xW]"}
+    return names.get(kind, "NAME")
+
+
+def _add_flags(parser, config_class):
+    """Add every field of a configuration, section by section."""
+    kinds = _field_types(config_class)
+    group = parser
+    for field in dataclasses.fields(config_class):
+        if field.metadata.get("section"):
+            group = parser.add_argument_group(field.metadata["section"])
+        _add_flag(group, field, *kinds[field.name])
+    if "debug" not in kinds:
+        parser.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
+
+
+def _read_arguments(parser, argv, classes):
+    """Return {name: value} of the arguments given, refusing unknown ones."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        fields = [f for c in classes for f in dataclasses.fields(c)]
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, map(_flag_name, fields), 1)
+        advice = f"did you mean {near[0]}?" if near else "see --help"
+        raise FlagError(f"{name}: unknown argument; {advice}")
+    values = vars(namespace).items()
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values}
+
+
+def _build(config_class, values):
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{k: v for k, v in values.items() if k in names})
+
+
+def parse(config_class, argv=None, description=None):
+    """Return the configuration that a command line asks for.
+
+    Args:
+        config_class: dataclass of `flag` and `positional` fields whose
+            `__post_init__` calls `check_fields`.
+        argv: arguments without the program name, by default those of the
+            process.
+        description: text of `--help`, by default the class docstring.
+    """
+    parser = _Parser(description=description or config_class.__doc__)
+    _add_flags(parser, config_class)
+    return _build(config_class, _read_arguments(parser, argv, [config_class]))
+
+
+def parse_verbs(verbs, argv=None, description=None, default=None):
+    """Return (verb, configuration) of a command line with verbs.
+
+    Args:
+        verbs: {verb: configuration class}; docstrings are the help.
+        argv, description: as in `parse`.
+        default: verb meant by an empty command line.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _Parser(description=description)
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, config_class in verbs.items():
+        text = config_class.__doc__.strip()
+        summary = text.split("\n")[0].replace("%", "%%")
+        command = commands.add_parser(verb, help=summary, description=text)
+        _add_flags(command, config_class)
+    if not argv and default:
+        argv = [default]
+    values = _read_arguments(parser, argv, verbs.values())
+    verb = values.pop("verb")
+    return verb, _build(verbs[verb], values)
+
+
+# -------------------------------------------------------------- 3. Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named set of flag values; any flag overrides it."""
+
+    description: str
+    source: str
+    figure: str
+    settings: dict
+
+
+_PIXELCNN = "VQ-VAE (arXiv:1711.00937), PixelCNN (arXiv:1601.06759)"
+
+RECIPES = {
+    "quickstart": Recipe(
+        description="simulated brains, sized for two CPU cores",
+        source=_PIXELCNN,
+        figure="-",
+        settings={},
+    ),
+    "adni-vqvae-pixelcnn": Recipe(
+        description="few wide codes on a coarse grid",
+        source=_PIXELCNN,
+        figure="test SSIM 0.823 (9000 images), 0.6481 nats/code",
+        settings={
+            "dataset": "adni",
+            "image_size": (240, 256),
+            "downsampling": 8,
+            "num_embeddings": 32,
+            "embedding_dim": 128,
+            "codebook_update": "gradient",
+            "commitment_cost": 0.25,
+            "learning_rate": 1e-3,
+            "batch_size": 32,
+            "epochs": 30,
+            "prior_channels": 128,
+            "prior_blocks": 2,
+            "prior_head_layers": 2,
+            "prior_learning_rate": 3e-4,
+            "prior_batch_size": 64,
+            "prior_epochs": 100,
+        },
+    ),
+    "adni-vqvae-tuned": Recipe(
+        description="the result of a search over settings, on a fine grid",
+        source=_PIXELCNN,
+        figure="test SSIM 0.9163",
+        settings={
+            "dataset": "adni",
+            "image_size": (240, 256),
+            "downsampling": 4,
+            "num_embeddings": 256,
+            "embedding_dim": 32,
+            "batch_size": 32,
+            "epochs": 30,
+            "prior_blocks": 2,
+            "prior_head_layers": 2,
+        },
+    ),
+    "oasis-vqvae-pixelcnn": Recipe(
+        description="narrow network trained for SSIM as well",
+        source=_PIXELCNN,
+        figure="test SSIM 0.8545 (544 images)",
+        settings={
+            "dataset": "oasis",
+            "image_size": (256, 256),
+            "downsampling": 8,
+            "channels": 64,
+            "num_embeddings": 512,
+            "ssim_weight": 1.0,
+            "epochs": 30,
+            "prior_learning_rate": 3e-4,
+            "prior_batch_size": 128,
+        },
+    ),
+}
+
+REAL_DATASETS = ("oasis", "adni", "hipmri")
+CONDITIONS = ("slice",)
+SMOKE_STEPS = 3
+SMOKE_IMAGES = 8
+_SMOKE_CAPS = {
+    "phantom_subjects": 4,
+    "channels": 16,
+    "residual_channels": 8,
+    "num_embeddings": 32,
+    "embedding_dim": 8,
+    "epochs": 1,
+    "batch_size": 4,
+    "warmup_steps": 1,
+    "prior_channels": 16,
+    "prior_blocks": 1,
+    "prior_epochs": 1,
+    "prior_batch_size": 4,
+    "num_samples": 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a VQ-VAE and a prior over its indices on 2-D MRI slices."""
+
+    # data
+    recipe: str = flag(
+        "quickstart",
+        "named set of flag values",
+        choices=tuple(RECIPES),
+        section="data",
+    )
+    dataset: str = flag(
+        "phantom", "layout of the data", choices=("phantom", *REAL_DATASETS)
+    )
+    data_dir: str | None = flag(
+        None, "folder of a real data set", metavar="DIR"
+    )
+    phantom_subjects: int = flag(80, "simulated subjects", 2, 100_000)
+    image_size: tuple[int, int] | None = flag(
+        None,
+        "height and width trained at, in pixels, a multiple of the total "
+        "downsampling; without it the most common size of the data",
+        16,
+        4096,
+    )
+    resize: bool = flag(False, "resample images of another size")
+    cache: bool = flag(False, "hold all images in memory, one byte a pixel")
+    skip_bad: bool = flag(False, "leave out unfit files instead of stopping")
+
+    # VQ-VAE
+    levels: int = flag(
+        1, "latent grids, each half the one below", 1, 3, section="VQ-VAE"
+    )
+    downsampling: int = flag(
+        4, "pixels per bottom latent, each way", choices=(2, 4, 8, 16, 32)
+    )
+    channels: int = flag(128, "feature channels", 1, 4096)
+    residual_blocks: int = flag(2, "residual blocks per stack", 0, 64)
+    residual_channels: int = flag(32, "channels inside a block", 1, 4096)
+    num_embeddings: int = flag(512, "code vectors, K", 2, 65_536)
+    embedding_dim: int = flag(64, "length of a code vector, D", 1, 4096)
+    codebook_update: str = flag(
+        "ema", "how code vectors learn", choices=("ema", "gradient")
+    )
+    commitment_cost: float = flag(0.25, "weight of commitment, beta", 0, 100)
+    decay: float = flag(0.99, "moving-average factor per step", 0, below=1)
+    restart: bool = flag(True, "restart dead codes from the batch")
+    ssim_weight: float = flag(
+        0.0, "weight of 1 - SSIM in the reconstruction loss", 0, 1000
+    )
+    epochs: int = flag(30, "passes over the training images", 1, 100_000)
+    batch_size: int = flag(32, "images per step", 1, 65_536)
+    learning_rate: float = flag(3e-4, "Adam's step size", above=0, high=1)
+    schedule: str = flag(
+        "cosine", "learning rate over time", choices=("cosine", "constant")
+    )
+    warmup_steps: int = flag(
+        100, "steps of linear warm-up, both stages", 0, 1_000_000
+    )
+
+    # prior
+    prior: str = flag(
+        "pixelcnn", "network", choices=("pixelcnn",), section="prior"
+    )
+    prior_channels: int = flag(128, "feature channels", 1, 4096)
+    prior_blocks: int = flag(5, "residual blocks", 0, 128)
+    prior_kernel_size: int = flag(
+        7, "first kernel, in latents", choices=(3, 5, 7, 9, 11, 13, 15)
+    )
+    prior_head_layers: int = flag(2, "1x1 layers after the blocks", 0, 16)
+    prior_dropout: float = flag(0.0, "share of features dropped", 0, below=1)
+    position_features: bool = flag(
+        False, "give every layer sine features of the grid position"
+    )
+    condition: str = flag(
+        "none", "what the prior is told: none, or a comma list of slice"
+    )
+    patience: int = flag(
+        10, "epochs without better validation bits until the end", 1, 100_000
+    )
+    prior_epochs: int = flag(100, "passes over the training grids", 1, 100_000)
+    prior_batch_size: int = flag(64, "grids per step", 1, 65_536)
+    prior_learning_rate: float = flag(3e-4, "Adam's step size", above=0, high=1)
+
+    # run
+    stage: str = flag(
+        "all",
+        "what to train; prior needs the --run-dir of a trained VQ-VAE",
+        choices=("all", "vqvae", "prior"),
+        section="run",
+    )
+    run_dir: str | None = flag(
+        None, "folder of results (default runs/RECIPE-DATE-TIME)", metavar="DIR"
+    )
+    precision: str = flag(
+        "auto",
+        "dtype of the arithmetic",
+        choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
+    )
+    seed: int = flag(0, "seed of every random choice", 0, 2**31 - 1)
+    num_samples: int = flag(64, "images generated at the end", 1, 1_000_000)
+    temperature: float = flag(1.0, "of sampling", above=0, high=10)
+    smoke: bool = flag(False, "a few steps on a few images, to see it connect")
+    debug: bool = flag(False, "show the traceback of an error")
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.condition != "none":
+            for name in self.conditions:
+                if name not in CONDITIONS:
+                    known = ", ".join(CONDITIONS)
+                    raise FlagError(
+                        "--condition: expected none or a comma list of "
+                        f"{known}, found {self.condition!r}"
+                    )
+        if self.image_size:
+            check_image_size(self.image_size, self.total_downsampling)
+        self._check_data()
+
+    def _check_data(self):
+        if self.dataset == "phantom" and self.data_dir is not None:
+            raise FlagError(
+                "--data-dir: say which layout it has with --dataset "
+                f"{'|'.join(REAL_DATASETS)} or a --recipe"
+            )
+        if self.dataset != "phantom" and self.data_dir is None:
+            raise FlagError(
+                f"--data-dir is required for --dataset {self.dataset}: "
+                "the folder that holds its images"
+            )
+
+    @property
+    def conditions(self):
+        """What the prior is told, as a tuple of names."""
+        if self.condition == "none":
+            return ()
+        return tuple(name.strip() for name in self.condition.split(","))
+
+    @property
+    def total_downsampling(self):
+        """Pixels per top latent, each way."""
+        return self.downsampling * 2 ** (self.levels - 1)
+
+    def smoked(self):
+        """Return these settings shrunk to a run of seconds."""
+        small = {k: min(getattr(self, k), v) for k, v in _SMOKE_CAPS.items()}
+        return dataclasses.replace(self, **small)
+
+
+def check_image_size(size, multiple, name="--image-size"):
+    """Raise `FlagError` unless both sides of `size` divide by `multiple`."""
+    if all(side % multiple == 0 for side in size):
+        return
+    smaller = [side // multiple * multiple for side in size]
+    larger = [-(-side // multiple) * multiple for side in size]
+    fits = [size_text(fit) for fit in (smaller, larger) if min(fit) >= 16]
+    raise FlagError(
+        f"{name}: {size_text(size)} is not a multiple of {multiple}; "
+        f"use {' or '.join(fits)}"
+    )
+
+
+class _ListRecipes(argparse.Action):
+    """`--list-recipes`: print the table and end, like `--help`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(list_recipes())
+        parser.exit()
+
+
+def resolve(argv=None, config_class=Config, description=None):
+    """Return the `Config` of a command line.
+
+    Flags given win over the recipe, the recipe over the defaults.
+    """
+    parser = _Parser(description=description or config_class.__doc__)
+    parser.add_argument(
+        "--list-recipes",
+        action=_ListRecipes,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show every recipe and exit",
+    )
+    _add_flags(parser, config_class)
+    given = _read_arguments(parser, argv, [config_class])
+
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    recipe = given.get("recipe", fields["recipe"].default)
+    if recipe not in RECIPES:
+        _refuse(fields["recipe"], str, recipe)
+    return _build(config_class, {**RECIPES[recipe].settings, **given})
+
+
+def list_recipes():
+    """Return the table of recipes as text."""
+    rows = [("recipe", "data", "VQ-VAE", "prior", "figure of the original")]
+    for name, recipe in RECIPES.items():
+        values = {"data_dir": "DIR", "dataset": "oasis", **recipe.settings}
+        config = Config(**values)
+        data = recipe.settings.get("dataset", "phantom")
+        size = config.image_size
+        ssim_term = f", SSIM x {config.ssim_weight:g}"
+        vqvae = (
+            f"/{config.downsampling}, K={config.num_embeddings}, "
+            f"D={config.embedding_dim}, {config.codebook_update}, "
+            f"{config.epochs} epochs"
+        )
+        rows.append(
+            (
+                name,
+                f"{data} {size_text(size)}" if size else data,
+                vqvae + (ssim_term if config.ssim_weight else ""),
+                f"{config.prior} {config.prior_channels} ch, "
+                f"{config.prior_blocks}+{config.prior_head_layers} layers, "
+                f"{config.prior_epochs} epochs",
+                recipe.figure,
+            )
+        )
+    return align(rows)
+
+
+def align(rows):
+    """Return rows of text cells as a table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) for c, w in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------ 4. Run folder
+
+FORMAT = 1
+PACKAGES = ("tensorflow", "keras", "numpy", "pandas", "matplotlib", "nibabel")
+
+
+def write_atomic(path, write):
+    """Let `write(temporary_path)` make a file, then move it to `path`.
+
+    Whatever happens, `path` is either the old or the new complete file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value):
+    """Return what `json` cannot write as something that it can."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON")
+
+
+def write_json(path, value):
+    """Write JSON atomically; a NaN or infinity is a `ValueError`."""
+    text = json.dumps(
+        value,
+        allow_nan=False,
+        default=_plain,
+        ensure_ascii=False,
+        indent=2,
+        sort_keys=True,
+    )
+    write_atomic(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+
+
+def write_csv(path, frame):
+    """Write a pandas table atomically, without its index."""
+    write_atomic(path, lambda p: frame.to_csv(p, index=False))
+
+
+def file_sha256(path):
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def array_sha256(array):
+    """Return the SHA-256 of an array's type, shape and values."""
+    array = np.ascontiguousarray(array)
+    header = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(header + array.tobytes()).hexdigest()
+
+
+def package_versions():
+    """Return {package: version} without importing any."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+class Run:
+    """A run folder: settings, split, models, tables and figures.
+
+    Attributes:
+        path: Path of the folder.
+        config: `Config` it was started with.
+        info: dict of what `config.json` holds besides the settings:
+            versions, command, image_size [H, W], latent_grids [[h, w], ...].
+    """
+
+    def __init__(self, path, config, info):
+        self.path = Path(path)
+        self.config = config
+        self.info = info
+
+    config_path = property(lambda self: self.path / "config.json")
+    split_path = property(lambda self: self.path / "split.csv")
+    vqvae_path = property(lambda self: self.path / "vqvae.keras")
+    prior_path = property(lambda self: self.path / "prior.keras")
+    indices_path = property(lambda self: self.path / "indices.npz")
+    history_path = property(lambda self: self.path / "history.csv")
+    evaluation_path = property(lambda self: self.path / "evaluation.json")
+    figures_path = property(lambda self: self.path / "figures")
+
+    @classmethod
+    def create(cls, config):
+        """Make a new folder and prove that it can be written to.
+
+        Raises:
+            RunError: if the folder holds something already.
+            ResourceError: if it cannot be made or written.
+        """
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = Path(config.run_dir or f"runs/{config.recipe}-{now}")
+        info = {
+            "versions": package_versions(),
+            "command": shlex.join(sys.argv),
+            "started": now,
+        }
+        run = cls(path, config, info)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run._refuse_contents()
+            run.update()
+        except OSError as error:
+            raise ResourceError(
+                f"{path}: cannot write a run folder here "
+                f"({error.strerror}); choose another with --run-dir"
+            ) from error
+        return run
+
+    def _refuse_contents(self):
+        """Raise unless the folder is new or from a run that never began."""
+        names = {entry.name for entry in self.path.iterdir()}
+        if names == {"config.json"}:
+            type(self).open(self.path)
+        elif names:
+            raise RunError(
+                f"{self.path}: the folder is not empty; "
+                "choose another with --run-dir"
+            )
+
+    @classmethod
+    def open(cls, path, config_class=Config):
+        """Read the folder of an earlier run; `RunError` if it is not one."""
+        path = Path(path)
+        file = path / "config.json"
+        if not path.is_dir():
+            raise RunError(f"{path}: no such run folder")
+        if not file.is_file():
+            raise RunError(f"{path}: no config.json, so not a run folder")
+        try:
+            info = json.loads(file.read_text(encoding="utf-8"))
+            number, settings = info.pop("format"), info.pop("settings")
+            newer = number > FORMAT
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{file}: not readable ({error})") from error
+        if newer:
+            raise RunError(
+                f"{file}: format {number} is newer than this program's "
+                f"{FORMAT}; update the program"
+            )
+        return cls(path, _load_config(config_class, settings, file), info)
+
+    @classmethod
+    def newest(cls, root="runs"):
+        """Return the run under `root` whose VQ-VAE was saved last."""
+        files = [p for p in Path(root).glob("*/vqvae.keras") if p.is_file()]
+        if not files:
+            raise RunError(
+                f"{root}: no trained run here; name one, or make one with "
+                "python train.py"
+            )
+        return cls.open(max(files, key=lambda p: p.stat().st_mtime).parent)
+
+    def update(self, **keys):
+        """Add keys to `info` and rewrite `config.json` in one step."""
+        self.info.update(keys)
+        settings = dataclasses.asdict(self.config)
+        document = {**self.info, "format": FORMAT, "settings": settings}
+        write_json(self.config_path, document)
+
+
+def _load_config(config_class, settings, file):
+    """Return a configuration read from JSON, checked like flags."""
+    try:
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()
+        }
+        return config_class(**values)
+    except (AttributeError, TypeError, FlagError) as error:
+        raise RunError(f"{file}: unfit setting: {error}") from error
+
+
+def check_keras_file(path):
+    """Raise `RunError` unless `path` is an undamaged `.keras` archive."""
+    path = Path(path)
+    if path.is_dir():
+        raise RunError(f"{path}: a folder, expected a .keras file")
+    if not path.exists():
+        raise RunError(f"{path}: no such model file")
+    if path.suffix != ".keras" or not zipfile.is_zipfile(path):
+        raise RunError(f"{path}: truncated, or not a .keras file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names, damaged = archive.namelist(), archive.testzip()
+    except Exception as error:  # zlib.error, EOFError, BadZipFile, ...
+        names, damaged = [], str(error)
+    if damaged:
+        raise RunError(
+            f"{path}: corrupt ({damaged}); restore a copy or train again"
+        )
+    for name in ("config.json", "model.weights.h5"):
+        if name not in names:
+            raise RunError(f"{path}: incomplete, {name} is missing")
+
+
+def load_model(path, compile=True):
+    """Load a saved model with safe mode on; any failure is a `RunError`."""
+    check_keras_file(path)
+    # Registers our layers with Keras; its import cannot be at the top, as
+    # modules.py imports this file.
+    if importlib.util.find_spec("modules"):
+        importlib.import_module("modules")
+    try:
+        return keras.models.load_model(path, compile=compile, safe_mode=True)
+    except Exception as error:
+        if isinstance(_as_user_error(error), ResourceError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise RunError(f"{path}: cannot be loaded ({reason})") from error
+
+
+def save_model(model, path):
+    """Save a Keras model atomically."""
+    write_atomic(path, model.save)
+
+
+# ------------------------------------------------- 5. Seeds and precision
+
+
+def set_seed(seed):
+    """Seed Python, NumPy and TensorFlow."""
+    keras.utils.set_random_seed(seed)
+
+
+def choose_precision(precision="auto"):
+    """Return (Keras policy, reason); bfloat16 where hardware computes it."""
+    if precision != "auto":
+        return precision, "asked for"
+    gpus = tf.config.list_physical_devices("GPU")
+    for gpu in gpus:
+        details = tf.config.experimental.get_device_details(gpu)
+        if details.get("compute_capability", (0, 0)) < (8, 0):
+            return "float32", "a GPU computes bfloat16 slowly"
+    if gpus:
+        return "mixed_bfloat16", "the GPU computes bfloat16"
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        flags = set()
+    if flags & {"avx512_bf16", "amx_bf16"}:
+        return "mixed_bfloat16", "the CPU computes bfloat16"
+    return "float32", "the CPU does not compute bfloat16"
+
+
+def peak_memory_mb():
+    """Return the most memory this process has held, in MB."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# -------------------------------------------------------------- 6. Metrics
+# Images are (B, H, W, 1) on [0, 1], any float dtype; originals come first.
+
+SSIM_WINDOW = 11  # pixels
+SSIM_SIGMA = 1.5  # pixels
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+FOREGROUND = 0.05  # intensity; the background of a slice is 0
+PSNR_CAP = 100.0  # dB, so that equal images have a finite value
+
+
+def _gaussian_band(length):
+    """Return the (length, length - 10) matrix that blurs by multiplying."""
+    reach = SSIM_WINDOW - 1
+    taps = np.exp(-0.5 * ((np.arange(reach + 1) - reach / 2) / SSIM_SIGMA) ** 2)
+    offset = tf.range(length)[:, None] - tf.range(length - reach)[None, :]
+    weights = tf.gather(
+        tf.constant(taps / taps.sum(), tf.float32),
+        tf.clip_by_value(offset, 0, reach),
+    )
+    return tf.where((offset >= 0) & (offset <= reach), weights, 0.0)
+
+
+def _blur(images):
+    """Average (N, H, W) images under the window: (N, H - 10, W - 10).
+
+    Two dense products take 0.4 of the time of the depthwise convolution of
+    `tf.image.ssim`, whose gradient is slow on a CPU.
+    """
+    height, width = tf.shape(images)[1], tf.shape(images)[2]
+    rows = tf.tensordot(images, _gaussian_band(width), 1)
+    return tf.matmul(_gaussian_band(height), rows, transpose_a=True)
+
+
+def _ssim_terms(x, y, max_val):
+    """Return the maps of SSIM, of its contrast term, and of the mean of x."""
+    x = tf.cast(x, tf.float32)[..., 0]  # (B, H, W)
+    y = tf.cast(y, tf.float32)[..., 0]
+    moments = tf.concat([x, y, x * y, x * x + y * y], axis=0)
+    mean_x, mean_y, product, power = tf.split(_blur(moments), 4)
+
+    c1, c2 = (0.01 * max_val) ** 2, (0.03 * max_val) ** 2
+    means, powers = mean_x * mean_y, mean_x**2 + mean_y**2
+    luminance = (2 * means + c1) / (powers + c1)
+    contrast = (2 * (product - means) + c2) / (power - powers + c2)
+    return luminance * contrast, contrast, mean_x
+
+
+def ssim_map(x, y, max_val=1.0):
+    """Return the local SSIM (B, H-10, W-10) that `tf.image.ssim` averages."""
+    return _ssim_terms(x, y, max_val)[0]
+
+
+def ssim(x, y, max_val=1.0):
+    """Return the SSIM of each image pair, (B,), as `tf.image.ssim` does."""
+    return tf.reduce_mean(ssim_map(x, y, max_val), axis=[1, 2])
+
+
+def ssim_foreground(x, y):
+    """Return the SSIM (B,) where the original is not background.
+
+    That is where its mean under the window exceeds `FOREGROUND`; NaN for an
+    image that is background throughout.
+    """
+    values, _, mean = _ssim_terms(x, y, 1.0)
+    inside = tf.cast(mean > FOREGROUND, tf.float32)
+    total = tf.reduce_sum(values * inside, axis=[1, 2])
+    return total / tf.reduce_sum(inside, axis=[1, 2])
+
+
+def ms_ssim_scales(height, width):
+    """Return how many of the 5 scales of MS-SSIM fit an image."""
+    scales, side = 0, min(height, width)
+    while side >= SSIM_WINDOW and scales < len(MS_SSIM_WEIGHTS):
+        scales, side = scales + 1, (side + 1) // 2
+    return scales
+
+
+def ms_ssim(x, y):
+    """Return the multi-scale SSIM (B,) over the scales that fit.
+
+    Equals `tf.image.ssim_multiscale` where all 5 do; fewer weights are
+    scaled to the sum of all.
+    """
+    x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
+    scales = ms_ssim_scales(x.shape[1], x.shape[2])
+    weights = np.array(MS_SSIM_WEIGHTS[:scales])
+    weights *= sum(MS_SSIM_WEIGHTS) / weights.sum()
+    result = tf.ones(tf.shape(x)[0])
+    for scale, weight in enumerate(weights):
+        if scale:
+            x, y = _halve(x), _halve(y)
+        values, contrast, _ = _ssim_terms(x, y, 1.0)
+        term = values if scale == scales - 1 else contrast
+        term = tf.nn.relu(tf.reduce_mean(term, axis=[1, 2]))
+        result *= term ** tf.constant(weight, tf.float32)
+    return result
+
+
+def _halve(images):
+    """Average 2x2 pixels, an odd last row or column with itself."""
+    odd = [[0, 0], *([0, side % 2] for side in images.shape[1:3]), [0, 0]]
+    return tf.nn.avg_pool2d(tf.pad(images, odd, "SYMMETRIC"), 2, 2, "VALID")
+
+
+def psnr(x, y):
+    """Return the peak signal-to-noise ratio (B,) in dB, at most 100."""
+    error = tf.cast(x, tf.float32) - tf.cast(y, tf.float32)
+    mse = tf.reduce_mean(error**2, axis=[1, 2, 3])
+    floor = 10 ** (-PSNR_CAP / 10)
+    return -10 * tf.math.log(tf.maximum(mse, floor)) / math.log(10)
+
+
+def mae(x, y):
+    """Return the mean absolute error (B,), in intensity."""
+    error = tf.cast(x, tf.float32) - tf.cast(y, tf.float32)
+    return tf.reduce_mean(tf.abs(error), axis=[1, 2, 3])
+
+
+def bootstrap_by_subject(values, subjects, n=2000, seed=0):
+    """Return the mean of `values` and its 95 % interval over subjects.
+
+    Slices of one subject are alike, so whole subjects are resampled. NaN
+    values are left out; without any other, mean and bounds are None.
+    """
+    values = np.asarray(values, np.float64)
+    kept = ~np.isnan(values)
+    if not kept.any():
+        return {"mean": None, "ci95": [None, None]}
+    values = values[kept]
+    _, owner = np.unique(np.asarray(subjects)[kept], return_inverse=True)
+    counts = np.bincount(owner)
+    sums = np.bincount(owner, values)
+
+    share = np.full(len(counts), 1 / len(counts))
+    draws = np.random.default_rng(seed).multinomial(len(counts), share, n)
+    means = (draws @ sums) / (draws @ counts)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values.mean()), "ci95": [float(low), float(high)]}
+
+
+def _count(indices, num_embeddings):
+    """Return how often each index in [0, K) occurs, (K,)."""
+    flat = np.asarray(indices).ravel()
+    if flat.size and not 0 <= flat.min() <= flat.max() < num_embeddings:
+        raise ValueError(
+            f"indices: expected 0 to {num_embeddings - 1}, found "
+            f"{flat.min()} to {flat.max()}"
+        )
+    return np.bincount(flat, minlength=num_embeddings)
+
+
+def codebook_stats(indices, num_embeddings):
+    """Return usage (0..1), perplexity, entropy and counts of the codes."""
+    counts = _count(indices, num_embeddings)
+    used = counts[counts > 0]
+    share = used / used.sum()
+    entropy = float(-(share * np.log2(share)).sum()) + 0.0  # no "-0.0"
+    return {
+        "usage": len(used) / num_embeddings,
+        "perplexity": 2.0**entropy,
+        "entropy_bits": entropy,
+        "counts": counts,
+    }
+
+
+def unigram_bits(train_indices, test_indices, num_embeddings):
+    """Return bits per test code under the frequencies of training codes.
+
+    What a prior that sees no neighbours would reach; every count is raised
+    by one, so that a code new to the test set has a finite cost.
+    """
+    train = _count(train_indices, num_embeddings) + 1
+    test = _count(test_indices, num_embeddings)
+    return float(test @ -np.log2(train / train.sum()) / test.sum())
+
+
+# -------------------------------------------------------------- 7. Figures
+
+DPI = 150
+_figures = lazy_import("matplotlib.figure")
+
+
+def _new_figure(width, height, **options):
+    """Return a figure, in inches, that needs no display."""
+    options = {"layout": "constrained", **options}
+    return _figures.Figure(figsize=(width, height), dpi=DPI, **options)
+
+
+def _save_figure(figure, path):
+    write_atomic(path, lambda p: figure.savefig(p, format="png"))
+
+
+def _planes(images):
+    """Return images (N, H, W) on [0, 1] from (N, H, W) or (N, H, W, 1)."""
+    images = np.asarray(images, np.float32)
+    return np.clip(images[..., 0] if images.ndim == 4 else images, 0, 1)
+
+
+def _image_rows(rows, columns, aspect, title):
+    """Return (figure, axes) of a close grid of images without ticks."""
+    size = min(1.6, 14 / columns)  # inches across an image
+    height = rows * (size * aspect + 0.22) + 0.5
+    figure = _new_figure(max(columns * size + 1.6, 5), height)
+    figure.suptitle(title)
+    figure.get_layout_engine().set(wspace=0.01, hspace=0.02)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def figure_reconstructions(
+    path, originals, reconstructions, ssim_values, title="Reconstructions"
+):
+    """Draw originals, reconstructions with their SSIM, and differences."""
+    originals, results = _planes(originals), _planes(reconstructions)
+    count, height, width = originals.shape
+    error = np.abs(originals - results)
+    worst = max(float(np.percentile(error, 99.9)), 0.01)
+    figure, axes = _image_rows(3, count, height / width, title)
+    for k in range(count):
+        axes[0, k].imshow(originals[k], cmap="gray", vmin=0, vmax=1)
+        axes[1, k].imshow(results[k], cmap="gray", vmin=0, vmax=1)
+        axes[1, k].set_xlabel(f"SSIM {float(ssim_values[k]):.3f}", fontsize=8)
+        drawn = axes[2, k].imshow(error[k], cmap="magma", vmin=0, vmax=worst)
+    names = ("original", "reconstruction", "|difference|")
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        ax.set_ylabel(name)
+    bar = figure.colorbar(drawn, ax=axes[2, :], fraction=0.02, pad=0.01)
+    bar.set_label("intensity")
+    _save_figure(figure, path)
+
+
+def figure_index_maps(path, images, indices_per_level, num_embeddings):
+    """Draw images above their index maps, one row a level, bottom first."""
+    images = _planes(images)
+    count, height, width = images.shape
+    levels = len(indices_per_level)
+    title = f"Indices of {num_embeddings} code vectors"
+    figure, axes = _image_rows(1 + levels, count, height / width, title)
+    # Neighbouring indices are unrelated: neighbouring colours should differ.
+    shuffle = np.random.default_rng(0).permutation(num_embeddings)
+    for k in range(count):
+        axes[0, k].imshow(images[k], cmap="gray", vmin=0, vmax=1)
+        for level, indices in enumerate(indices_per_level):
+            axes[1 + level, k].imshow(
+                shuffle[np.asarray(indices[k])],
+                cmap="nipy_spectral",
+                vmin=0,
+                vmax=num_embeddings - 1,
+                interpolation="nearest",
+            )
+    axes[0, 0].set_ylabel("image")
+    for level, indices in enumerate(indices_per_level):
+        name = "indices" if levels == 1 else f"level {level + 1}"
+        grid = size_text(np.shape(indices)[1:3])
+        axes[1 + level, 0].set_ylabel(f"{name}\n{grid}")
+    _save_figure(figure, path)
+
+
+def figure_samples(path, images, title, captions=None, columns=None):
+    """Draw every image given, in order, in a close grid on black.
+
+    Without `columns` the grid is nearly square.
+    """
+    images = _planes(images)
+    count, height, width = images.shape
+    columns = columns or _columns(count, height / width)
+    rows = -(-count // columns)
+    gap = max(1, width // 64)
+    canvas = np.zeros((rows * (height + gap), columns * (width + gap)))
+    corners = []
+    for k, image in enumerate(images):
+        top, left = divmod(k, columns)
+        top, left = top * (height + gap), left * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+        corners.append((left + 0.04 * width, top + 0.04 * height))
+
+    inches = 10 if columns > 3 else 2.5 * columns + 1
+    figure = _new_figure(
+        inches, inches * canvas.shape[0] / canvas.shape[1] + 0.4
+    )
+    figure.set_facecolor("black")
+    figure.suptitle(title, color="white")
+    ax = figure.subplots()
+    ax.imshow(canvas, cmap="gray", vmin=0, vmax=1)
+    ax.axis("off")
+    for (left, top), text in zip(corners, captions or [], strict=False):
+        ax.text(left, top, text, color="white", fontsize=7, va="top")
+    _save_figure(figure, path)
+
+
+def _columns(count, aspect):
+    """Return the width of a nearly square grid with the fewest gaps."""
+    ideal = math.sqrt(count * aspect)
+    choices = range(max(1, int(ideal * 0.8)), min(count, int(ideal * 1.6)) + 1)
+    return min(choices, key=lambda c: (-count % c, abs(c - ideal)))
+
+
+HISTORY_KEYS = ("stage", "epoch", "step", "seconds", "learning_rate")
+
+
+def figure_history(path, history_frame):
+    """Draw the curves of `history.csv`, a row a stage, training and val."""
+    stages = list(dict.fromkeys(history_frame["stage"]))
+    panels = {stage: _curves(history_frame, stage) for stage in stages}
+    columns = max(map(len, panels.values()), default=1)
+    figure = _new_figure(4.2 * columns, 3 * max(len(stages), 1))
+    figure.suptitle("Training")
+    axes = figure.subplots(max(len(stages), 1), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for row, stage in zip(axes, stages, strict=False):
+        rows = history_frame[history_frame["stage"] == stage]
+        for ax, name in zip(row, panels[stage], strict=False):
+            ax.set_visible(True)
+            _draw_curve(ax, rows, name)
+            ax.set_title(f"{stage}: {name.replace('_', ' ')}", fontsize=10)
+    _save_figure(figure, path)
+
+
+def _curves(frame, stage, most=3):
+    """Return the metrics worth a panel: the loss, then the others."""
+    rows = frame[frame["stage"] == stage].dropna(axis=1, how="all")
+    names = [
+        name
+        for name in rows.columns
+        if name not in HISTORY_KEYS and not name.startswith("val_")
+    ]
+    return sorted(names, key=lambda n: (n != "loss", "val_" + n not in rows))[
+        :most
+    ]
+
+
+def _draw_curve(ax, rows, name):
+    """Draw one metric over epochs, with its validation values if any."""
+    for column, label, style in (
+        (name, "train", "C0.-"),
+        ("val_" + name, "validate", "C1.-"),
+    ):
+        if column in rows and rows[column].notna().any():
+            kept = rows[rows[column].notna()]
+            ax.plot(kept["epoch"], kept[column], style, label=label)
+    ax.set_xlabel("epoch")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def figure_codebook(path, counts_per_level):
+    """Draw how often each code vector is used, most used first."""
+    levels = len(counts_per_level)
+    figure = _new_figure(5.5 * levels, 3.4)
+    axes = figure.subplots(1, levels, squeeze=False)[0]
+    for level, (ax, counts) in enumerate(
+        zip(axes, counts_per_level, strict=True)
+    ):
+        counts = np.sort(np.asarray(counts))[::-1]
+        used = np.count_nonzero(counts)
+        ax.set(yscale="log", ylim=(0.8, 2 * max(counts.max(), 1)))
+        ax.set_xlim(-0.5, len(counts) - 0.5)
+        ax.fill_between(np.arange(len(counts)), counts, step="mid", lw=0)
+        ax.axhline(counts.mean(), color="C1", lw=1, label="all used alike")
+        name = "Codebook" if levels == 1 else f"Codebook, level {level + 1}"
+        share = 100 * used / len(counts)
+        ax.set_title(f"{name}: {used} of {len(counts)} used ({share:.0f} %)")
+        ax.set(xlabel="code vector, by use", ylabel="uses")
+        ax.legend(fontsize=8)
+    _save_figure(figure, path)
+
+
+SECTIONS = (
+    "data",
+    "reconstruction",
+    "codebook",
+    "prior",
+    "generation",
+    "memorization",
+    "labels",
+    "speed",
+)
+UNITS = {
+    "psnr": "dB",
+    "bits_per_code": "bits",
+    "bits_per_image": "bits",
+    "unigram_bits": "bits",
+    "uniform_bits": "bits",
+    "entropy_bits": "bits",
+    "peak_memory_mb": "MB",
+}
+
+
+def summary_table(evaluation):
+    """Return `evaluation.json` as aligned text; parts may be missing."""
+    rows = []
+    for section in SECTIONS:
+        part = evaluation.get(section)
+        for entry in part if isinstance(part, list) else [part]:
+            heading = section
+            for key, value in (entry or {}).items():
+                if key == "counts" or value is None:
+                    continue
+                text = f"{_show(value)} {UNITS.get(key, '')}".rstrip()
+                rows.append((heading, key.replace("_", " "), text))
+                heading = ""
+    return align(rows) if rows else "nothing evaluated yet"
+
+
+def _show(value):
+    """Return a number, size, interval or group of them as short text."""
+    if isinstance(value, dict) and "ci95" in value:
+        low, high = map(_show, value["ci95"])
+        return f"{_show(value['mean'])} [{low}, {high}]"
+    if isinstance(value, dict):
+        pairs = (f"{k.replace('_', ' ')} {_show(v)}" for k, v in value.items())
+        return ", ".join(pairs)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return size_text(map(_show, value))
+    return "-" if value is None else str(value)
+
+
+# ------------------------------------------------------------ 8. Evaluation
+# Models and batches come from the caller: this file imports neither modules.py
+# nor dataset.py.
+
+METRICS = {
+    "ssim": ssim,
+    "ssim_foreground": ssim_foreground,
+    "ms_ssim": ms_ssim,
+    "psnr": psnr,
+    "mae": mae,
+}
+
+
+def codebook_sha256(vqvae, level=1):
+    """Hash that ties a prior to the codebook its indices speak of."""
+    return array_sha256(np.asarray(vqvae.part("quantizer", level).codebook))
+
+
+def load_priors(run, vqvae):
+    """Load the priors of a run, bottom first.
+
+    Raises:
+        RunError: if one is missing, damaged, or was trained on the indices
+            of another VQ-VAE.
+    """
+    if not run.prior_path.exists():
+        raise RunError(
+            f"{run.prior_path}: this run has no prior; train one with "
+            f"python train.py --stage prior --run-dir {run.path}"
+        )
+    prior = load_model(run.prior_path)
+    if prior.codebook_sha256 != codebook_sha256(vqvae):
+        raise RunError(
+            f"{run.prior_path}: trained on another codebook than that of "
+            f"{run.vqvae_path}; train it again"
+        )
+    return [prior]
+
+
+def prior_inputs(prior, indices, frame):
+    """What `prior` is trained on: dict of arrays, one row an image.
+
+    Args:
+        indices: list of `(N, h, w)` arrays, bottom first.
+        frame: index of the same N slices.
+    """
+    inputs = {"indices": indices[0]}
+    if prior.slice_condition:
+        inputs["slice_position"] = frame["position"].to_numpy("float32")
+    return inputs
+
+
+def evaluate(run, vqvae, priors, splits, images, generate):
+    """Measure a run on images that no training step saw; draw its figures.
+
+    Args:
+        splits: dict of the index of each split; `test` at least.
+        images: dict of a dataset of batches for each of them.
+        generate: `modules.generate`.
+
+    Returns: what is written to `evaluation.json`.
+    """
+    test = splits["test"]
+    reconstruction, indices, per_second = evaluate_reconstruction(
+        vqvae, images["test"], test["subject"]
+    )
+    evaluation = {
+        "data": describe_data(run, splits),
+        "reconstruction": reconstruction,
+        "codebook": evaluate_codebook(vqvae, indices),
+        "speed": speed_of_training(run),
+    }
+    speed = evaluation["speed"]
+    speed["images_per_second_encoded"] = per_second
+    if priors:
+        evaluation["prior"] = evaluate_prior(
+            run, vqvae, priors, splits, indices
+        )
+        speed.update(draw_new_samples(run, vqvae, priors, generate))
+    speed["peak_memory_mb"] = peak_memory_mb()
+    write_json(run.evaluation_path, evaluation)
+    draw_test_figures(run, vqvae, images["test"], indices)
+    return evaluation
+
+
+def describe_data(run, splits):
+    """What the figures are taken on: the `data` part of an evaluation."""
+    return {
+        "dataset": run.config.dataset,
+        "simulated": run.info["simulated"],
+        "image_size": list(run.info["image_size"]),
+        **{
+            name: {
+                "subjects": int(frame["subject"].nunique()),
+                "images": len(frame),
+            }
+            for name, frame in splits.items()
+        },
+    }
+
+
+def evaluate_reconstruction(vqvae, images, subjects):
+    """Every metric of `METRICS` over all images, intervals by subject.
+
+    Images are encoded to indices and decoded from them, as users do it.
+
+    Returns: dict for `evaluation.json`; indices, a list of `(N, h, w)` arrays;
+        images encoded per second.
+    """
+    values = {name: [] for name in METRICS}
+    found, seconds = [], []
+    for batch in images:
+        started = time.perf_counter()
+        indices = [level.numpy() for level in vqvae.encode(batch)]
+        seconds.append((time.perf_counter() - started) / len(batch))
+        decoded = vqvae.decode_indices(indices)
+        found.append(indices)
+        for name, metric in METRICS.items():
+            values[name].append(metric(batch, decoded).numpy())
+    scores = {
+        name: bootstrap_by_subject(np.concatenate(parts), subjects)
+        for name, parts in values.items()
+    }
+    scores["ms_ssim"]["scales"] = ms_ssim_scales(*vqvae.image_size)
+    indices = [np.concatenate(level) for level in zip(*found, strict=True)]
+    # The median batch: the first one includes tracing.
+    return scores, indices, 1 / float(np.median(seconds))
+
+
+def evaluate_codebook(vqvae, indices):
+    """Usage of each codebook over a whole split, bottom first."""
+    result = []
+    for level, grid in enumerate(indices, start=1):
+        stats = codebook_stats(grid, vqvae.num_embeddings)
+        result.append(
+            {
+                "level": level,
+                "grid": list(grid.shape[1:]),
+                "num_embeddings": vqvae.num_embeddings,
+                **{k: v for k, v in stats.items() if k != "counts"},
+            }
+        )
+    return result
+
+
+def evaluate_prior(run, vqvae, priors, splits, test_indices):
+    """Bits per code of each split beside what knows less.
+
+    The training figure is over as many images, spread evenly, as the test
+    set has.
+    """
+    stored = np.load(run.indices_path)
+    entries, per_image = [], 0.0
+    for level, prior in enumerate(priors, start=1):
+        bits = {}
+        for name, frame in splits.items():
+            if name == "test":
+                grids = test_indices
+            else:
+                grids = [stored[f"{name}_{i + 1}"] for i in range(vqvae.levels)]
+            rows = spread(len(frame), len(splits["test"]))
+            grids = [grid[rows] for grid in grids]
+            inputs = prior_inputs(prior, grids, frame.iloc[rows])
+            bits[name] = mean_bits(prior, inputs)
+        test = test_indices[level - 1]
+        size = vqvae.num_embeddings
+        entries.append(
+            {
+                "level": level,
+                "bits_per_code": bits,
+                "unigram_bits": unigram_bits(
+                    stored[f"train_{level}"], test, size
+                ),
+                "uniform_bits": math.log2(size),
+            }
+        )
+        per_image += bits["test"] * test[0].size
+    entries[0]["bits_per_image"] = per_image
+    return entries
+
+
+def mean_bits(prior, inputs, batch_size=64):
+    """Mean bits per code of a prior over a dict of arrays."""
+    total = 0.0
+    for k in range(0, len(inputs["indices"]), batch_size):
+        part = {key: value[k : k + batch_size] for key, value in inputs.items()}
+        total -= float(tf.reduce_sum(prior.log_prob(**part)))
+    return total / math.log(2) / inputs["indices"].size
+
+
+def speed_of_training(run):
+    """Images per second of each stage, from `history.csv`."""
+    rates = {}
+    history = pd.read_csv(run.history_path)
+    for stage, rows in history.groupby("stage"):
+        # From the end of the first epoch on, which includes tracing.
+        first, last = rows.iloc[0], rows.iloc[-1]
+        if last["seconds"] > first["seconds"]:
+            rates[f"{stage}_images_per_second_trained"] = float(
+                (last["images"] - first["images"])
+                / (last["seconds"] - first["seconds"])
+            )
+        rates[f"{stage}_minutes"] = float(last["seconds"]) / 60
+    return rates
+
+
+def draw_new_samples(run, vqvae, priors, generate):
+    """Draw the sample grid of a run; how long the samples took."""
+    config = run.config
+    options = {"seed": config.seed, "temperature": config.temperature}
+    generate(vqvae, priors, 1, **options)  # compiles
+    started = time.perf_counter()
+    samples, _ = generate(vqvae, priors, config.num_samples, **options)
+    seconds = time.perf_counter() - started
+    draw_samples(run.figures_path / "samples.png", samples[:64], **options)
+    return {"samples": config.num_samples, "seconds_for_samples": seconds}
+
+
+def draw_samples(path, images, seed, temperature):
+    """Grid of generated images, every one in the order drawn."""
+    title = f"Generated, none left out: seed {seed}, temperature {temperature}"
+    figure_samples(path, images, title, columns=min(8, len(images)))
+
+
+def draw_reconstructions(path, vqvae, images):
+    """Figure of images and what decoding makes of them; returns the SSIM."""
+    decoded = vqvae.reconstruct(images)
+    values = ssim(images, decoded).numpy()
+    figure_reconstructions(path, images, decoded.numpy(), values)
+    return values
+
+
+def draw_test_figures(run, vqvae, images, indices, count=8):
+    """Reconstructions, index maps, codebook usage and curves of a run."""
+    rows = spread(len(indices[0]), count)
+    shown = np.concatenate([batch.numpy() for batch in images.rebatch(64)])[
+        rows
+    ]
+    folder = run.figures_path
+    draw_reconstructions(folder / "reconstructions.png", vqvae, shown)
+    figure_index_maps(
+        folder / "indices.png",
+        shown,
+        [grid[rows] for grid in indices],
+        vqvae.num_embeddings,
+    )
+    size = vqvae.num_embeddings
+    counts = [codebook_stats(grid, size)["counts"] for grid in indices]
+    figure_codebook(folder / "codebook.png", counts)
+    figure_history(folder / "history.png", pd.read_csv(run.history_path))
+
+
+def spread(total, count):
+    """Up to `count` row numbers spread evenly over `total` rows.
+
+    >>> spread(10, 3).tolist()
+    [1, 5, 8]
+    """
+    count = min(count, total)
+    return ((np.arange(count) + 0.5) * total / max(count, 1)).astype(int)
+
+
+def layer_table(model):
+    """Layers of a model with their weights, as aligned text."""
+    rows = [("  layer", "type", "weights")]
+    for layer in model.layers:
+        kind = type(layer).__name__
+        rows.append((f"  {layer.name}", kind, f"{layer.count_params():,}"))
+    return align(rows)
+
+
+def read_json(path):
+    """Content of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_split(run):
+    """`split.csv` of a run as a DataFrame."""
+    if not run.split_path.exists():
+        raise RunError(f"{run.split_path}: missing, so the data are unknown")
+    text = {"subject": str, "scan": str, "label": str, "sha256": str}
+    return pd.read_csv(run.split_path, dtype=text, keep_default_na=False)
+
+
+def write_png(path, image):
+    """Write one image in [0, 1], `(H, W)`, as an 8-bit grey PNG."""
+    from PIL import Image
+
+    pixels = np.round(np.clip(image, 0, 1) * 255).astype("uint8")
+    Image.fromarray(pixels).save(path)
+
+
+def progress_bar(name, unit):
+    """Wrapper of an iterable that shows how far it is and the time left."""
+    tqdm = importlib.import_module("tqdm").tqdm
+    return functools.partial(tqdm, desc=name, unit=unit, leave=False)
+
+
+def fit_verbosity():
+    """Keras's bar with the time left on a terminal, a line an epoch else."""
+    return 1 if sys.stdout.isatty() else 2
