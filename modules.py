@@ -648,7 +648,7 @@ class VQVAE(Configurable, keras.Model):
             setattr(self, f"{name}_{level}", part)
 
     def part(self, name: str, level: int):
-        """`encoder`, `projection`, `quantizer`, `decoder`, `usage` of a level."""
+        """`encoder`, `projection`, `quantizer`, `decoder` or `usage`."""
         return getattr(self, f"{name}_{level}")
 
     @property

@@ -257,7 +257,10 @@ def fit(
     if best:
         callbacks.append(
             keras.callbacks.EarlyStopping(
-                best, patience=config.patience, restore_best_weights=True
+                best,
+                mode="min",
+                patience=config.patience,
+                restore_best_weights=True,
             )
         )
     print(f"training the {stage}: {epochs} epochs of {steps} steps")
