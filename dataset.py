@@ -1149,11 +1149,11 @@ def _simulate_brain(rng, label, size, planes):
     odds = [(w * p) ** 3 + 1e-6 for w, p in zip(weights, odds, strict=True)]
     levels = rng.uniform((0.57, 0.86, 0.14), (0.65, 0.92, 0.22))
     image = np.einsum("t,t...->...", levels, odds) / sum(odds)
-    blur = 0.45 * size / 128
+    blur = 0.6 * size / 128
     image = ndimage.gaussian_filter(image, (0, blur, blur))
     bias = rng.uniform(-0.08, 0.08, 3) / 100
     image = image * (1 + np.einsum("i,i...->...", bias, lattice))
-    image = _rician(rng, image, 0.0175 * levels[1])
+    image = _rician(rng, image, 0.008 * levels[1])
     return np.clip(image * np.clip(2 * brain - 0.5, 0, 1), 0, 1)
 
 

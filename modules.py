@@ -37,6 +37,19 @@ class Configurable:
         own = {name: getattr(self, name) for name in self.ARGUMENTS}
         return {**super().get_config(), **own}
 
+    @classmethod
+    def from_config(cls, config):
+        """Also gives the layers inside the saved precision policy.
+
+        They take the global one, which is that of the training only there.
+        """
+        current = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(keras.dtype_policies.get(config["dtype"]))
+        try:
+            return super().from_config(config)
+        finally:
+            keras.config.set_dtype_policy(current)
+
 
 # === Vector quantizer ===
 
@@ -770,7 +783,8 @@ def dense_step(layer, x):
     Read from its variables, outside `__call__`: the precision policy that
     casts in training does not apply, sampling is float32 always.
     """
-    return layer.activation(tf.matmul(x, layer.kernel) + layer.bias)
+    y = tf.matmul(x, layer.kernel)
+    return layer.activation(y if layer.bias is None else y + layer.bias)
 
 
 @register
@@ -780,40 +794,47 @@ class CausalConv2D(Configurable, keras.layers.Layer):
     Only rows up to the current one have weights; in the last of them a mask
     hides the positions to the right (`mask_type="B"`) or these and the
     position itself (`"A"`). The product `kernel * mask` is taken in `call`,
-    so masked weights get no gradient.
+    so masked weights get no gradient. With `mask_type="row"` nothing of the
+    current row is hidden: that is the vertical stack of a gated network,
+    which computes a row at a time (`step_row`).
 
     Args:
         filters: int. Output channels.
-        kernel_size: odd int k: k columns, (k + 1) / 2 rows.
-        mask_type: "A" for the first layer of a network, else "B".
+        kernel_size: odd int k, columns of the kernel.
+        mask_type: "A" for the first layer of a network, else "B"; or "row".
+        rows: int >= 1, rows of the kernel, the current one included; default
+            (k + 1) / 2.
 
     Input shape: `(B, h, w, C)`. Output shape: `(B, h, w, filters)`.
     Reference: van den Oord et al., 2016, arXiv:1601.06759, sec. 3.4.
     """
 
-    ARGUMENTS = ("filters", "kernel_size", "mask_type")
+    ARGUMENTS = ("filters", "kernel_size", "mask_type", "rows")
 
-    def __init__(self, filters, kernel_size, mask_type, **kwargs):
+    def __init__(self, filters, kernel_size, mask_type, rows=None, **kwargs):
         require(
             kernel_size % 2 == 1 and 1 <= kernel_size <= 63,
             f"kernel_size: expected odd, 1..63, found {kernel_size}",
         )
         require(
-            mask_type in ("A", "B"),
-            f"mask_type: expected A or B, found {mask_type!r}",
+            mask_type in ("A", "B", "row"),
+            f"mask_type: expected A, B or row, found {mask_type!r}",
         )
+        rows = rows or (kernel_size + 1) // 2
+        require(1 <= rows <= 63, f"rows: expected 1..63, found {rows}")
         super().__init__(**kwargs)
         self.filters = filters
         self.kernel_size = kernel_size
         self.mask_type = mask_type
-        self.rows = (kernel_size + 1) // 2
+        self.rows = rows
         self.side = kernel_size // 2
 
     def build(self, input_shape):
         self.channels = input_shape[-1]
         self.mask = np.ones((self.rows, self.kernel_size, 1, 1), "float32")
-        first_hidden = self.side + (self.mask_type == "B")
-        self.mask[-1, first_hidden:] = 0
+        hidden = {"A": self.side, "B": self.side + 1, "row": None}
+        if hidden[self.mask_type] is not None:
+            self.mask[-1, hidden[self.mask_type] :] = 0
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.rows, self.kernel_size, self.channels, self.filters),
@@ -852,6 +873,14 @@ class CausalConv2D(Configurable, keras.layers.Layer):
     def step(self, x, cache, column):
         cache = self.write(x, cache, column)
         return self.read(cache, column), cache
+
+    def step_row(self, x, cache):
+        """Output `(B, w, filters)` of a whole row `x` `(B, w, C)`."""
+        row = tf.pad(x, [[0, 0], [self.side, self.side], [0, 0]])
+        cache = tf.concat([cache[:, 1:], row[:, None]], axis=1)
+        kernel = self.kernel * self.mask
+        y = tf.nn.conv2d(cache, kernel, 1, "VALID")[:, 0] + self.bias
+        return y, cache
 
 
 @register
@@ -1230,7 +1259,7 @@ class AutoregressivePrior(Configurable, keras.Model):
             context = tf.cast(self.context(slice_position), tf.float32)
 
         def draw_row(row, grid, log_prob, caches):
-            caches = self._start_row(caches)
+            caches = self._start_row(caches, row)
 
             def draw(column, grid, log_prob, caches):
                 at = None
@@ -1319,7 +1348,11 @@ def draw_index(logits, uniform, temperature, top_p=1.0, top_k=0):
     # Strictly below the total, whatever the rounding: else an index past the
     # last code of positive probability could be drawn.
     goal = uniform * cumulative[:, -1:] * (1 - 1e-6)
-    return tf.reduce_sum(tf.cast(cumulative <= goal, tf.int32), axis=-1)
+    # Compiled, the sum is rounded in blocks and moves a little between them
+    # at codes of no probability: so ask for a positive one, do not count.
+    codes = tf.range(logits.shape[-1])
+    past = (cumulative > goal) & (probabilities > 0)
+    return tf.reduce_min(tf.where(past, codes, codes[-1]), axis=-1)
 
 
 @register
@@ -1365,7 +1398,7 @@ class PixelCNN(AutoregressivePrior):
             for layer in (self.stem, *self.residual)
         ]
 
-    def _start_row(self, caches):
+    def _start_row(self, caches, row):
         layers = (self.stem, *self.residual)
         return [
             layer.start_row(cache)
@@ -1390,7 +1423,190 @@ class PixelCNN(AutoregressivePrior):
         return [self.stem.write(x, stem, column), *rest]
 
 
-PRIORS = {"pixelcnn": PixelCNN}
+def gate(x):
+    """tanh of the first half of the channels times sigmoid of the second."""
+    signal, weight = tf.split(x, 2, axis=-1)
+    return tf.tanh(signal) * tf.sigmoid(weight)
+
+
+@register
+class GatedBlock(Configurable, keras.layers.Layer):
+    """Vertical and horizontal masked convolutions with gates.
+
+    The vertical stack sees all of the rows up to its own. The horizontal one
+    sees its own row to the left, and the vertical one of the row above: so
+    together all positions before, without a blind spot.
+
+    Args:
+        channels: int. Channels of both stacks.
+        kernel_size: odd int.
+        mask_type: "A" for the first block, which adds no input to its output,
+            else "B".
+        dropout: float in [0, 1). After the gate of the horizontal stack.
+        use_context: bool. Whether a context map enters the horizontal gate.
+
+    Input shape: vertical and horizontal `(B, h, w, channels)`; with context
+        `(B, h, w, any)`. Output shape: both stacks again.
+    Reference: van den Oord et al., 2016, arXiv:1606.05328, fig. 2.
+    """
+
+    ARGUMENTS = (
+        "channels",
+        "kernel_size",
+        "mask_type",
+        "dropout",
+        "use_context",
+    )
+
+    def __init__(
+        self,
+        channels,
+        kernel_size,
+        mask_type,
+        dropout=0.0,
+        use_context=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.mask_type = mask_type
+        self.dropout = dropout
+        self.use_context = use_context
+        self.vertical = CausalConv2D(2 * channels, kernel_size, "row")
+        self.horizontal = CausalConv2D(
+            2 * channels, kernel_size, mask_type, rows=1
+        )
+        self.link = keras.layers.Dense(2 * channels)
+        self.expand = keras.layers.Dense(channels)
+        self.drop = keras.layers.Dropout(dropout)
+        if use_context:
+            self.context = keras.layers.Dense(2 * channels, use_bias=False)
+
+    def call(self, vertical, horizontal, context=None, training=False):
+        rows = self.vertical(vertical)
+        above = tf.pad(rows[:, :-1], [[0, 0], [1, 0], [0, 0], [0, 0]])
+        x = self.horizontal(horizontal) + self.link(above)
+        if self.use_context:
+            x = x + self.context(context)
+        y = self.expand(self.drop(gate(x), training=training))
+        return gate(rows), y if self.mask_type == "A" else horizontal + y
+
+    def init_cache(self, batch, width):
+        """Rows of the vertical stack, the row so far, the link from above."""
+        return [
+            self.vertical.init_cache(batch, width),
+            self.horizontal.init_cache(batch, width),
+            tf.zeros((batch, width, 2 * self.channels)),
+        ]
+
+    def start_row(self, vertical, cache, row):
+        """Take in the row above, finished by now; zeros before the first.
+
+        Args:
+            vertical: `(B, w, channels)`, input of the vertical stack there.
+            row: number of the row that starts.
+
+        Returns: output of the vertical stack there, the cache.
+        """
+        rows, seen = self.vertical.step_row(vertical, cache[0])
+        rows *= tf.cast(row > 0, rows.dtype)
+        return gate(rows), [
+            seen,
+            self.horizontal.start_row(cache[1]),
+            dense_step(self.link, rows),
+        ]
+
+    def read(self, cache, column, context=None):
+        """Gate and expansion at `column`, from the cache alone."""
+        seen, own, above = cache
+        batch, _, channels = above.shape
+        link = tf.slice(above, [0, column, 0], [batch, 1, channels])[:, 0]
+        x = self.horizontal.read(own, column) + link
+        if self.use_context:
+            x = x + dense_step(self.context, context)
+        return dense_step(self.expand, gate(x))
+
+    def write(self, x, cache, column):
+        seen, own, above = cache
+        return [seen, self.horizontal.write(x, own, column), above]
+
+    def step(self, x, cache, column, context=None):
+        cache = self.write(x, cache, column)
+        return x + self.read(cache, column, context), cache
+
+
+@register
+class GatedPixelCNN(AutoregressivePrior):
+    """Gated blocks of a vertical and a horizontal stack: no blind spot.
+
+    The first block has `kernel_size` columns, the others 3. Arguments, shapes
+    and methods are those of `AutoregressivePrior`.
+
+    Reference: van den Oord et al., 2016, arXiv:1606.05328.
+    """
+
+    def _build_layers(self):
+        shared = {"dropout": self.dropout, "use_context": self.use_context}
+        self.stem = GatedBlock(
+            self.channels, self.kernel_size, "A", use_context=self.use_context
+        )
+        self.residual = [
+            GatedBlock(self.channels, 3, "B", **shared)
+            for _ in range(self.blocks)
+        ]
+        self.head = [
+            keras.layers.Dense(self.channels, activation="relu")
+            for _ in range(self.head_layers)
+        ]
+
+    def _hidden(self, x, context, training):
+        vertical = horizontal = x
+        for block in (self.stem, *self.residual):
+            vertical, horizontal = block(
+                vertical, horizontal, context, training=training
+            )
+        x = tf.nn.relu(horizontal)
+        for layer in self.head:
+            x = layer(x)
+        return x
+
+    def _init_caches(self, batch, width):
+        """The embedded row so far, then the caches of the blocks."""
+        blocks = (self.stem, *self.residual)
+        row = tf.zeros((batch, width, self.channels))
+        return [row, *(block.init_cache(batch, width) for block in blocks)]
+
+    def _start_row(self, caches, row):
+        vertical, *caches = caches
+        moved = [tf.zeros_like(vertical)]
+        for block, cache in zip(
+            (self.stem, *self.residual), caches, strict=True
+        ):
+            vertical, cache = block.start_row(vertical, cache, row)
+            moved.append(cache)
+        return moved
+
+    def _step(self, caches, column, context):
+        row, stem, *rest = caches
+        x = self.stem.read(stem, column, context)
+        moved = [row, stem]
+        for block, cache in zip(self.residual, rest, strict=True):
+            x, cache = block.step(x, cache, column, context)
+            moved.append(cache)
+        x = tf.nn.relu(x)
+        for layer in self.head:
+            x = dense_step(layer, x)
+        return x, moved
+
+    def _write(self, index, caches, column):
+        row, stem, *rest = caches
+        x = tf.gather(self.embedding.embeddings, index)
+        row = keras.ops.slice_update(row, [0, column, 0], x[:, None])
+        return [row, self.stem.write(x, stem, column), *rest]
+
+
+PRIORS = {"pixelcnn": PixelCNN, "gated": GatedPixelCNN}
 
 
 # === The chain: images -> indices -> images ===
