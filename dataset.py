@@ -511,7 +511,7 @@ def _inspect_all(index):
             total=len(paths),
             desc="checking",
             unit="file",
-            disable=len(paths) < QUIET_BELOW,
+            disable=True if len(paths) < QUIET_BELOW else None,
         ) as bar,
     ):
         tasks = ([paths[i] for i in rows] for rows in groups)

@@ -264,15 +264,16 @@ def fit(
             )
         )
     print(f"training the {stage}: {epochs} epochs of {steps} steps")
-    model.fit(
-        batches,
-        epochs=epochs,
-        steps_per_epoch=steps,
-        validation_data=validation,
-        callbacks=callbacks,
-        shuffle=False,
-        verbose=utils.fit_verbosity(),
-    )
+    with dataset.naming_files():
+        model.fit(
+            batches,
+            epochs=epochs,
+            steps_per_epoch=steps,
+            validation_data=validation,
+            callbacks=callbacks,
+            shuffle=False,
+            verbose=utils.fit_verbosity(),
+        )
     if not all(np.isfinite(w).all() for w in model.get_weights()):
         raise utils.NumericsError(
             f"{stage}: weights are not finite after training; nothing was "

@@ -42,8 +42,9 @@ from pathlib import Path
 
 import numpy as np
 
-# TensorFlow's start-up notices; its errors are still shown.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# TensorFlow's own log: what fails is raised as an exception too, and its graph
+# optimizer reports every fusion that it gives up as an error.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 # ---------------------------------------------------------------- 1. Errors
@@ -190,7 +191,9 @@ def run_main(main, argv=None):
         user_error = _as_user_error(error)
         if debug or user_error is None:
             raise
-        print("error:", " ".join(str(user_error).split()), file=sys.stderr)
+        # A DataError may list files, a line each; others are one line.
+        lines = [" ".join(line.split()) for line in str(user_error).split("\n")]
+        print("error:", "\n".join(lines), file=sys.stderr)
         sys.exit(user_error.exit_code)
     if code:
         sys.exit(code)
@@ -639,7 +642,7 @@ class Config:
 
     # prior
     prior: str = flag(
-        "pixelcnn", "network", choices=("pixelcnn",), section="prior"
+        "pixelcnn", "network", choices=("pixelcnn", "gated"), section="prior"
     )
     prior_channels: int = flag(128, "feature channels", 1, 4096)
     prior_blocks: int = flag(5, "residual blocks", 0, 128)
@@ -866,7 +869,9 @@ def write_json(path, value):
 
 def write_csv(path, frame):
     """Write a pandas table atomically, without its index."""
-    write_atomic(path, lambda p: frame.to_csv(p, index=False))
+    # A file name need not be valid UTF-8.
+    options = {"index": False, "errors": "surrogateescape"}
+    write_atomic(path, lambda p: frame.to_csv(p, **options))
 
 
 def file_sha256(path):
@@ -1797,7 +1802,12 @@ def read_split(run):
     if not run.split_path.exists():
         raise RunError(f"{run.split_path}: missing, so the data are unknown")
     text = {"subject": str, "scan": str, "label": str, "sha256": str}
-    return pd.read_csv(run.split_path, dtype=text, keep_default_na=False)
+    return pd.read_csv(
+        run.split_path,
+        dtype=text,
+        keep_default_na=False,
+        encoding_errors="surrogateescape",
+    )
 
 
 def write_png(path, image):
@@ -1811,7 +1821,9 @@ def write_png(path, image):
 def progress_bar(name, unit):
     """Wrapper of an iterable that shows how far it is and the time left."""
     tqdm = importlib.import_module("tqdm").tqdm
-    return functools.partial(tqdm, desc=name, unit=unit, leave=False)
+    return functools.partial(
+        tqdm, desc=name, unit=unit, leave=False, disable=None
+    )
 
 
 def fit_verbosity():
