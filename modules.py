@@ -51,9 +51,6 @@ class Configurable:
         finally:
             keras.config.set_dtype_policy(current)
 
-    def build_from_config(self, config):
-        """Nothing: models are built by `__init__`, layers by their call."""
-
 
 # === Vector quantizer ===
 

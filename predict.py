@@ -7,9 +7,12 @@
     python predict.py inspect RUN
 
 RUN is a folder that train.py made; without it the newest one is taken.
+Evaluating other data leaves those of the run alone: it writes
+RUN/evaluation-NAME.json and RUN/figures/NAME, NAME the last part of DIR.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,9 @@ import dataset
 import utils
 
 modules = utils.lazy_import("modules")
-pd = utils.lazy_import("pandas")
+
+SHOWN = 64  # images in the grid
+SAMPLING = ("temperature", "top_k", "top_p", "slice_position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,12 @@ class Generate(OfRun):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(OfRun):
-    """Measure everything on test subjects; `evaluation.json` and figures."""
+    """Measure everything on test subjects; `evaluation.json` and figures.
+
+    Of another data set, with --data-dir, every image is a test image, and the
+    results go to `evaluation-NAME.json` and `figures/NAME` in the run folder,
+    NAME the last part of DIR.
+    """
 
     data_dir: str | None = utils.flag(
         None, "other data, all of it as test set", metavar="DIR"
@@ -72,6 +82,11 @@ class Evaluate(OfRun):
     dataset: str = utils.flag(
         "auto", "layout of --data-dir", choices=("auto", *utils.REAL_DATASETS)
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset != "auto" and self.data_dir is None:
+            raise utils.FlagError("--dataset: goes with --data-dir only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +125,7 @@ def show(run, options):
     else:
         print("no prior in this run: nothing generated")
     if run.evaluation_path.exists():
-        print(utils.summary_table(utils.read_json(run.evaluation_path)))
+        print(utils.summary_table(utils.read_evaluation(run)))
 
 
 def reconstruct(run, options):
@@ -120,12 +135,15 @@ def reconstruct(run, options):
         frame = dataset.index_files(options.images)
         name = "reconstructed_images"
     else:
-        frame = load_split(run, options.split)
+        frame = utils.read_splits(run, [options.split])[options.split]
+        if frame.empty:
+            raise utils.DataError(f"{options.split}: no images in {run.path}")
         frame = frame.iloc[utils.spread(len(frame), options.count)]
         name = "reconstructions"
-    images = np.concatenate(
-        [batch.numpy() for batch in image_batches(run, frame)]
-    )
+    with dataset.naming_files():
+        images = np.concatenate(
+            [batch.numpy() for batch in image_batches(run, frame)]
+        )
     path = run.figures_path / f"{name}.png"
     values = utils.draw_reconstructions(path, vqvae, images)
     for file, value in zip(frame["path"], values, strict=True):
@@ -137,48 +155,100 @@ def generate(run, options):
     """Write `samples/*.png` and the grid `figures/samples.png`."""
     vqvae = utils.load_model(run.vqvae_path)
     priors = utils.load_priors(run, vqvae)
-    position = options.slice_position
-    images, _ = modules.generate(
-        vqvae,
-        priors,
-        options.number,
-        options.seed,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        slice_position=None
-        if position is None
-        else np.full(options.number, position),
-        progress=utils.progress_bar("sampling", "chunk"),
-    )
     folder = run.path / "samples"
     folder.mkdir(exist_ok=True)
-    for k, image in enumerate(images):
-        utils.write_png(folder / f"seed{options.seed}_{k:06d}.png", image)
+    shown = []
+    chunk = modules.AutoregressivePrior.SAMPLE_CHUNK
+    starts = range(0, options.number, chunk)
+    for first in utils.progress_bar("sampling", "chunk")(starts):
+        count = min(chunk, options.number - first)
+        images = draw(vqvae, priors, options, first, count)
+        for k, image in enumerate(images, start=first):
+            utils.write_png(folder / sample_name(options, k), image)
+        shown.extend(images[: SHOWN - len(shown)])
     path = run.figures_path / "samples.png"
-    utils.draw_samples(path, images[:64], options.seed, options.temperature)
+    utils.draw_samples(path, np.stack(shown), options.seed, options.temperature)
     print(f"{options.number} images in {folder}, grid in {path}")
 
 
+def draw(vqvae, priors, options, first, count):
+    """Images `first` to `first + count` of a request, `(count, H, W)`."""
+    position = options.slice_position
+    if position is not None:
+        position = np.full(count, position)
+    images, _ = modules.generate(
+        vqvae,
+        priors,
+        count,
+        options.seed,
+        first=first,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        slice_position=position,
+    )
+    return images
+
+
+def sample_name(options, number):
+    """File of an image: the seed, what differs from the default, its number."""
+    parts = [f"seed{options.seed}"]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in SAMPLING and value != field.default:
+            parts.append(f"{field.name.replace('_', '-')}{value:g}")
+    return "_".join([*parts, f"{number:06d}.png"])
+
+
 def evaluate(run, options):
-    """Write `evaluation.json` and every figure, print the summary."""
+    """Measure the run on its test images, or on other data; draw figures."""
     vqvae = utils.load_model(run.vqvae_path)
     priors = utils.load_priors(run, vqvae) if run.prior_path.exists() else []
     if options.data_dir:
-        layout = options.dataset
-        if layout == "auto":
-            layout = dataset.detect_layout(options.data_dir)
-        frame = dataset.load_index(
-            options.data_dir, layout, image_size=run.info["image_size"]
-        )
-        splits = {"test": frame.assign(split="test")}
+        evaluation, figures = evaluate_other(run, vqvae, priors, options)
     else:
-        splits = {name: load_split(run, name) for name in dataset.SPLITS}
-    images = {name: image_batches(run, frame) for name, frame in splits.items()}
-    evaluation = utils.evaluate(
-        run, vqvae, priors, splits, images, modules.generate
-    )
+        splits = utils.read_splits(run, ["test"])
+        with dataset.naming_files():
+            evaluation = utils.evaluate(
+                run,
+                vqvae,
+                priors,
+                splits,
+                image_batches(run, splits["test"]),
+                modules.generate,
+            )
+        figures = run.figures_path
     print(utils.summary_table(evaluation))
+    print(f"figures in {figures}")
+
+
+def evaluate_other(run, vqvae, priors, options):
+    """Measure the run on all images of another data set."""
+    layout = options.dataset
+    if layout == "auto":
+        layout = dataset.detect_layout(options.data_dir)
+    index = dataset.load_index(
+        options.data_dir, layout, image_size=run.info["image_size"]
+    )
+    print(f"all {len(index)} images are test images")
+    with dataset.naming_files():
+        evaluation, figures = utils.evaluate_external(
+            run,
+            vqvae,
+            priors,
+            index,
+            image_batches(run, index),
+            dataset=layout,
+            simulated=index.attrs["simulated"],
+            data_dir=str(Path(options.data_dir).absolute()),
+        )
+    if seen := evaluation["data"]["images_seen_in_training"]:
+        print(
+            f"warning: {seen} of {len(index)} images were trained on: the "
+            "scores are too good",
+            file=sys.stderr,
+        )
+    return evaluation, figures
 
 
 def inspect(run, options):
@@ -191,8 +261,12 @@ def inspect(run, options):
     print(f"run        {run.path}")
     print(f"recipe     {run.config.recipe}")
     print(f"command    {run.info['command']}")
-    print(f"data       {run.config.dataset}, ", end="")
-    print("simulated" if run.info["simulated"] else "real")
+    if "prior_command" in run.info:
+        print(f"prior      {run.info['prior_command']}")
+    kind = "simulated" if run.info["simulated"] else "real"
+    print(f"data       {run.config.dataset}, {kind}, ", end="")
+    splits = utils.read_splits(run, needed=())
+    print(", ".join(f"{len(v)} {name}" for name, v in splits.items()))
     print(f"image size {utils.size_text(run.info['image_size'])}")
     for level, grid in enumerate(vqvae.latent_grids, start=1):
         print(f"level {level}    grid {utils.size_text(grid)}, ", end="")
@@ -202,23 +276,11 @@ def inspect(run, options):
         print(f"{model.count_params():,} weights")
         print(utils.layer_table(model))
     print("\nsettings")
-    print(utils.align([(f"  {k}", str(v)) for k, v in config.items()]))
+    rows = [(f"  {name}", utils.typed(v)) for name, v in config.items()]
+    print(utils.align(rows))
     if run.evaluation_path.exists():
         print("\nscores")
-        print(utils.summary_table(utils.read_json(run.evaluation_path)))
-
-
-def load_split(run, name):
-    """Index of one split of the run's data, as `split.csv` lists it."""
-    frame = utils.read_split(run)
-    frame = frame[frame["split"] == name].reset_index(drop=True)
-    missing = next((p for p in frame["path"] if not Path(p).exists()), None)
-    if missing:
-        raise utils.DataError(
-            f"{missing}: in {run.split_path} but no longer there; give other "
-            "data with --images or --data-dir"
-        )
-    return frame
+        print(utils.summary_table(utils.read_evaluation(run)))
 
 
 def image_batches(run, frame):

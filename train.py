@@ -12,6 +12,8 @@ The steps: images -> VQ-VAE -> indices -> prior -> samples -> evaluation. All
 results go to one run folder.
 """
 
+import shlex
+import sys
 import time
 
 import numpy as np
@@ -31,40 +33,42 @@ def main(argv):
     config = utils.resolve(argv, description=__doc__)
     if config.smoke:
         config = config.smoked()
-    run = open_run(config)
+    run, splits = start(config)
     policy, reason = utils.choose_precision(config.precision)
     print(f"run folder {run.path}, precision {policy} ({reason})")
     keras.config.set_dtype_policy(policy)
-    utils.set_seed(config.seed)
-
-    splits = load_splits(run)
-    if config.stage != "prior":
-        train_vqvae(run, splits)
-    vqvae = utils.load_model(run.vqvae_path)
-    indices = encode_splits(run, vqvae, splits)
-    priors = []
-    if config.stage != "vqvae":
-        train_prior(run, indices, splits)
-        priors = utils.load_priors(run, vqvae)
-    finish(run, vqvae, priors, splits)
+    with dataset.naming_files():
+        if config.stage != "prior":
+            train_vqvae(run, splits)
+        vqvae = utils.load_model(run.vqvae_path)
+        indices = encode_splits(run, vqvae, splits)
+        priors = []
+        if config.stage != "vqvae":
+            train_prior(run, vqvae, indices, splits)
+            priors = utils.load_priors(run, vqvae)
+        finish(run, vqvae, priors, splits)
 
 
-def open_run(config):
-    """The run folder: a new one, or for `--stage prior` an earlier one."""
-    if config.stage != "prior":
-        return utils.Run.create(config)
-    run = utils.Run.open(config.run_dir)
-    utils.check_keras_file(run.vqvae_path)
-    run.config = config
-    run.update()
-    return run
+def start(config):
+    """The run folder and the splits; a refused start leaves no folder.
+
+    Returns: `Run`; dict of DataFrames, `train`, `validate`, `test`.
+    """
+    if config.stage == "prior":
+        run = utils.Run.open(config.run_dir)
+        utils.check_keras_file(run.vqvae_path)
+        run.config = config
+        return run, utils.read_splits(run)
+    run = utils.Run.create(config)
+    try:
+        return run, load_splits(run)
+    except BaseException:
+        run.discard()
+        raise
 
 
 def load_splits(run):
-    """Index of the slices of each split, checked; written to `split.csv`.
-
-    Returns: dict of DataFrames, `train`, `validate`, `test`.
-    """
+    """Index of the slices of each split, checked; written to `split.csv`."""
     config = run.config
     root, layout = config.data_dir, config.dataset
     if layout == "phantom":
@@ -76,7 +80,14 @@ def load_splits(run):
         root, layout, skip_bad=config.skip_bad, image_size=config.image_size
     )
     size = config.image_size or dataset.native_size(index)
-    utils.check_image_size(size, config.total_downsampling, "size of the data")
+    utils.check_image_size(
+        size,
+        config.total_downsampling,
+        "--image-size, by default that of the data",
+    )
+    if config.smoke:
+        number = index.groupby("split").cumcount()
+        index = index[number < utils.SMOKE_IMAGES]
     run.update(
         image_size=size,
         simulated=index.attrs["simulated"],
@@ -84,20 +95,18 @@ def load_splits(run):
         resize=config.resize,
     )
     utils.write_csv(run.split_path, index)
-    splits = {name: index[index["split"] == name] for name in dataset.SPLITS}
-    if config.smoke:
-        splits = {k: v[: utils.SMOKE_IMAGES] for k, v in splits.items()}
-    return splits
+    return {name: index[index["split"] == name] for name in dataset.SPLITS}
 
 
 def image_batches(run, frame, batch_size, **options):
-    """`dataset.make_dataset` with the size and reading rule of a run."""
+    """`dataset.make_dataset` as a run reads images; None for no images."""
+    if frame.empty:
+        return None
     return dataset.make_dataset(
         frame,
         run.info["image_size"],
         batch_size,
         resize=run.config.resize,
-        cache=run.config.cache,
         **options,
     )
 
@@ -105,6 +114,7 @@ def image_batches(run, frame, batch_size, **options):
 def train_vqvae(run, splits):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
     config = run.config
+    utils.set_seed(config.seed)
     batch_size = min(config.batch_size, len(splits["train"]))
     images = image_batches(
         run,
@@ -112,6 +122,7 @@ def train_vqvae(run, splits):
         batch_size,
         seed=config.seed,
         epochs=config.epochs,
+        cache=config.cache,
     )
     model = modules.VQVAE(
         image_size=run.info["image_size"],
@@ -133,7 +144,9 @@ def train_vqvae(run, splits):
     run.update(latent_grids=model.latent_grids)
     print(f"VQ-VAE: {model.count_params():,} weights, grids", end=" ")
     print(", ".join(utils.size_text(grid) for grid in model.latent_grids))
-    validation = image_batches(run, splits["validate"], batch_size)
+    validation = image_batches(
+        run, splits["validate"], batch_size, cache=config.cache
+    )
     fit(
         run,
         "vqvae",
@@ -150,10 +163,7 @@ def train_vqvae(run, splits):
 
 def data_variance(run, frame, most=512):
     """Variance of the pixels of up to `most` images spread over `frame`."""
-    spread = frame.iloc[:: max(1, len(frame) // most)]
-    images = dataset.make_dataset(
-        spread, run.info["image_size"], 64, resize=run.config.resize
-    )
+    images = image_batches(run, frame.iloc[utils.spread(len(frame), most)], 64)
     pixels = np.concatenate([batch.numpy() for batch in images])
     return float(pixels.var()) or 1.0
 
@@ -166,7 +176,8 @@ def encode_splits(run, vqvae, splits):
     indices = {}
     for name, frame in splits.items():
         images = image_batches(run, frame, 32)
-        indices[name] = modules.encode_dataset(vqvae, images)
+        if images is not None:
+            indices[name] = modules.encode_dataset(vqvae, images)
     arrays = {
         f"{name}_{level}": grid
         for name, levels in indices.items()
@@ -178,10 +189,13 @@ def encode_splits(run, vqvae, splits):
     return indices
 
 
-def train_prior(run, indices, splits):
-    """Train the prior of a run and save it as `prior.keras`."""
+def train_prior(run, vqvae, indices, splits):
+    """Train the prior of a run and save it as `prior.keras`.
+
+    The same whether the VQ-VAE was trained just before or in an earlier run.
+    """
     config = run.config
-    vqvae = utils.load_model(run.vqvae_path)
+    utils.set_seed(config.seed)
     model = modules.PRIORS[config.prior](
         num_embeddings=vqvae.num_embeddings,
         latent_grid=vqvae.latent_grids[0],
@@ -197,9 +211,12 @@ def train_prior(run, indices, splits):
     print(f"{config.prior} prior: {model.count_params():,} weights")
     batch_size = min(config.prior_batch_size, len(splits["train"]))
     data = {
-        name: utils.prior_inputs(model, indices[name], frame)
-        for name, frame in splits.items()
+        name: utils.prior_inputs(model, indices[name], splits[name])
+        for name in indices
     }
+    validation = None
+    if "validate" in data:
+        validation = dataset.array_batches(data["validate"], batch_size)
     fit(
         run,
         "prior",
@@ -210,14 +227,16 @@ def train_prior(run, indices, splits):
             seed=config.seed,
             epochs=config.prior_epochs,
         ),
-        dataset.array_batches(data["validate"], batch_size),
+        validation,
         epochs=config.prior_epochs,
         images=len(splits["train"]),
         batch_size=batch_size,
         learning_rate=config.prior_learning_rate,
-        best="val_bits_per_code",
+        best="val_bits_per_code" if validation else None,
     )
     utils.save_model(model, run.prior_path)
+    if config.stage == "prior":
+        run.update(prior_command=shlex.join(sys.argv))
 
 
 def fit(
@@ -237,7 +256,7 @@ def fit(
 
     Args:
         batches: dataset of the batches of all epochs.
-        validation: dataset of one pass.
+        validation: dataset of one pass, or None.
         images: how many an epoch has.
         best: name of a metric; the weights of the epoch where it was least
             are restored at the end.
@@ -253,7 +272,8 @@ def fit(
         ),
         jit_compile=False,
     )
-    callbacks = [history_log(run, stage, steps, images)]
+    images = min(images, steps * batch_size)
+    callbacks = [history_log(run, stage, steps, images), finite_check(stage)]
     if best:
         callbacks.append(
             keras.callbacks.EarlyStopping(
@@ -264,21 +284,15 @@ def fit(
             )
         )
     print(f"training the {stage}: {epochs} epochs of {steps} steps")
-    with dataset.naming_files():
-        model.fit(
-            batches,
-            epochs=epochs,
-            steps_per_epoch=steps,
-            validation_data=validation,
-            callbacks=callbacks,
-            shuffle=False,
-            verbose=utils.fit_verbosity(),
-        )
-    if not all(np.isfinite(w).all() for w in model.get_weights()):
-        raise utils.NumericsError(
-            f"{stage}: weights are not finite after training; nothing was "
-            "saved, try a smaller learning rate"
-        )
+    model.fit(
+        batches,
+        epochs=epochs,
+        steps_per_epoch=steps,
+        validation_data=validation,
+        callbacks=callbacks,
+        shuffle=False,
+        verbose=utils.fit_verbosity(),
+    )
 
 
 def schedule(config, learning_rate, steps):
@@ -298,24 +312,44 @@ def history_log(run, stage, steps, images):
     started = time.monotonic()
     rows = []
     if run.history_path.exists():
-        earlier = pd.read_csv(run.history_path)
+        earlier = utils.read_history(run)
         rows = earlier[earlier["stage"] != stage].to_dict("records")
 
     def add(epoch, logs):
         seconds = time.monotonic() - started
         row = {"stage": stage, "epoch": epoch + 1, "step": (epoch + 1) * steps}
-        row |= {"images": (epoch + 1) * images, "seconds": round(seconds, 1)}
+        row |= {"images": (epoch + 1) * images, "seconds": round(seconds, 3)}
         rows.append({**row, **logs})
         utils.write_csv(run.history_path, pd.DataFrame(rows))
 
     return keras.callbacks.LambdaCallback(on_epoch_end=add)
 
 
+def finite_check(stage):
+    """Callback that ends the training once a loss or weight is not finite.
+
+    A NaN in the data can leave every loss finite: ReLU may turn it into 0.
+    """
+    flag = "--learning-rate" if stage == "vqvae" else "--prior-learning-rate"
+
+    def check(epoch, logs):
+        bad = [k for k, value in logs.items() if not np.isfinite(value)]
+        weights = callback.model.get_weights()
+        if not all(np.isfinite(w).all() for w in weights):
+            bad.append("weights")
+        if bad:
+            raise utils.NumericsError(
+                f"{stage}: not finite after epoch {epoch + 1}: "
+                f"{', '.join(bad)}; no model was saved, try a smaller {flag}"
+            )
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=check)
+    return callback
+
+
 def finish(run, vqvae, priors, splits):
     """Evaluate on the test subjects, draw the figures, print the summary."""
-    images = {
-        name: image_batches(run, frame, 32) for name, frame in splits.items()
-    }
+    images = image_batches(run, splits["test"], 32)
     evaluation = utils.evaluate(
         run, vqvae, priors, splits, images, modules.generate
     )

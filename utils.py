@@ -110,13 +110,18 @@ class _LazyModule:
         # Tools that look a module over (`__wrapped__`) must not import it.
         if attribute.startswith("__") and attribute != "__version__":
             raise AttributeError(attribute)
-        if self._name in sys.modules or "tensorflow" in sys.modules:
-            return getattr(importlib.import_module(self._name), attribute)
-        with _quiet_start():
-            module = importlib.import_module(self._name)
-            if "tensorflow" in sys.modules:  # its notices on GPUs come now
-                sys.modules["tensorflow"].config.list_physical_devices()
-        return getattr(module, attribute)
+        return getattr(_import_module(self._name), attribute)
+
+
+def _import_module(name):
+    """Import a module; without notices if it is the first to use TensorFlow."""
+    if name in sys.modules or "tensorflow" in sys.modules:
+        return importlib.import_module(name)
+    with _quiet_start():
+        module = importlib.import_module(name)
+        if "tensorflow" in sys.modules:  # its notices on GPUs come now
+            sys.modules["tensorflow"].config.list_physical_devices()
+    return module
 
 
 @contextlib.contextmanager
@@ -191,8 +196,10 @@ def run_main(main, argv=None):
         user_error = _as_user_error(error)
         if debug or user_error is None:
             raise
-        # A DataError may list files, a line each; others are one line.
-        lines = [" ".join(line.split()) for line in str(user_error).split("\n")]
+        lines = [str(user_error)]
+        if isinstance(user_error, DataError):  # may list files, a line each
+            lines = lines[0].split("\n")
+        lines = [" ".join(line.split()) for line in lines]
         print("error:", "\n".join(lines), file=sys.stderr)
         sys.exit(user_error.exit_code)
     if code:
@@ -495,7 +502,26 @@ RECIPES = {
         description="simulated brains, sized for two CPU cores",
         source=_PIXELCNN,
         figure="-",
-        settings={},
+        settings={
+            "cache": True,
+            "downsampling": 4,
+            "channels": 64,
+            "num_embeddings": 256,
+            "embedding_dim": 32,
+            "ssim_weight": 1.0,
+            "epochs": 12,
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "prior_channels": 96,
+            "prior_blocks": 8,
+            "prior_kernel_size": 5,
+            "prior_head_layers": 1,
+            "position_features": True,
+            "condition": "slice",
+            "prior_epochs": 10,
+            "prior_batch_size": 16,
+            "prior_learning_rate": 2e-3,
+        },
     ),
     "adni-vqvae-pixelcnn": Recipe(
         description="few wide codes on a coarse grid",
@@ -513,6 +539,8 @@ RECIPES = {
             "batch_size": 32,
             "epochs": 30,
             "prior_channels": 128,
+            "position_features": True,
+            "condition": "slice",
             "prior_blocks": 2,
             "prior_head_layers": 2,
             "prior_learning_rate": 3e-4,
@@ -535,6 +563,8 @@ RECIPES = {
             "learning_rate": 1e-3,
             "batch_size": 16,
             "epochs": 30,
+            "position_features": True,
+            "condition": "slice",
             "prior_blocks": 2,
             "prior_head_layers": 2,
         },
@@ -553,8 +583,15 @@ RECIPES = {
             "learning_rate": 1e-3,
             "batch_size": 16,
             "epochs": 30,
-            "prior_learning_rate": 3e-4,
-            "prior_batch_size": 128,
+            "prior_channels": 96,
+            "prior_blocks": 8,
+            "prior_kernel_size": 5,
+            "prior_head_layers": 1,
+            "prior_dropout": 0.1,
+            "position_features": True,
+            "condition": "slice",
+            "prior_learning_rate": 1e-3,
+            "prior_batch_size": 32,
         },
     ),
 }
@@ -597,7 +634,7 @@ class Config:
     data_dir: str | None = flag(
         None, "folder of a real data set", metavar="DIR"
     )
-    phantom_subjects: int = flag(80, "simulated subjects", 2, 100_000)
+    phantom_subjects: int = flag(80, "simulated subjects", 3, 100_000)
     image_size: tuple[int, int] | None = flag(
         None,
         "height and width trained at, in pixels, a multiple of the total "
@@ -725,7 +762,12 @@ class Config:
 
     def smoked(self):
         """Return these settings shrunk to a run of seconds."""
-        small = {k: min(getattr(self, k), v) for k, v in _SMOKE_CAPS.items()}
+        fixed = _fixed_by_vqvae(type(self)) if self.stage == "prior" else ()
+        small = {
+            name: min(getattr(self, name), cap)
+            for name, cap in _SMOKE_CAPS.items()
+            if name not in fixed
+        }
         return dataclasses.replace(self, **small)
 
 
@@ -753,7 +795,13 @@ class _ListRecipes(argparse.Action):
 def resolve(argv=None, config_class=Config, description=None):
     """Return the `Config` of a command line.
 
-    Flags given win over the recipe, the recipe over the defaults.
+    Flags given win over the recipe, the recipe over the defaults. With
+    `--stage prior` they win over the settings of the run in `--run-dir`, but
+    for those that its VQ-VAE was trained with.
+
+    Raises:
+        FlagError: if a flag is out of bounds or contradicts another.
+        RunError: if `--stage prior` is not given the folder of a run.
     """
     parser = _Parser(description=description or config_class.__doc__)
     parser.add_argument(
@@ -766,11 +814,60 @@ def resolve(argv=None, config_class=Config, description=None):
     _add_flags(parser, config_class)
     given = _read_arguments(parser, argv, [config_class])
 
+    if given.get("stage") == "prior":
+        return _build(config_class, _prior_settings(config_class, given))
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     recipe = given.get("recipe", fields["recipe"].default)
     if recipe not in RECIPES:
         _refuse(fields["recipe"], str, recipe)
-    return _build(config_class, {**RECIPES[recipe].settings, **given})
+    config = _build(config_class, {**RECIPES[recipe].settings, **given})
+    if config.levels > 1 and config.stage == "all":
+        raise FlagError(
+            f"--levels: priors are for 1 level only, found {config.levels}; "
+            "train the VQ-VAE alone with --stage vqvae"
+        )
+    return config
+
+
+def _prior_settings(config_class, given):
+    """Return the settings of `--stage prior`: those of its run, then flags."""
+    if "run_dir" not in given:
+        raise FlagError(
+            "--stage prior needs --run-dir: the folder of a run that holds a "
+            "trained VQ-VAE"
+        )
+    run = Run.open(given["run_dir"], config_class)
+    trained = dataclasses.asdict(run.config)
+    if "image_size" in run.info:
+        trained["image_size"] = tuple(run.info["image_size"])
+    for name in _fixed_by_vqvae(config_class):
+        if name in given and given[name] != trained[name]:
+            flag_name = "--" + name.replace("_", "-")
+            raise FlagError(
+                f"{flag_name}: the VQ-VAE in {run.path} was trained with "
+                f"{typed(trained[name])}, found {typed(given[name])}; leave "
+                "the flag out, or train both anew without --stage prior"
+            )
+    if trained["levels"] > 1:
+        raise FlagError(
+            f"--stage prior: priors are for 1 level only, {run.path} has "
+            f"{trained['levels']}"
+        )
+    return {**trained, "smoke": False, "debug": False, **given}
+
+
+def _fixed_by_vqvae(config_class):
+    """Return the settings of the data and of the VQ-VAE, which fix a prior."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    both = {"cache", "schedule", "warmup_steps"}  # serve the prior as well
+    return [n for n in names[: names.index("prior")] if n not in both]
+
+
+def typed(value):
+    """Return a setting as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return size_text(value)
+    return str(value).lower() if value in (None, True, False) else str(value)
 
 
 def list_recipes():
@@ -915,6 +1012,7 @@ class Run:
         self.path = Path(path)
         self.config = config
         self.info = info
+        self.is_new = False
 
     config_path = property(lambda self: self.path / "config.json")
     split_path = property(lambda self: self.path / "split.csv")
@@ -924,6 +1022,12 @@ class Run:
     history_path = property(lambda self: self.path / "history.csv")
     evaluation_path = property(lambda self: self.path / "evaluation.json")
     figures_path = property(lambda self: self.path / "figures")
+
+    def external_paths(self, data_dir):
+        """Evaluation file and figure folder of another data set."""
+        name = os.path.basename(os.path.abspath(data_dir)) or "root"
+        name = re.sub(r"[^\w.-]", "_", name)
+        return self.path / f"evaluation-{name}.json", self.figures_path / name
 
     @classmethod
     def create(cls, config):
@@ -942,6 +1046,7 @@ class Run:
         }
         run = cls(path, config, info)
         try:
+            run.is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             run._refuse_contents()
             run.update()
@@ -996,6 +1101,13 @@ class Run:
             )
         return cls.open(max(files, key=lambda p: p.stat().st_mtime).parent)
 
+    def discard(self):
+        """Remove the folder again if nothing came of the run."""
+        if [entry.name for entry in self.path.iterdir()] == ["config.json"]:
+            self.config_path.unlink()
+            if self.is_new:
+                self.path.rmdir()
+
     def update(self, **keys):
         """Add keys to `info` and rewrite `config.json` in one step."""
         self.info.update(keys)
@@ -1045,7 +1157,7 @@ def load_model(path, compile=True):
     # Registers our layers with Keras; its import cannot be at the top, as
     # modules.py imports this file.
     if importlib.util.find_spec("modules"):
-        importlib.import_module("modules")
+        _import_module("modules")
     try:
         return keras.models.load_model(path, compile=compile, safe_mode=True)
     except Exception as error:
@@ -1233,7 +1345,8 @@ def bootstrap_by_subject(values, subjects, n=2000, seed=0):
     draws = np.random.default_rng(seed).multinomial(len(counts), share, n)
     means = (draws @ sums) / (draws @ counts)
     low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values.mean()), "ci95": [float(low), float(high)]}
+    mean = sums.sum() / counts.sum()
+    return {"mean": float(mean), "ci95": [float(low), float(high)]}
 
 
 def _count(indices, num_embeddings):
@@ -1395,7 +1508,14 @@ def _columns(count, aspect):
     return min(choices, key=lambda c: (-count % c, abs(c - ideal)))
 
 
-HISTORY_KEYS = ("stage", "epoch", "step", "seconds", "learning_rate")
+HISTORY_KEYS = (
+    "stage",
+    "epoch",
+    "step",
+    "images",
+    "seconds",
+    "learning_rate",
+)
 
 
 def figure_history(path, history_frame):
@@ -1577,48 +1697,88 @@ def evaluate(run, vqvae, priors, splits, images, generate):
     """Measure a run on images that no training step saw; draw its figures.
 
     Args:
-        splits: dict of the index of each split; `test` at least.
-        images: dict of a dataset of batches for each of them.
+        splits: dict of the index of each split.
+        images: dataset of the batches of the test split.
         generate: `modules.generate`.
 
     Returns: what is written to `evaluation.json`.
     """
-    test = splits["test"]
+    about = {
+        "dataset": run.config.dataset,
+        "simulated": run.info["simulated"],
+    }
+    evaluation, indices = measure(run, vqvae, priors, splits, images, about)
+    speed = evaluation["speed"]
+    speed |= speed_of_training(run)
+    if priors:
+        speed |= draw_new_samples(run, vqvae, priors, generate)
+    speed["peak_memory_mb"] = peak_memory_mb()
+    write_json(run.evaluation_path, evaluation)
+    draw_test_figures(run.figures_path, vqvae, images, indices)
+    figure_history(run.figures_path / "history.png", read_history(run))
+    return evaluation
+
+
+def evaluate_external(run, vqvae, priors, frame, images, **about):
+    """Measure a run on another data set, all of it as test images.
+
+    Nothing of the run is replaced: see `Run.external_paths`.
+
+    Args:
+        frame: index of the data set; `images`: dataset of its batches.
+        about: dataset, simulated and data_dir, for the `data` part.
+
+    Returns: what is written, and the folder of the figures.
+    """
+    own = read_splits(run, needed=())
+    seen = pd.concat([own["train"], own["validate"]])["sha256"]
+    about["images_seen_in_training"] = int(frame["sha256"].isin(seen).sum())
+    evaluation, indices = measure(
+        run, vqvae, priors, {"test": frame}, images, about
+    )
+    path, figures = run.external_paths(about["data_dir"])
+    write_json(path, evaluation)
+    draw_test_figures(figures, vqvae, images, indices)
+    return evaluation, figures
+
+
+def measure(run, vqvae, priors, splits, images, about):
+    """What both evaluations have in common.
+
+    Args:
+        images: dataset of the batches of `splits["test"]`.
+        about: what else the `data` part says.
+
+    Returns: the parts of `evaluation.json`; the indices of the test images.
+    """
     reconstruction, indices, per_second = evaluate_reconstruction(
-        vqvae, images["test"], test["subject"]
+        vqvae, images, splits["test"]["subject"]
     )
     evaluation = {
-        "data": describe_data(run, splits),
+        "data": {
+            **about,
+            "image_size": list(vqvae.image_size),
+            **count_data(splits),
+        },
         "reconstruction": reconstruction,
         "codebook": evaluate_codebook(vqvae, indices),
-        "speed": speed_of_training(run),
+        "speed": {"images_per_second_encoded": per_second},
     }
-    speed = evaluation["speed"]
-    speed["images_per_second_encoded"] = per_second
     if priors:
         evaluation["prior"] = evaluate_prior(
             run, vqvae, priors, splits, indices
         )
-        speed.update(draw_new_samples(run, vqvae, priors, generate))
-    speed["peak_memory_mb"] = peak_memory_mb()
-    write_json(run.evaluation_path, evaluation)
-    draw_test_figures(run, vqvae, images["test"], indices)
-    return evaluation
+    return evaluation, indices
 
 
-def describe_data(run, splits):
-    """What the figures are taken on: the `data` part of an evaluation."""
+def count_data(splits):
+    """Subjects and images of each split."""
     return {
-        "dataset": run.config.dataset,
-        "simulated": run.info["simulated"],
-        "image_size": list(run.info["image_size"]),
-        **{
-            name: {
-                "subjects": int(frame["subject"].nunique()),
-                "images": len(frame),
-            }
-            for name, frame in splits.items()
-        },
+        name: {
+            "subjects": int(frame["subject"].nunique()),
+            "images": len(frame),
+        }
+        for name, frame in splits.items()
     }
 
 
@@ -1672,11 +1832,13 @@ def evaluate_prior(run, vqvae, priors, splits, test_indices):
     The training figure is over as many images, spread evenly, as the test
     set has.
     """
-    stored = np.load(run.indices_path)
+    stored = read_indices(run)
     entries, per_image = [], 0.0
     for level, prior in enumerate(priors, start=1):
         bits = {}
         for name, frame in splits.items():
+            if frame.empty:
+                continue
             if name == "test":
                 grids = test_indices
             else:
@@ -1714,8 +1876,7 @@ def mean_bits(prior, inputs, batch_size=64):
 def speed_of_training(run):
     """Images per second of each stage, from `history.csv`."""
     rates = {}
-    history = pd.read_csv(run.history_path)
-    for stage, rows in history.groupby("stage"):
+    for stage, rows in read_history(run).groupby("stage"):
         # From the end of the first epoch on, which includes tracing.
         first, last = rows.iloc[0], rows.iloc[-1]
         if last["seconds"] > first["seconds"]:
@@ -1753,24 +1914,27 @@ def draw_reconstructions(path, vqvae, images):
     return values
 
 
-def draw_test_figures(run, vqvae, images, indices, count=8):
-    """Reconstructions, index maps, codebook usage and curves of a run."""
+def draw_test_figures(folder, vqvae, images, indices, count=8):
+    """Reconstructions, index maps and codebook usage of test images."""
     rows = spread(len(indices[0]), count)
-    shown = np.concatenate([batch.numpy() for batch in images.rebatch(64)])[
-        rows
-    ]
-    folder = run.figures_path
+    shown = pick(images, rows)
     draw_reconstructions(folder / "reconstructions.png", vqvae, shown)
-    figure_index_maps(
-        folder / "indices.png",
-        shown,
-        [grid[rows] for grid in indices],
-        vqvae.num_embeddings,
-    )
     size = vqvae.num_embeddings
+    figure_index_maps(
+        folder / "indices.png", shown, [grid[rows] for grid in indices], size
+    )
     counts = [codebook_stats(grid, size)["counts"] for grid in indices]
     figure_codebook(folder / "codebook.png", counts)
-    figure_history(folder / "history.png", pd.read_csv(run.history_path))
+
+
+def pick(images, rows):
+    """Images number `rows`, an array, of a dataset of batches."""
+    kept, first = [], 0
+    for batch in images:
+        inside = (rows >= first) & (rows < first + len(batch))
+        kept.append(batch.numpy()[rows[inside] - first])
+        first += len(batch)
+    return np.concatenate(kept)
 
 
 def spread(total, count):
@@ -1784,30 +1948,76 @@ def spread(total, count):
 
 
 def layer_table(model):
-    """Layers of a model with their weights, as aligned text."""
+    """Layers of a model, named by attribute, with their weights, as text."""
+    names = {}
+    for name, value in vars(model).items():
+        if isinstance(value, list) and not name.startswith("_"):
+            names |= {id(v): f"{name}[{k}]" for k, v in enumerate(value)}
+        names.setdefault(id(value), name)
     rows = [("  layer", "type", "weights")]
     for layer in model.layers:
-        kind = type(layer).__name__
-        rows.append((f"  {layer.name}", kind, f"{layer.count_params():,}"))
+        name, kind = names.get(id(layer), layer.name), type(layer).__name__
+        rows.append((f"  {name}", kind, f"{layer.count_params():,}"))
     return align(rows)
 
 
-def read_json(path):
-    """Content of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+@contextlib.contextmanager
+def _reading(path):
+    """Turn what fails over a file of a run into a `RunError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: missing from the run folder") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path}: damaged ({error})") from error
 
 
-def read_split(run):
-    """`split.csv` of a run as a DataFrame."""
-    if not run.split_path.exists():
-        raise RunError(f"{run.split_path}: missing, so the data are unknown")
-    text = {"subject": str, "scan": str, "label": str, "sha256": str}
-    return pd.read_csv(
-        run.split_path,
-        dtype=text,
-        keep_default_na=False,
-        encoding_errors="surrogateescape",
-    )
+def read_evaluation(run):
+    """`evaluation.json` of a run."""
+    with _reading(run.evaluation_path):
+        return json.loads(run.evaluation_path.read_text(encoding="utf-8"))
+
+
+def read_indices(run):
+    """`indices.npz` of a run as a dict of arrays."""
+    with _reading(run.indices_path), np.load(run.indices_path) as file:
+        return dict(file)
+
+
+def read_history(run):
+    """`history.csv` of a run as a DataFrame."""
+    with _reading(run.history_path):
+        return pd.read_csv(run.history_path, float_precision="round_trip")
+
+
+def read_splits(run, needed=("train", "validate", "test")):
+    """The splits of `split.csv`: {name: DataFrame}.
+
+    Raises:
+        DataError: if files of a split in `needed` are no longer there.
+    """
+    text = dict.fromkeys(("path", "subject", "scan", "label", "sha256"), str)
+    with _reading(run.split_path):
+        frame = pd.read_csv(
+            run.split_path,
+            dtype=text,
+            keep_default_na=False,
+            float_precision="round_trip",
+            encoding_errors="surrogateescape",
+        )
+        splits = {
+            name: frame[frame["split"] == name].reset_index(drop=True)
+            for name in ("train", "validate", "test")
+        }
+    files = [path for name in needed for path in splits[name]["path"]]
+    missing = [path for path in files if not os.path.exists(path)]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no longer there, like {len(missing)} of "
+            f"{len(files)} files in {run.split_path}; put them back "
+            "(predict.py takes others, with --images or --data-dir)"
+        )
+    return splits
 
 
 def write_png(path, image):

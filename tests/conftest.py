@@ -1,10 +1,11 @@
-"""Tiny data sets in the three layouts, shared by all tests.
+"""Tiny data sets in the three layouts and tiny runs, shared by all tests.
 
 The folders are made once a session: copy one before changing it.
 """
 
 import gzip
 import os
+import shutil
 
 # Before TensorFlow is imported by whichever test comes first.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -80,3 +81,55 @@ def hipmri_dir(tmp_path_factory):
             name = f"case_{case:03d}_week_0_slice_{k}.nii.gz"
             write_nifti(folder / name, image)
     return root
+
+
+TINY = (
+    "--epochs 2 --learning-rate 0.01 --batch-size 4 --channels 8 "
+    "--residual-blocks 1 --residual-channels 4 --num-embeddings 16 "
+    "--embedding-dim 4 --ssim-weight 0 --no-cache --prior-epochs 2 "
+    "--prior-learning-rate 0.01 --prior-batch-size 8 --prior-channels 8 "
+    "--prior-blocks 1 --condition slice --num-samples 3 --precision float32"
+).split()
+
+
+def train_tiny(run_dir, *flags, data=None):
+    """Train in this process, return the run."""
+    import train
+    import utils
+
+    if data is not None:
+        flags = ("--dataset", "oasis", "--data-dir", str(data), *TINY, *flags)
+    train.main([*flags, "--run-dir", str(run_dir)])
+    return utils.Run.open(run_dir)
+
+
+def copy_run(run, folder):
+    """Return a copy of a run inside `folder`, to be changed at will."""
+    import utils
+
+    return utils.Run.open(shutil.copytree(run.path, folder / "copy"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(oasis_dir, tmp_path_factory):
+    """The whole chain on `oasis_dir`."""
+    return train_tiny(tmp_path_factory.mktemp("tiny") / "run", data=oasis_dir)
+
+
+@pytest.fixture(scope="session")
+def vqvae_run(oasis_dir, tmp_path_factory):
+    """The run of `tiny_run` up to the VQ-VAE."""
+    folder = tmp_path_factory.mktemp("vqvae")
+    return train_tiny(folder / "run", "--stage", "vqvae", data=oasis_dir)
+
+
+@pytest.fixture(scope="session")
+def smoke_folder(tmp_path_factory):
+    """Folder where `train.py --smoke` ran, without data of its own."""
+    import train
+
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(["--smoke"])
+    return folder

@@ -1,7 +1,7 @@
 """Tests of modules.py."""
 
+import functools
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +23,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 # A prior class is tested by adding it here, and to `LAYERS` below.
-CONTEXT = {"position_features": True, "slice_condition": True}
-PRIORS = [
-    (modules.PixelCNN, {}),
-    (modules.PixelCNN, CONTEXT),
-    (modules.GatedPixelCNN, {}),
-    (modules.GatedPixelCNN, CONTEXT),
-]
+PRIOR_CLASSES = [modules.PixelCNN, modules.GatedPixelCNN]
 NO_BLIND_SPOT = [modules.GatedPixelCNN]
+CONTEXT = {"position_features": True, "slice_condition": True}
+PRIORS = [(cls, kw) for cls in PRIOR_CLASSES for kw in ({}, CONTEXT)]
 PRIOR_IDS = [f"{cls.__name__}{'-context' * bool(kw)}" for cls, kw in PRIORS]
 
 
@@ -117,17 +113,17 @@ def prior_batch(prior, n, seed=0):
     return batch
 
 
-def train(model, batches, epochs=1, optimizer=None):
-    """Keras history of `epochs` over a list of batches."""
-    batches = [tf.data.Dataset.from_tensors(batch) for batch in batches]
-    dataset = batches[0]
+def train(model, batches, epochs=1, repeat=1, optimizer=None):
+    """Keras history of `epochs` over `repeat` times a list of batches."""
+    dataset = tf.data.Dataset.from_tensors(batches[0])
     for batch in batches[1:]:
-        dataset = dataset.concatenate(batch)
+        dataset = dataset.concatenate(tf.data.Dataset.from_tensors(batch))
     if optimizer or not model.compiled:
-        model.compile(
-            optimizer or keras.optimizers.Adam(0.01), jit_compile=False
-        )
-    return model.fit(dataset, epochs=epochs, shuffle=False, verbose=0).history
+        optimizer = optimizer or keras.optimizers.Adam(0.01)
+        model.compile(optimizer, jit_compile=False)
+    return model.fit(
+        dataset.repeat(repeat), epochs=epochs, shuffle=False, verbose=0
+    ).history
 
 
 def evaluate(model, batch):
@@ -148,11 +144,17 @@ def batch_of(model, inputs):
     return dict(zip(names, inputs, strict=False))
 
 
+def float_outputs(layer, inputs, **options):
+    outputs = tf.nest.flatten(layer(*inputs, **options))
+    return [x for x in outputs if tf.as_dtype(x.dtype).is_floating]
+
+
 def training_loss(layer, inputs):
     if isinstance(layer, keras.Model):
         return layer._batch_loss(batch_of(layer, inputs), training=True)
-    first = tf.nest.flatten(layer(*inputs, training=True))[0]
-    return tf.add_n([tf.reduce_mean(first**2), *layer.losses])
+    outputs = float_outputs(layer, inputs, training=True)
+    losses = [tf.reduce_mean(output**2) for output in outputs]
+    return tf.add_n(losses + layer.losses)
 
 
 def check_layer(cls, kwargs, inputs, shapes, trainable, frozen, folder):
@@ -168,10 +170,6 @@ def check_layer(cls, kwargs, inputs, shapes, trainable, frozen, folder):
     layer = cls(**kwargs)
     config = layer.get_config()
     assert {name: config[name] for name in kwargs} == kwargs
-    assert cls.from_config(config).get_config() == config
-    written = json.dumps(keras.saving.serialize_keras_object(layer))
-    read = keras.saving.deserialize_keras_object(json.loads(written))
-    assert type(read) is cls and read.get_config() == config
 
     outputs = tf.nest.flatten(layer(*inputs))
     assert [tuple(output.shape) for output in outputs] == shapes
@@ -185,7 +183,10 @@ def check_layer(cls, kwargs, inputs, shapes, trainable, frozen, folder):
 
     is_model = isinstance(layer, keras.Model)
     model = layer if is_model else keras.Model(symbols, symbolic)
-    check_saving(model, inputs, folder / "layer.keras")
+    opened = check_saving(model, inputs, folder / "layer.keras")
+    # Opening it is `from_config` of the configuration written as JSON.
+    again = opened if is_model else opened.get_layer(layer.name)
+    assert type(again) is cls and again.get_config() == config
     check_training(layer, inputs)
     check_mixed_precision(cls, kwargs, inputs, folder / "mixed.keras")
 
@@ -197,6 +198,7 @@ def check_saving(model, inputs, path):
     assert_all_equal(weights_of(opened), weights_of(model))
     found = tf.nest.flatten(model_call(opened, inputs))
     assert_all_equal(found, expected)
+    return opened
 
 
 def model_call(model, inputs):
@@ -234,11 +236,13 @@ def fit_wrapped(layer, inputs):
     entering = list(symbols)
     if not layer.trainable_weights:  # `fit` warns without any
         entering[0] = keras.layers.Dense(inputs[0].shape[-1])(symbols[0])
-    first = tf.nest.flatten(layer(*entering))[0]
-    model = keras.Model(symbols, first)
-    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
-    target = np.zeros((len(inputs[0]), *first.shape[1:]), "float32")
-    history = model.fit(list(inputs), target, verbose=0).history
+    outputs = float_outputs(layer, entering)
+    model = keras.Model(symbols, outputs)
+    losses = ["mse"] * len(outputs)
+    model.compile(keras.optimizers.Adam(0.01), losses, jit_compile=False)
+    n = len(inputs[0])
+    targets = [np.zeros((n, *x.shape[1:]), "float32") for x in outputs]
+    history = model.fit(list(inputs), targets, verbose=0).history
     assert np.isfinite(history["loss"]).all()
 
 
@@ -454,12 +458,7 @@ LAYERS = [
             (18 + (update == "gradient")) * levels,
             (4 - (update == "gradient")) * levels,
         )
-        for levels, update in (
-            (1, "ema"),
-            (1, "gradient"),
-            (2, "ema"),
-            (3, "ema"),
-        )
+        for levels, update in ((1, "ema"), (2, "gradient"), (3, "ema"))
     ],
     (
         "pixelcnn",
@@ -500,6 +499,8 @@ LAYERS = [
 ]
 
 
+# A layer of layers is built by the call that follows when it is opened.
+@pytest.mark.filterwarnings("ignore:`build\\(\\)` was called on layer")
 @pytest.mark.parametrize("case", LAYERS, ids=[case[0] for case in LAYERS])
 def test_layer(case, tmp_path):
     check_layer(*case[1:], folder=tmp_path)
@@ -515,7 +516,7 @@ def test_every_class_is_checked():
         and value not in (modules.Configurable, modules.AutoregressivePrior)
     }
     assert {case[1] for case in LAYERS} == classes
-    assert {cls for cls, _ in PRIORS} == set(modules.PRIORS.values())
+    assert set(PRIOR_CLASSES) == set(modules.PRIORS.values())
 
 
 # Vector quantizer
@@ -903,8 +904,8 @@ def test_training_reduces_the_loss(settings):
     """Prevents: a loss that does not reach the weights."""
     images = blocky_images(8)
     model = tiny_vqvae(**settings, data_variance=float(images.var()))
-    losses = train(model, [images], epochs=40)["loss"]
-    assert losses[-1] < 0.5 * losses[0]
+    first, last = train(model, [images], epochs=2, repeat=20)["loss"]
+    assert last < 0.6 * first  # means over steps 1 to 20 and 21 to 40
     trained = [model.part("quantizer", i + 1) for i in range(model.levels)]
     assert all(quantizer.step.numpy() == 40 for quantizer in trained)
 
@@ -1064,26 +1065,39 @@ def test_context_map_tells_places_and_slices_apart():
 # Priors
 
 
-def trained_prior(cls, kwargs):
-    """A prior far from uniform, after a training step."""
+@functools.cache
+def trained_prior(cls, with_context):
+    """A prior far from uniform, after a training step; shared by tests."""
     keras.utils.set_random_seed(0)
-    prior = tiny_prior(cls, **kwargs)
+    prior = tiny_prior(cls, **(CONTEXT if with_context else {}))
     perturb(prior)
     train(prior, [prior_batch(prior, 8)])
     return prior
 
 
-@pytest.fixture(scope="module", params=PRIORS, ids=PRIOR_IDS)
+@pytest.fixture(params=PRIORS, ids=PRIOR_IDS)
 def prior(request):
-    return trained_prior(*request.param)
+    cls, kwargs = request.param
+    return trained_prior(cls, bool(kwargs))
+
+
+def small(cls, **kwargs):
+    return tiny_prior(cls, num_embeddings=3, latent_grid=(2, 2), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def small_uniforms():
+    """`_uniforms` of grids of 2x2, drawn once for all of the priors."""
+    return functools.cache(small(modules.PixelCNN)._uniforms)
 
 
 @pytest.fixture(scope="module", params=PRIORS, ids=PRIOR_IDS)
-def small_prior(request):
+def small_prior(request, small_uniforms):
     """A prior with 81 grids, of unequal probability."""
     cls, kwargs = request.param
-    prior = tiny_prior(cls, num_embeddings=3, latent_grid=(2, 2), **kwargs)
+    prior = small(cls, **kwargs)
     perturb(prior, scale=0.4)
+    prior._uniforms = small_uniforms
     return prior
 
 
@@ -1091,7 +1105,7 @@ ALL_GRIDS = np.array(list(itertools.product(range(3), repeat=4)), "int32")
 ALL_GRIDS = ALL_GRIDS.reshape(81, 2, 2)
 
 
-def influence(prior, rounds=3):
+def influence(prior, rounds=2):
     """Size of the gradient of the logits at t by the embedded index at s.
 
     Returns: `(T, T)` array over raster positions t and s.
@@ -1245,9 +1259,10 @@ def test_samples_have_their_probability(small_prior, temperature, top_k):
     assert statistic < scipy.stats.chi2.isf(1e-3, len(counts) - 1)
 
 
-def test_uniform_logits_are_log2_k_bits(prior):
+@pytest.mark.parametrize("cls", PRIOR_CLASSES)
+def test_uniform_logits_are_log2_k_bits(cls):
     """Prevents: nats called bits, or a mean over the wrong axis."""
-    uniform = tiny_prior(type(prior), num_embeddings=8)
+    uniform = tiny_prior(cls, num_embeddings=8)
     uniform.logits.kernel.assign(np.zeros(uniform.logits.kernel.shape))
     batch = prior_batch(uniform, 4)
     # 1e-6: ln 8 in float32, divided by ln 2.
@@ -1276,16 +1291,19 @@ def test_bits_and_loss_of_an_epoch(prior):
     assert evaluate(still, batches[1])["loss"] == pytest.approx(last, rel=1e-5)
 
 
-def test_training_a_prior_reduces_the_loss(prior):
+@pytest.mark.parametrize("cls", PRIOR_CLASSES)
+def test_training_a_prior_reduces_the_loss(cls):
     """Prevents: a loss that does not reach the weights."""
-    learner = tiny_prior(type(prior))
-    losses = train(learner, [prior_batch(learner, 4)], epochs=30)["loss"]
-    assert losses[-1] < 0.8 * losses[0]
+    learner = tiny_prior(cls)
+    batches = [prior_batch(learner, 4)]
+    first, last = train(learner, batches, epochs=2, repeat=20)["loss"]
+    assert last < 0.8 * first  # means over steps 1 to 20 and 21 to 40
 
 
-def test_dropout_only_in_training(prior):
+@pytest.mark.parametrize("cls", PRIOR_CLASSES)
+def test_dropout_only_in_training(cls):
     """Prevents: likelihoods that change from call to call."""
-    noisy = tiny_prior(type(prior), dropout=0.5)
+    noisy = tiny_prior(cls, dropout=0.5)
     perturb(noisy)
     indices = prior_batch(noisy, 4)["indices"]
     np.testing.assert_array_equal(noisy(indices), noisy(indices))
@@ -1320,13 +1338,15 @@ def greedy(prior):
     return grid
 
 
+@pytest.mark.parametrize("cls", PRIOR_CLASSES)
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-6}],
     ids=lambda options: next(iter(options)),
 )
-def test_sharpest_sampling_is_greedy(prior, options):
+def test_sharpest_sampling_is_greedy(cls, options):
     """Prevents: temperature, top k or top p that do not reach the draw."""
+    prior = trained_prior(cls, False)
     expected = np.repeat(greedy(prior), 3, axis=0)
     for seed in (0, 1):
         grids = prior.sample(3, seed=seed, **options)
@@ -1384,9 +1404,10 @@ def test_position_features_break_translation():
     assert spread[0] < 1e-5 < 1e-2 < spread[1]  # 1e-5: rounding
 
 
-def test_codebook_hash_survives_saving(prior, tmp_path):
+@pytest.mark.parametrize("cls", PRIOR_CLASSES)
+def test_codebook_hash_survives_saving(cls, tmp_path):
     """Prevents: a prior that accepts the codebook of another VQ-VAE."""
-    marked = tiny_prior(type(prior), codebook_sha256="0f" * 32)
+    marked = tiny_prior(cls, codebook_sha256="0f" * 32)
     opened = reload(marked, tmp_path / "prior.keras")
     assert opened.codebook_sha256 == "0f" * 32
     assert opened.latent_grid == (3, 5)
@@ -1516,13 +1537,14 @@ def observe(model):
     """Everything a user gets from a model, and what a training step does."""
     if isinstance(model, modules.VQVAE):
         batch = blocky_images(4, seed=9)
-        found = {"output": model(batch), "images": model.reconstruct(batch)}
-        for level, grid in enumerate(model.encode(batch)):
-            found[f"indices_{level}"] = grid
-        found["decoded"] = model.decode_indices(model.encode(batch))
+        indices = model.encode(batch)
+        found = {f"indices_{k}": grid for k, grid in enumerate(indices)}
+        found["output"] = model(batch)
+        found["compiled_images"] = model.decode_indices(indices)
     else:
         batch = prior_batch(model, 4, seed=9)
-        found = {"logits": model(**batch), "nats": model.log_prob(**batch)}
+        found = {"logits": model(**batch)}
+        found["compiled_nats"] = model.log_prob(**batch)
         found["samples"] = model.sample(4, seed=3, **request_for(model, 4))
     found["iterations"] = model.optimizer.iterations
     found = {name: np.asarray(value) for name, value in found.items()}
@@ -1546,13 +1568,15 @@ def reopened(tmp_path_factory):
     keras.utils.set_random_seed(0)
     folder = tmp_path_factory.mktemp("saved")
     models = {"vqvae": tiny_vqvae(levels=2)}
-    train(models["vqvae"], [blocky_images(4)], epochs=3)
-    for name, (cls, kwargs) in zip(PRIOR_IDS, PRIORS, strict=True):
-        models[name] = trained_prior(cls, kwargs)
+    train(models["vqvae"], [blocky_images(4)], repeat=3)
+    for cls in PRIOR_CLASSES:
+        models[cls.__name__] = trained_prior(cls, True)
     here = {}
     for name, model in models.items():
         model.save(folder / f"{name}.keras")
+        before = model.get_weights()
         here[name] = observe(model)
+        model.set_weights(before)  # the priors are shared
     code = (
         "import sys; from tests import test_modules; "
         "test_modules.observe_folder(sys.argv[1])"
@@ -1562,7 +1586,9 @@ def reopened(tmp_path_factory):
     return here, there
 
 
-@pytest.mark.parametrize("name", ["vqvae", *PRIOR_IDS])
+@pytest.mark.parametrize(
+    "name", ["vqvae", *[cls.__name__ for cls in PRIOR_CLASSES]]
+)
 def test_reopened_in_a_new_process(reopened, name):
     """Prevents: a saved model that differs, or forgets its optimizer."""
     here, there = reopened[0][name], reopened[1][name]
@@ -1570,14 +1596,17 @@ def test_reopened_in_a_new_process(reopened, name):
     assert here["iterations"] > 0
     assert here["iterations_after"] == here["iterations"] + 1
     for key, value in here.items():
-        if key.startswith("after_"):
-            # A training step from the same state and moments; 1e-5: sums of
-            # gradients over threads in any order.
-            np.testing.assert_allclose(
-                there[key], value, rtol=1e-5, atol=1e-5, err_msg=key
-            )
-        else:
-            np.testing.assert_array_equal(there[key], value, err_msg=key)
+        # Compiled, TensorFlow orders sums by the names of layers, which are
+        # numbered over a process: equal but for rounding. `after`: a training
+        # step from the same weights and moments.
+        rounded = key.startswith(("compiled", "after"))
+        np.testing.assert_allclose(
+            there[key],
+            value,
+            rtol=1e-5 if rounded else 0,
+            atol=1e-5 if rounded else 0,
+            err_msg=key,
+        )
 
 
 # The chain

@@ -57,8 +57,9 @@ def raising(error):
     ],
 )
 def test_user_error_is_one_line_and_exit_code(kind, code, capsys):
-    assert exit_of(raising(kind("a\n b"))) == code
-    assert capsys.readouterr().err == "error: a b\n"
+    assert exit_of(raising(kind("a\n  b"))) == code
+    lines = "a\nb" if kind is utils.DataError else "a b"  # a list of files
+    assert capsys.readouterr().err == f"error: {lines}\n"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_failed_lazy_import_shows_what_it_wrote(tmp_path, monkeypatch, capfd):
         (["--epochs"], "expected one argument"),
         (["--epoch", "3"], "unknown argument; did you mean --epochs?"),
         (["--volume=3"], "unknown argument"),
-        (["--codebook", "x"], "one of ema, gradient, found 'x'"),
+        (["--codebook-update", "x"], "one of ema, gradient, found 'x'"),
         (["--downsampling", "3"], "one of 2, 4, 8, 16, 32, found 3"),
         (["--prior-kernel-size", "4"], "one of 3, 5, 7"),
         (["--recipe", "x"], "one of quickstart, adni-vqvae-pixelcnn"),
@@ -244,7 +245,9 @@ def test_values_are_read_by_type():
 
 
 def test_defaults_are_a_valid_configuration():
-    assert utils.resolve([]) == utils.Config()
+    quickstart = utils.RECIPES["quickstart"].settings
+    assert utils.resolve([]) == utils.Config(**quickstart)
+    assert utils.resolve([]).recipe == utils.Config().recipe == "quickstart"
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_recipe_wins_over_defaults_and_flags_over_recipe():
     argv = "--recipe adni-vqvae-pixelcnn --data-dir d".split()
     config = utils.resolve(argv)
     assert (config.num_embeddings, config.downsampling) == (32, 8)
-    assert config.codebook == "gradient" and config.data_dir == "d"
+    assert config.codebook_update == "gradient" and config.data_dir == "d"
     config = utils.resolve([*argv, "--num-embeddings", "512"])  # the default
     assert (config.num_embeddings, config.downsampling) == (512, 8)
     config = utils.resolve([*argv, "--image-size", "none"])

@@ -1,0 +1,400 @@
+"""Tests of predict.py: every verb on a tiny run, and what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import modules
+import predict
+import utils
+from tests.conftest import SIZE, SLICES, copy_run
+from tests.test_train import FIGURES, check_figures, files
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of `tiny_run` to be changed at will."""
+    return copy_run(tiny_run, tmp_path)
+
+
+def call(*argv):
+    predict.main([str(part) for part in argv])
+
+
+def refused(code, capsys, *argv):
+    """Run the script; return its one line on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        utils.run_main(predict.main, [str(part) for part in argv])
+    assert caught.value.code == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def samples_of(run, pattern="*"):
+    """Return {name: pixels} of the generated images."""
+    found = {}
+    for path in sorted((run.path / "samples").glob(pattern)):
+        with Image.open(path) as image:
+            assert (image.format, image.mode) == ("PNG", "L")
+            found[path.name] = np.asarray(image)
+    return found
+
+
+def rows(text):
+    """Return {file name: SSIM} that a reconstruction printed."""
+    found = re.findall(r"^SSIM (\S+) +(.*)$", text, re.MULTILINE)
+    return {name: float(value) for value, name in found}
+
+
+# Without a verb
+
+
+def test_bare_command_takes_the_newest_run_and_draws_both_figures(
+    tiny_run, vqvae_run, tmp_path, monkeypatch, capsys
+):
+    for name, source in (("a-new", tiny_run), ("b-old", vqvae_run)):
+        shutil.copytree(source.path, tmp_path / "runs" / name)
+        shutil.rmtree(tmp_path / "runs" / name / "figures")
+    os.utime(tmp_path / "runs" / "b-old" / "vqvae.keras", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    predict.main([])
+    check_figures(Path("runs/a-new/figures"), ["reconstructions", "samples"])
+    assert not Path("runs/b-old/figures").exists()
+    assert len(list(Path("runs/a-new/samples").glob("*.png"))) == 64
+    text = capsys.readouterr().out
+    assert len(rows(text)) == SLICES
+    assert "bits per code" in text and "ssim foreground" in text
+
+    shutil.rmtree("runs/a-new")
+    predict.main([])
+    check_figures(Path("runs/b-old/figures"), ["reconstructions"])
+    assert "no prior in this run" in capsys.readouterr().out
+
+
+def test_bare_command_without_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = refused(4, capsys)
+    assert "runs: no trained run here" in error and "train.py" in error
+    assert not list(tmp_path.iterdir())
+
+
+# Reconstruct
+
+
+def test_reconstruct_a_split(run, capsys):
+    shutil.rmtree(run.figures_path)
+    call("reconstruct", run.path, "--split", "train", "--count", "5")
+    found = rows(capsys.readouterr().out)
+    names = [Path(p).name for p in utils.read_splits(run)["train"]["path"]]
+    assert list(found) == [names[k] for k in utils.spread(16, 5)]
+    check_figures(run.figures_path, ["reconstructions"])
+
+
+def test_reconstruct_images(run, adni_dir, tmp_path, capsys):
+    paths = sorted((adni_dir / "test").rglob("*.jpeg"))[:2]
+    call("reconstruct", run.path, "--images", *paths)
+    found = rows(capsys.readouterr().out)
+    vqvae = utils.load_model(run.vqvae_path)
+    for path in paths:
+        data = path.read_bytes()
+        image = tf.io.decode_jpeg(
+            data, channels=1, dct_method="INTEGER_ACCURATE"
+        )
+        image = tf.cast(image, tf.float32)[None] / 255
+        value = tf.image.ssim(image, vqvae.reconstruct(image), max_val=1.0)
+        assert found[path.name] == pytest.approx(value.numpy()[0], abs=1e-4)
+    check_figures(
+        run.figures_path, FIGURES | {"samples", "reconstructed_images"}
+    )
+
+
+# Generate
+
+
+def test_generate_writes_the_same_image_k_in_any_request(run, capsys):
+    call("generate", run.path, "-n", "3")
+    first = samples_of(run)
+    assert list(first) == [f"seed0_{k:06d}.png" for k in range(3)]
+    assert all(image.shape == (SIZE, SIZE) for image in first.values())
+    written = files(run.path / "samples")
+
+    call("generate", run.path, "-n", "18")  # more than are drawn at once
+    more = files(run.path / "samples")
+    assert len(more) == 18 and written.items() <= more.items()
+    assert len(set(more.values())) > 1
+
+    call("generate", run.path, "-n", "2", "--seed", "1")
+    other = samples_of(run, "seed1_*")
+    assert len(other) == 2
+    assert any(
+        np.any(other[f"seed1_{k:06d}.png"] != first[f"seed0_{k:06d}.png"])
+        for k in range(2)
+    )
+    check_figures(run.figures_path, FIGURES | {"samples"})
+    assert "18 images in" in capsys.readouterr().out
+
+
+def test_generate_options_reach_the_sampler(run, monkeypatch):
+    seen = []
+    original = modules.generate
+
+    def spy(*args, **kwargs):
+        seen.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(modules, "generate", spy)
+    call("generate", run.path, "-n", "3", "--top-k", "1")
+    flags = "--temperature 0.5 --top-p 0.9 --slice-position 0.25".split()
+    call("generate", run.path, "-n", "18", "--seed", "7", *flags)
+    (_, greedy), (one, first), (two, second) = seen
+    assert (greedy["top_k"], greedy["slice_position"]) == (1, None)
+    assert (one[2:], two[2:]) == ((16, 7), (2, 7))
+    assert (first["first"], second["first"]) == (0, 16)
+    for options in (first, second):
+        assert (options["temperature"], options["top_p"]) == (0.5, 0.9)
+    assert list(second["slice_position"]) == [0.25, 0.25]
+    # Other options, other files: no folder mixes them unseen.
+    names = set(samples_of(run))
+    assert "seed0_top-k1_000000.png" in names
+    assert (
+        "seed7_temperature0.5_top-p0.9_slice-position0.25_000017.png" in names
+    )
+    assert len(names) == 3 + 18
+
+
+def test_generate_greedily_is_the_same_for_every_seed(run):
+    flags = ["--top-k", "1", "--slice-position", "0.5"]
+    call("generate", run.path, "-n", "2", "--seed", "5", *flags)
+    images = list(samples_of(run).values())
+    np.testing.assert_array_equal(*images)
+
+
+def test_generate_needs_a_prior(vqvae_run, capsys):
+    before = files(vqvae_run.path)
+    error = refused(4, capsys, "generate", vqvae_run.path)
+    assert "this run has no prior" in error and "--stage prior" in error
+    assert files(vqvae_run.path) == before
+
+
+# Evaluate
+
+
+def test_evaluate_finds_what_training_found(run):
+    before = json.loads(run.evaluation_path.read_text())
+    shutil.rmtree(run.figures_path)
+    run.evaluation_path.unlink()
+    call("evaluate", run.path)
+    after = json.loads(run.evaluation_path.read_text())
+    assert set(after.pop("speed")) == set(before.pop("speed"))
+    assert after == before
+    check_figures(run.figures_path, FIGURES | {"samples"})
+
+
+def test_evaluate_other_data_takes_all_as_test_images(run, adni_dir, capsys):
+    before = files(run.path)
+    call("evaluate", run.path, "--data-dir", adni_dir)
+    text = capsys.readouterr()
+    assert "warning" not in text.err
+    after = files(run.path)
+    assert before.items() <= after.items()
+    figures = FIGURES - {"history"}
+    assert set(after) - set(before) == {
+        "evaluation-AD_NC.json",
+        *(f"figures/AD_NC/{name}.png" for name in figures),
+    }
+    check_figures(run.figures_path / "AD_NC", figures)
+    evaluation = json.loads(after["evaluation-AD_NC.json"])
+    assert evaluation["data"] == {
+        "dataset": "adni",
+        "data_dir": str(adni_dir),
+        "simulated": False,
+        "image_size": [SIZE, SIZE],
+        "images_seen_in_training": 0,
+        "test": {"subjects": 6, "images": 6 * SLICES},
+    }
+    [prior] = evaluation["prior"]
+    assert set(prior["bits_per_code"]) == {"test"}
+    low, high = evaluation["reconstruction"]["ssim"]["ci95"]
+    assert low < evaluation["reconstruction"]["ssim"]["mean"] < high
+    assert set(evaluation["speed"]) == {"images_per_second_encoded"}
+
+
+def test_evaluate_says_that_images_were_trained_on(run, oasis_dir, capsys):
+    call("evaluate", run.path, "--data-dir", oasis_dir, "--dataset", "oasis")
+    assert "warning: 20 of 24 images" in capsys.readouterr().err
+    evaluation = run.path / "evaluation-keras_png_slices_data.json"
+    data = json.loads(evaluation.read_text())["data"]
+    assert data["images_seen_in_training"] == 20
+    assert data["test"] == {"subjects": 6, "images": 24}
+
+
+def test_evaluate_a_run_without_prior(vqvae_run, tmp_path):
+    run = copy_run(vqvae_run, tmp_path)
+    before = json.loads(run.evaluation_path.read_text())
+    call("evaluate", run.path)
+    after = json.loads(run.evaluation_path.read_text())
+    assert after.pop("speed") and before.pop("speed")
+    assert after == before
+
+
+def test_evaluate_a_smoke_run(smoke_folder, tmp_path):
+    source = utils.Run.newest(smoke_folder / "runs")
+    run = copy_run(source, tmp_path)
+    call("evaluate", run.path)
+    before, after = (
+        json.loads(r.evaluation_path.read_text()) for r in (source, run)
+    )
+    assert after["data"] == before["data"]
+    assert after["prior"] == before["prior"]
+
+
+# Inspect
+
+
+def test_inspect_shows_what_a_run_is_made_of(tiny_run, capsys):
+    before = files(tiny_run.path)
+    call("inspect", tiny_run.path)
+    text = capsys.readouterr().out
+    for part in (
+        "recipe     quickstart",
+        "data       oasis, real, 16 train, 4 validate, 4 test",
+        "image size 32x32",
+        "level 1    grid 8x8, K=16, D=4",
+        "vqvae.keras: VQVAE, 2,977 weights",
+        "encoder_1 ",
+        "quantizer_1 ",
+        "prior.keras: PixelCNN",
+        "residual[0] ",
+        "prior_blocks         1",
+        "usage",
+        "perplexity",
+        "ssim foreground",
+        "bits per code",
+    ):
+        assert part in text, part
+    assert files(tiny_run.path) == before
+
+
+def test_a_script_has_nothing_to_say_on_stderr(tiny_run):
+    done = subprocess.run(
+        [sys.executable, "predict.py", "inspect", str(tiny_run.path)],
+        cwd=Path(predict.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "prior.keras" in done.stdout
+
+
+def test_inspect_a_run_without_prior_or_scores(vqvae_run, tmp_path, capsys):
+    run = copy_run(vqvae_run, tmp_path)
+    run.evaluation_path.unlink()
+    call("inspect", run.path)
+    text = capsys.readouterr().out
+    assert "vqvae.keras" in text and "prior.keras" not in text
+    assert "scores" not in text
+
+
+# Refused
+
+
+def test_missing_run(tmp_path, capsys):
+    for verb in ("reconstruct", "generate", "evaluate", "inspect"):
+        error = refused(4, capsys, verb, tmp_path / "none")
+        assert f"{tmp_path / 'none'}: no such run folder" in error
+    error = refused(4, capsys, "inspect", tmp_path)
+    assert "no config.json, so not a run folder" in error
+
+
+@pytest.mark.parametrize(
+    "argv, part",
+    [
+        ("generate --temperature 0", "--temperature: expected a number in (0"),
+        ("generate --top-p 1.5", "--top-p: expected"),
+        ("generate -n 0", "--number: expected a whole number in [1"),
+        ("generate --temp 1", "--temp: unknown argument"),
+        ("reconstruct --split all", "--split: expected one of train"),
+        ("evaluate --dataset oasis", "--dataset: goes with --data-dir only"),
+        ("paint", "VERB: invalid choice: 'paint'"),
+    ],
+)
+def test_bad_flags(argv, part, capsys):
+    assert part in refused(2, capsys, *argv.split())
+
+
+@pytest.mark.parametrize("verb", ["reconstruct", "generate", "inspect"])
+def test_truncated_model(run, verb, capsys):
+    run.vqvae_path.write_bytes(run.vqvae_path.read_bytes()[:5000])
+    error = refused(4, capsys, verb, run.path)
+    assert f"{run.vqvae_path}: truncated" in error
+
+
+def test_prior_of_another_codebook(run, smoke_folder, capsys):
+    other = utils.Run.newest(smoke_folder / "runs")
+    shutil.copy(other.prior_path, run.prior_path)
+    for verb in ("generate", "evaluate", "inspect"):
+        error = refused(4, capsys, verb, run.path)
+        assert f"{run.prior_path}: trained on another codebook" in error
+
+
+@pytest.mark.parametrize(
+    "name, verb",
+    [
+        ("split.csv", "reconstruct"),
+        ("evaluation.json", "inspect"),
+        ("indices.npz", "evaluate"),
+        ("history.csv", "evaluate"),
+    ],
+)
+def test_damaged_files_of_a_run(name, verb, run, capsys):
+    path = run.path / name
+    path.write_bytes(b"")
+    assert f"{path}: damaged" in refused(4, capsys, verb, run.path)
+    if name != "evaluation.json":
+        path.unlink()
+        assert f"{path}: missing" in refused(4, capsys, verb, run.path)
+
+
+def test_data_gone_or_changed_since_training(run, oasis_dir, capsys):
+    text = run.split_path.read_text()
+    gone = text.replace("case_006_slice_0", "case_006_slice_99")
+    run.split_path.write_text(gone)
+    for verb in ("reconstruct", "evaluate"):
+        error = refused(3, capsys, verb, run.path)
+        assert "case_006_slice_99.nii.png: no longer there" in error
+    changed = text.replace("case_006_slice_0", "case_006_slice_1")
+    run.split_path.write_text(changed)
+    for verb in ("reconstruct", "evaluate"):
+        error = refused(3, capsys, verb, run.path)
+        assert "case_006_slice_1.nii.png: file changed since" in error
+    run.split_path.write_text(text.replace("validate", "train"))
+    error = refused(3, capsys, "reconstruct", run.path, "--split", "validate")
+    assert "validate: no images in" in error
+
+
+def test_unfit_images_and_data(run, tmp_path, capsys):
+    before = files(run.path)
+    error = refused(
+        3, capsys, "reconstruct", run.path, "--images", tmp_path / "x.png"
+    )
+    assert f"{tmp_path / 'x.png'}: found nothing there" in error
+    (tmp_path / "x.png").write_bytes(b"not an image")
+    error = refused(
+        3, capsys, "reconstruct", run.path, "--images", tmp_path / "x.png"
+    )
+    assert "expected a PNG or JPEG" in error
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    error = refused(3, capsys, "evaluate", run.path, "--data-dir", empty)
+    assert f"{empty}: found no data set" in error
+    assert files(run.path) == before
