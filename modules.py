@@ -52,6 +52,29 @@ class Configurable:
             keras.config.set_dtype_policy(current)
 
 
+class TrainableModel(Configurable, keras.Model):
+    """Model with a custom `train_step` and `test_step` over one loss.
+
+    A subclass gives `_batch_loss(batch, training)`, which returns the loss
+    and updates every tracker in `metrics`: what an epoch logs is what these
+    average, not Keras's own loss tracker.
+    """
+
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            loss = self._batch_loss(batch, training=True)
+            scaled = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(scaled, variables), variables, strict=True)
+        )
+        return self.get_metrics_result()
+
+    def test_step(self, batch):
+        self._batch_loss(batch, training=False)
+        return self.get_metrics_result()
+
+
 # === Vector quantizer ===
 
 
@@ -500,7 +523,7 @@ class CodebookUsage(keras.metrics.Metric):
 
 
 @register
-class VQVAE(Configurable, keras.Model):
+class VQVAE(TrainableModel):
     """Autoencoder whose latents are one to three grids of codebook indices.
 
     One level is the VQ-VAE, two the VQ-VAE-2. Level 1 (`bottom`) has the
@@ -737,20 +760,6 @@ class VQVAE(Configurable, keras.Model):
     def metrics(self):
         usages = [self.part("usage", i + 1) for i in range(self.levels)]
         return [*self._trackers.values(), *usages]
-
-    def train_step(self, images):
-        with tf.GradientTape() as tape:
-            loss = self._batch_loss(images, training=True)
-            scaled = self.optimizer.scale_loss(loss)
-        variables = self.trainable_variables
-        self.optimizer.apply_gradients(
-            zip(tape.gradient(scaled, variables), variables, strict=True)
-        )
-        return self.get_metrics_result()
-
-    def test_step(self, images):
-        self._batch_loss(images, training=False)
-        return self.get_metrics_result()
 
     def _batch_loss(self, images, training):
         """Total loss of a batch; updates every metric."""
@@ -1020,7 +1029,7 @@ class ContextMap(Configurable, keras.layers.Layer):
 # === Priors ===
 
 
-class AutoregressivePrior(Configurable, keras.Model):
+class AutoregressivePrior(TrainableModel):
     """Distribution of a grid of indices as a product over raster order.
 
     `p(indices) = prod_t p(index_t | indices before t, context)`. A subclass
@@ -1152,20 +1161,6 @@ class AutoregressivePrior(Configurable, keras.Model):
     @property
     def metrics(self):
         return list(self._trackers.values())
-
-    def train_step(self, batch):
-        with tf.GradientTape() as tape:
-            loss = self._batch_loss(batch, training=True)
-            scaled = self.optimizer.scale_loss(loss)
-        variables = self.trainable_variables
-        self.optimizer.apply_gradients(
-            zip(tape.gradient(scaled, variables), variables, strict=True)
-        )
-        return self.get_metrics_result()
-
-    def test_step(self, batch):
-        self._batch_loss(batch, training=False)
-        return self.get_metrics_result()
 
     def _batch_loss(self, batch, training):
         """Mean negative log-likelihood, nats per code; updates the metrics.

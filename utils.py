@@ -432,7 +432,9 @@ def _read_arguments(parser, argv, classes):
     if unknown:
         fields = [f for c in classes for f in dataclasses.fields(c)]
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, map(_flag_name, fields), 1)
+        known = [_flag_name(field) for field in fields]
+        near = [flag_name for flag_name in known if flag_name.startswith(name)]
+        near = near or difflib.get_close_matches(name, known, 1)
         advice = f"did you mean {near[0]}?" if near else "see --help"
         raise FlagError(f"{name}: unknown argument; {advice}")
     values = vars(namespace).items()
