@@ -10,6 +10,8 @@ Dimension letters: B batch, H W image, h w latent grid, C channels,
 D length of a code vector, K number of code vectors.
 """
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -25,13 +27,27 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def within(low: float, high: float, **arguments) -> None:
+    """Raise a `ValueError` that names the argument not in `[low, high]`."""
+    for name, value in arguments.items():
+        require(
+            low <= value <= high,
+            f"{name}: expected {low}..{high}, found {value}",
+        )
+
+
 class Configurable:
     """Mixin: `get_config` from the names in `ARGUMENTS`.
 
-    Each constructor argument is kept as an attribute of the same name.
+    Each constructor argument is kept as an attribute of the same name:
+    `self.keep(locals())` in `__init__` does that.
     """
 
     ARGUMENTS: tuple[str, ...] = ()
+
+    def keep(self, arguments: dict) -> None:
+        for name in self.ARGUMENTS:
+            setattr(self, name, arguments[name])
 
     def get_config(self) -> dict:
         own = {name: getattr(self, name) for name in self.ARGUMENTS}
@@ -145,18 +161,9 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         seed=0,
         **kwargs,
     ):
-        require(
-            2 <= num_embeddings <= 2**20,
-            f"num_embeddings: expected 2..1048576, found {num_embeddings}",
-        )
-        require(
-            1 <= embedding_dim <= 2**14,
-            f"embedding_dim: expected 1..16384, found {embedding_dim}",
-        )
-        require(
-            commitment_cost >= 0,
-            f"commitment_cost: expected >= 0, found {commitment_cost}",
-        )
+        within(2, 2**20, num_embeddings=num_embeddings)
+        within(1, 2**14, embedding_dim=embedding_dim)
+        within(0, math.inf, commitment_cost=commitment_cost)
         require(
             codebook_update in ("ema", "gradient"),
             f"codebook_update: expected ema or gradient, found "
@@ -170,14 +177,7 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         )
         # Half precision picks wrong neighbours, so float32 is not a choice.
         super().__init__(**{**kwargs, "dtype": "float32"})
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.commitment_cost = commitment_cost
-        self.codebook_update = codebook_update
-        self.decay = decay
-        self.epsilon = epsilon
-        self.restart_threshold = restart_threshold
-        self.seed = seed
+        self.keep(locals())
 
     def build(self, input_shape):
         require(
@@ -337,9 +337,7 @@ class ResidualStack(Configurable, keras.layers.Layer):
 
     def __init__(self, channels, blocks, residual_channels, **kwargs):
         super().__init__(**kwargs)
-        self.channels = channels
-        self.blocks = blocks
-        self.residual_channels = residual_channels
+        self.keep(locals())
         self.inner = [
             keras.layers.Conv2D(residual_channels, 3, padding="same")
             for _ in range(blocks)
@@ -390,10 +388,7 @@ class Encoder(Configurable, keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.channels = channels
-        self.downsampling = downsampling
-        self.residual_blocks = residual_blocks
-        self.residual_channels = residual_channels
+        self.keep(locals())
 
         self.halvings = [
             keras.layers.Conv2D(
@@ -447,11 +442,7 @@ class Decoder(Configurable, keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.filters = filters
-        self.channels = channels
-        self.upsampling = upsampling
-        self.residual_blocks = residual_blocks
-        self.residual_channels = residual_channels
+        self.keep(locals())
 
         self.mix = keras.layers.Conv2D(channels, 3, padding="same")
         self.residual = ResidualStack(
@@ -597,27 +588,18 @@ class VQVAE(TrainableModel):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        require(levels in (1, 2, 3), f"levels: expected 1..3, found {levels}")
+        within(1, 3, levels=levels)
         require(
             downsampling in (2, 4, 8, 16, 32, 64),
             f"downsampling: expected a power of 2 in 2..64, found "
             f"{downsampling}",
         )
-        require(
-            1 <= channels <= 4096 and 1 <= residual_channels <= 4096,
-            f"channels, residual_channels: expected 1..4096, found "
-            f"{channels} and {residual_channels}",
-        )
-        require(
-            0 <= residual_blocks <= 64,
-            f"residual_blocks: expected 0..64, found {residual_blocks}",
-        )
+        within(1, 4096, channels=channels, residual_channels=residual_channels)
+        within(0, 64, residual_blocks=residual_blocks)
+        within(0, math.inf, ssim_weight=ssim_weight)
         require(
             data_variance > 0,
             f"data_variance: expected > 0, found {data_variance}",
-        )
-        require(
-            ssim_weight >= 0, f"ssim_weight: expected >= 0, found {ssim_weight}"
         )
         total = downsampling * 2 ** (levels - 1)
         require(
@@ -625,21 +607,8 @@ class VQVAE(TrainableModel):
             f"image_size: expected multiples of {total} up to 4096, found "
             f"{tuple(image_size)}",
         )
-        self.image_size = tuple(image_size)
-        self.levels = levels
-        self.downsampling = downsampling
-        self.channels = channels
-        self.residual_blocks = residual_blocks
-        self.residual_channels = residual_channels
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.commitment_cost = commitment_cost
-        self.codebook_update = codebook_update
-        self.decay = decay
-        self.restart_threshold = restart_threshold
-        self.ssim_weight = ssim_weight
-        self.data_variance = data_variance
-        self.seed = seed
+        image_size = tuple(image_size)
+        self.keep(locals())
         for level in range(1, levels + 1):
             self._add_level(level)
         self._trackers = {
@@ -833,12 +802,9 @@ class CausalConv2D(Configurable, keras.layers.Layer):
             f"mask_type: expected A, B or row, found {mask_type!r}",
         )
         rows = rows or (kernel_size + 1) // 2
-        require(1 <= rows <= 63, f"rows: expected 1..63, found {rows}")
+        within(1, 63, rows=rows)
         super().__init__(**kwargs)
-        self.filters = filters
-        self.kernel_size = kernel_size
-        self.mask_type = mask_type
-        self.rows = rows
+        self.keep(locals())
         self.side = kernel_size // 2
 
     def build(self, input_shape):
@@ -914,9 +880,7 @@ class CausalResidualBlock(Configurable, keras.layers.Layer):
 
     def __init__(self, channels, dropout=0.0, use_context=False, **kwargs):
         super().__init__(**kwargs)
-        self.channels = channels
-        self.dropout = dropout
-        self.use_context = use_context
+        self.keep(locals())
         inner = max(channels // 2, 1)
         self.reduce = keras.layers.Dense(inner, activation="relu")
         self.conv = CausalConv2D(inner, 3, "B")
@@ -987,10 +951,8 @@ class ContextMap(Configurable, keras.layers.Layer):
         self, grid, channels, position_features, slice_condition, **kwargs
     ):
         super().__init__(**kwargs)
-        self.grid = tuple(grid)
-        self.channels = channels
-        self.position_features = position_features
-        self.slice_condition = slice_condition
+        grid = tuple(grid)
+        self.keep(locals())
         self.place = keras.layers.Dense(channels)
         self.slice = keras.layers.Dense(channels)
         self.mix = keras.layers.Dense(channels, activation="relu")
@@ -1089,34 +1051,15 @@ class AutoregressivePrior(TrainableModel):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        require(
-            2 <= num_embeddings <= 2**20,
-            f"num_embeddings: expected 2..1048576, found {num_embeddings}",
-        )
-        require(
-            all(1 <= side <= 1024 for side in latent_grid),
-            f"latent_grid: expected sides 1..1024, found {latent_grid}",
-        )
-        require(
-            1 <= channels <= 4096 and 0 <= blocks <= 256,
-            f"channels, blocks: expected 1..4096 and 0..256, found "
-            f"{channels} and {blocks}",
-        )
-        require(
-            0 <= head_layers <= 64,
-            f"head_layers: expected 0..64, found {head_layers}",
-        )
+        within(2, 2**20, num_embeddings=num_embeddings)
+        for side in latent_grid:
+            within(1, 1024, latent_grid=side)
+        within(1, 4096, channels=channels)
+        within(0, 256, blocks=blocks)
+        within(0, 64, head_layers=head_layers)
         require(0 <= dropout < 1, f"dropout: expected [0, 1), found {dropout}")
-        self.num_embeddings = num_embeddings
-        self.latent_grid = tuple(latent_grid)
-        self.channels = channels
-        self.blocks = blocks
-        self.kernel_size = kernel_size
-        self.head_layers = head_layers
-        self.dropout = dropout
-        self.position_features = position_features
-        self.slice_condition = slice_condition
-        self.codebook_sha256 = codebook_sha256
+        latent_grid = tuple(latent_grid)
+        self.keep(locals())
         self.use_context = position_features or slice_condition
         self.embedding = keras.layers.Embedding(num_embeddings, channels)
         if self.use_context:
@@ -1472,11 +1415,7 @@ class GatedBlock(Configurable, keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.channels = channels
-        self.kernel_size = kernel_size
-        self.mask_type = mask_type
-        self.dropout = dropout
-        self.use_context = use_context
+        self.keep(locals())
         self.vertical = CausalConv2D(2 * channels, kernel_size, "row")
         self.horizontal = CausalConv2D(
             2 * channels, kernel_size, mask_type, rows=1
