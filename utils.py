@@ -1510,16 +1510,6 @@ def _columns(count, aspect):
     return min(choices, key=lambda c: (-count % c, abs(c - ideal)))
 
 
-HISTORY_KEYS = (
-    "stage",
-    "epoch",
-    "step",
-    "images",
-    "seconds",
-    "learning_rate",
-)
-
-
 def figure_history(path, history_frame):
     """Draw the curves of `history.csv`, a row a stage, training and val."""
     stages = list(dict.fromkeys(history_frame["stage"]))
@@ -1539,17 +1529,14 @@ def figure_history(path, history_frame):
     _save_figure(figure, path)
 
 
-def _curves(frame, stage, most=3):
-    """Return the metrics worth a panel: the loss, then the others."""
+# Metrics worth a panel each, in this order, where a stage has them.
+CURVES = ("loss", "ssim", "bits_per_code", "perplexity", "codebook_usage")
+
+
+def _curves(frame, stage):
+    """Return the metrics of a stage to be drawn."""
     rows = frame[frame["stage"] == stage].dropna(axis=1, how="all")
-    names = [
-        name
-        for name in rows.columns
-        if name not in HISTORY_KEYS and not name.startswith("val_")
-    ]
-    return sorted(names, key=lambda n: (n != "loss", "val_" + n not in rows))[
-        :most
-    ]
+    return [name for name in CURVES if name in rows]
 
 
 def _draw_curve(ax, rows, name):
