@@ -856,9 +856,9 @@ def fit_to(image, size, resize=False):
     return tf.image.resize_with_crop_or_pad(image, *size)[..., 0]
 
 
-def steps_per_epoch(index, batch_size):
-    """Return the batches of one epoch, the last one maybe smaller."""
-    return -(-len(index) // batch_size)
+def steps_per_epoch(count, batch_size):
+    """Return the batches that `count` images make, the last maybe smaller."""
+    return -(-count // batch_size)
 
 
 def make_dataset(
@@ -928,7 +928,7 @@ def _batches(count, batch_size, seed, epochs, start_step):
     """Return a Dataset of batches of row numbers."""
     if count == 0:
         raise DataError("no images, expected at least one")
-    steps = -(-count // batch_size)
+    steps = steps_per_epoch(count, batch_size)
     first, skipped = divmod(start_step, steps)
 
     def epoch_batches(epoch):

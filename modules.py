@@ -1070,6 +1070,10 @@ class AutoregressivePrior(TrainableModel):
                 slice_condition,
             )
         self._build_layers()
+        self.head = [
+            keras.layers.Dense(self.channels, activation="relu")
+            for _ in range(self.head_layers)
+        ]
         self.logits = keras.layers.Dense(num_embeddings, dtype="float32")
         self._trackers = {
             name: keras.metrics.Mean(name=name)
@@ -1085,7 +1089,21 @@ class AutoregressivePrior(TrainableModel):
             slice_position = tf.fill(tf.shape(indices)[:1], 0.5)
         context = self.context(slice_position) if self.use_context else None
         x = self.embedding(indices)
-        return self.logits(self._hidden(x, context, training))
+        return self._predict_codes(self._hidden(x, context, training))
+
+    def _predict_codes(self, hidden):
+        """Head and logits on what `_hidden` returns."""
+        x = tf.nn.relu(hidden)
+        for layer in self.head:
+            x = layer(x)
+        return self.logits(x)
+
+    def _predict_code(self, hidden):
+        """The same at one position, on what `_step` returns."""
+        x = tf.nn.relu(hidden)
+        for layer in (*self.head, self.logits):
+            x = dense_step(layer, x)
+        return x
 
     def distribution(self, indices, slice_position=None):
         """`tfd.Categorical` of every position given the indices before it."""
@@ -1217,7 +1235,7 @@ class AutoregressivePrior(TrainableModel):
                         [batch, 1, 1, context.shape[-1]],
                     )[:, 0, 0]
                 hidden, caches = self._step(caches, column, at)
-                logits = dense_step(self.logits, hidden)
+                logits = self._predict_code(hidden)
                 uniform = tf.slice(uniforms, [0, row, column], [batch, 1, 1])
                 index = draw_index(
                     logits, uniform[:, 0], temperature, top_p, top_k
@@ -1325,18 +1343,11 @@ class PixelCNN(AutoregressivePrior):
             CausalResidualBlock(self.channels, self.dropout, self.use_context)
             for _ in range(self.blocks)
         ]
-        self.head = [
-            keras.layers.Dense(self.channels, activation="relu")
-            for _ in range(self.head_layers)
-        ]
 
     def _hidden(self, x, context, training):
         x = self.stem(x)
         for block in self.residual:
             x = block(x, context, training=training)
-        x = tf.nn.relu(x)
-        for layer in self.head:
-            x = layer(x)
         return x
 
     def _init_caches(self, batch, width):
@@ -1359,9 +1370,6 @@ class PixelCNN(AutoregressivePrior):
         for block, cache in zip(self.residual, rest, strict=True):
             x, cache = block.step(x, cache, column, context)
             moved.append(cache)
-        x = tf.nn.relu(x)
-        for layer in self.head:
-            x = dense_step(layer, x)
         return x, [stem, *moved]
 
     def _write(self, index, caches, column):
@@ -1498,10 +1506,6 @@ class GatedPixelCNN(AutoregressivePrior):
             GatedBlock(self.channels, 3, "B", **shared)
             for _ in range(self.blocks)
         ]
-        self.head = [
-            keras.layers.Dense(self.channels, activation="relu")
-            for _ in range(self.head_layers)
-        ]
 
     def _hidden(self, x, context, training):
         vertical = horizontal = x
@@ -1509,10 +1513,7 @@ class GatedPixelCNN(AutoregressivePrior):
             vertical, horizontal = block(
                 vertical, horizontal, context, training=training
             )
-        x = tf.nn.relu(horizontal)
-        for layer in self.head:
-            x = layer(x)
-        return x
+        return horizontal
 
     def _init_caches(self, batch, width):
         """The embedded row so far, then the caches of the blocks."""
@@ -1537,9 +1538,6 @@ class GatedPixelCNN(AutoregressivePrior):
         for block, cache in zip(self.residual, rest, strict=True):
             x, cache = block.step(x, cache, column, context)
             moved.append(cache)
-        x = tf.nn.relu(x)
-        for layer in self.head:
-            x = dense_step(layer, x)
         return x, moved
 
     def _write(self, index, caches, column):

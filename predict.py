@@ -100,6 +100,7 @@ class Show(OfRun):
 
 
 def main(argv):
+    """Do what the verb says with the run it names, or the newest."""
     verbs = {
         "show": (Show, show),
         "reconstruct": (Reconstruct, reconstruct),
@@ -119,6 +120,7 @@ def main(argv):
 
 
 def show(run, options):
+    """Reconstruct and generate, then repeat the scores of the training."""
     reconstruct(run, Reconstruct())
     if run.prior_path.exists():
         generate(run, Generate())
@@ -284,6 +286,7 @@ def inspect(run, options):
 
 
 def image_batches(run, frame):
+    """`dataset.make_dataset` with the size and reading rule of a run."""
     return dataset.make_dataset(
         frame, run.info["image_size"], 32, resize=run.config.resize
     )

@@ -24,12 +24,12 @@ import utils
 keras = utils.lazy_import("keras")
 modules = utils.lazy_import("modules")
 pd = utils.lazy_import("pandas")
-tf = utils.lazy_import("tensorflow")
 
 GRADIENT_NORM = 1.0  # longest gradient; longer ones are scaled down to it
 
 
 def main(argv):
+    """Train, encode and evaluate as the flags say."""
     config = utils.resolve(argv, description=__doc__)
     if config.smoke:
         config = config.smoked()
@@ -262,7 +262,7 @@ def fit(
             are restored at the end.
     """
     config = run.config
-    steps = -(-images // batch_size)
+    steps = dataset.steps_per_epoch(images, batch_size)
     if config.smoke:
         steps = min(steps, utils.SMOKE_STEPS)
     model.compile(

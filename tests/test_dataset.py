@@ -669,7 +669,7 @@ def batches(index, **options):
 def test_batches_in_order(oasis_index):
     result = batches(oasis_index, epochs=2)
     assert [len(x) for x in result] == [5, 5, 5, 5, 4] * 2
-    assert dataset.steps_per_epoch(oasis_index, 5) == 5
+    assert dataset.steps_per_epoch(len(oasis_index), 5) == 5
     images = np.concatenate(result)
     assert images.shape == (48, SIZE, SIZE, 1) and images.dtype == np.float32
     expected = [dataset.read_image(p, 0, 255) for p in oasis_index["path"]]

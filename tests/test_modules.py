@@ -1133,7 +1133,7 @@ def influence(prior, rounds=2):
         x = prior.embedding(indices)
         with tf.GradientTape() as tape:
             tape.watch(x)
-            logits = prior.logits(prior._hidden(x, context, False))
+            logits = prior._predict_codes(prior._hidden(x, context, False))
             flat = tf.reshape(logits, (count, count, -1))
             own = tf.linalg.diag_part(tf.transpose(flat, [2, 0, 1]))
             loss = tf.reduce_sum(own * weights[:, None])
