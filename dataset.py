@@ -9,10 +9,12 @@ Sections: 1. Layouts, 2. Scan, 3. Read, 4. Verify, 5. Index, 6. Batches,
 7. Simulator, 8. Command line.
 """
 
+import codecs
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
@@ -49,6 +51,7 @@ CARVED = 0.1  # share of training subjects that become the validation split
 MOST_PIXELS = 64_000_000  # of an image; more is taken for a bomb
 MOST_SIDE = 4096  # voxels along an axis of a NIfTI file
 MOST_BYTES = 1 << 30  # of a file
+MOST_INTENSITY = 1e30  # of a voxel; more is a damaged number or scale
 MOST_LISTED = 20  # problems listed in one error
 QUIET_BELOW = 500  # files that need no progress bar
 
@@ -103,8 +106,9 @@ LAYOUTS = {
 
 
 def _show(path):
-    """Return a path that any terminal prints, whatever bytes it holds."""
-    return os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
+    """Return a path on one line that any terminal prints, whatever it holds."""
+    text = os.fsdecode(path)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _warn(text):
@@ -211,7 +215,7 @@ def scan(root, dataset):
         carved = index["subject"].isin(carve(index["subject"][is_train]))
         index.loc[is_train & carved, "split"] = "validate"
     index = _sort(index)
-    _check_subjects(index)
+    _check_subjects(index, base)
     index.attrs.update(ignored=ignored, base=str(base))
     return index
 
@@ -238,7 +242,11 @@ def _scan_split(folder, split, layout, ignored):
 
 
 def _walk(folder):
-    """Yield the files below a folder, sorted; links to folders are left."""
+    """Yield the files below a folder, sorted.
+
+    So are folders that hold none, being empty or links that are not followed:
+    one may stand where a file should, and none is left without a word.
+    """
 
     def refuse(error):
         raise DataError(
@@ -251,7 +259,10 @@ def _walk(folder):
         names[:] = sorted(
             n for n in names if not re.search(r"(^|_)seg(_|$)", n.lower())
         )
-        for name in sorted(files):
+        if not names and not files and parent != folder:
+            yield parent
+        links = [n for n in names if os.path.islink(os.path.join(parent, n))]
+        for name in sorted(links + files):
             yield os.path.join(parent, name)
 
 
@@ -303,18 +314,19 @@ def _sort(index):
     return index.drop(columns="order")
 
 
-def _check_subjects(index):
+def _check_subjects(index, base):
     splits = index.groupby("subject")["split"].nunique()
     shared = list(splits[splits > 1].index)
     if shared:
         raise DataError(
-            f"{len(shared)} subjects are in two splits, expected none: "
-            f"{_some(shared)}; scores would be of images learnt by heart"
+            f"{_show(base)}: {len(shared)} subjects are in two splits, "
+            f"expected none: {_some(shared)}; scores would be of images "
+            "learnt by heart"
         )
     labels = index.groupby("scan")["label"].nunique()
     if (labels > 1).any():
         raise DataError(
-            "a scan is in two class folders, expected one: "
+            f"{_show(base)}: a scan is in two class folders, expected one: "
             f"{_some(labels[labels > 1].index)}"
         )
 
@@ -470,38 +482,41 @@ def verify(index, skip_bad=False):
 
     Args:
         index: DataFrame of `scan`.
-        skip_bad: leave out unfit files, listed in `attrs["rejected"]` as
-            (path, reason), instead of refusing them all at once.
+        skip_bad: leave out unfit files instead of refusing them all at once.
 
     Returns: DataFrame with the columns sha256, height, width, low and high
         (intensities that become 0 and 1) and fingerprint, by which training
-        notices that a file has changed.
+        notices that a file has changed. `attrs["rejected"]` is a DataFrame
+        of the files left out, in their order, with the columns path and
+        reason.
     Raises:
         DataError: naming the unfit files, or the files that are in two
             splits with identical bytes; or if all images are constant.
     """
-    found, problems, notes = _inspect_all(index)
+    found, notes = _inspect_all(index)
     columns = ["sha256", "height", "width", "low", "high", "fingerprint"]
-    table = pd.DataFrame(found, columns=[*columns, "constant"])
+    table = pd.DataFrame(found, columns=[*columns, "constant", "reason"])
     index = index.reset_index(drop=True)
     checked = index.drop(columns=columns, errors="ignore").join(table)
     checked.attrs = dict(index.attrs)
-    problems += _twins(checked[checked["sha256"].notna()], bool(problems))
-    if problems and not skip_bad:
-        raise DataError(_listed(problems, len(index)))
-    checked = _without(checked, problems)
+    _note_twins(checked)
+    rejected = checked.loc[checked["reason"] != "", ["path", "reason"]]
+    if len(rejected) and not skip_bad:
+        raise DataError(_listed(rejected, len(index)))
+    checked = _without(checked, rejected)
     for note, count in notes.items():
         _warn(f"{count} files {note}")
     if checked["constant"].all():
         raise DataError(
-            f"all {len(checked)} images are constant, expected contrast"
+            f"all {len(checked)} images are constant, expected contrast: "
+            f"{_some(checked['path'])}"
         )
-    return checked.drop(columns="constant")
+    return checked.drop(columns=["constant", "reason"])
 
 
 def _inspect_all(index):
-    """Return per row what was found, all problems, and {note: count}."""
-    found, problems, notes = [{}] * len(index), [], collections.Counter()
+    """Return per row what was found, and {note: count}."""
+    found, notes = [{}] * len(index), collections.Counter()
     paths = index["path"].tolist()
     groups = index.groupby(["split", "scan"], sort=False).indices.values()
     workers = 2 * (os.cpu_count() or 1)
@@ -518,32 +533,42 @@ def _inspect_all(index):
         for rows, results in zip(
             groups, pool.map(_inspect_scan, tasks), strict=True
         ):
-            for i, (values, problem, note) in zip(rows, results, strict=True):
+            for i, (values, note) in zip(rows, results, strict=True):
                 found[i] = values
-                problems += [(paths[i], problem)] if problem else []
                 notes.update(note)
             bar.update(len(rows))
-    return found, sorted(problems), notes
+    return found, notes
 
 
 def _inspect_scan(paths):
-    """Return (values, problem, notes) of each file of one scan."""
-    results, voxels = [], []
+    """Return (values, notes) of each file of one scan.
+
+    Values are a row of the table of `verify`; the reason why a file is unfit
+    is "" if it is not.
+    """
+    results, volume = [], []
     for path in paths:
-        notes = set()
+        # A column of integers with gaps would be rounded to floats.
+        values, notes = {"reason": "", "fingerprint": 0}, set()
         try:
-            values, image = _inspect(path, notes)
-            voxels += [image.ravel()] if "low" not in values else []
-            results.append((values, None, notes))
+            found, image = _inspect(path, notes)
+            values.update(found)
+            if "low" not in found:
+                volume.append((image, values, notes))
         except DataError as error:
             reason = str(error).removeprefix(f"{_show(path)}: ")
-            results.append(({}, reason, notes))
+            values["reason"] = reason
         except _Unfit as error:
-            results.append(({}, str(error), notes))
-    if voxels:
-        low, high = _window(np.concatenate(voxels))
-        for values, problem, _ in results:
-            values.update({} if problem else {"low": low, "high": high})
+            values["reason"] = str(error)
+        results.append((values, notes))
+    if volume:
+        images = [image for image, _, _ in volume]
+        low, high = _window(np.concatenate([x.ravel() for x in images]))
+        for image, values, notes in volume:
+            values.update({"low": low, "high": high})
+            seen = np.ptp(np.clip(image, low, high)) * 255 >= high - low
+            if not seen and not values["constant"]:
+                notes.add("show nothing: others of their scan are far brighter")
     return results
 
 
@@ -569,11 +594,11 @@ def _inspect(path, notes):
         image, fingerprint = (x.numpy() for x in _decoder()(data))
     except tf.errors.OpError as error:
         raise _Unfit(_undecodable(data)) from error
-    if not np.isfinite(image).all():
-        count = np.count_nonzero(~np.isfinite(image))
+    fit = np.abs(image) <= MOST_INTENSITY  # nor is a NaN
+    if not fit.all():
         raise _Unfit(
-            f"found {count} voxels that are NaN or infinite, expected "
-            "finite intensities"
+            f"found {np.count_nonzero(~fit)} voxels that are NaN, infinite or "
+            f"beyond {MOST_INTENSITY:g}, expected finite intensities"
         )
     values.update(
         sha256=hashlib.sha256(data).hexdigest(),
@@ -644,7 +669,7 @@ def _check_colour(data, kind, notes):
     if pixels.shape[-1] in (2, 4) and np.ptp(pixels[..., -1]):
         raise _Unfit("found transparency, expected an opaque image")
     colours = pixels[..., :3] if pixels.shape[-1] > 2 else pixels[..., :1]
-    if np.ptp(colours.astype(int), axis=-1).any():
+    if np.ptp(colours, axis=-1).any():
         notes.add("are in colour; converted to grey by luma")
 
 
@@ -697,38 +722,45 @@ def _check_nifti_header(header):
     offset = struct.unpack(order + "f", header[108:112])[0]
     if not 352 <= offset <= MOST_BYTES:
         raise _Unfit(f"found vox_offset {offset:g}, expected at least 352")
+    slope, intercept = struct.unpack(order + "2f", header[112:120])
+    # By the standard a slope of 0 says that there is none; nibabel takes NaN
+    # for the same.
+    unscaled = slope == 0 or np.isnan(slope)
+    if not unscaled and not np.isfinite([slope, intercept]).all():
+        raise _Unfit(
+            f"found scl_slope {slope:g}, scl_inter {intercept:g}, expected "
+            "finite numbers"
+        )
     size = np.dtype(_NIFTI_TYPES[code]).itemsize
     return int(offset) + used[0] * used[1] * size
 
 
-def _twins(checked, quiet):
-    """Return problems: files of identical bytes in two splits."""
+def _note_twins(checked):
+    """Fill in the reason of files whose bytes are in a later split too."""
+    quiet = (checked["reason"] != "").any()
     # Blank slices are alike by nature, and nothing can be learnt from them.
-    checked = checked[~checked["constant"].astype(bool)]
-    checked = checked[checked.duplicated("sha256", keep=False)]
-    problems, copies = [], 0
-    for _, group in checked.groupby("sha256", sort=False):
+    alike = checked[checked["constant"].eq(False)]
+    alike = alike[alike.duplicated("sha256", keep=False)]
+    copies = 0
+    for _, group in alike.groupby("sha256", sort=False):
         # The later split keeps its copy: a test set is not to shrink.
         kept = group.iloc[-1]
         leaked = group[group["split"] != kept["split"]]
         copies += len(group) - len(leaked) - 1
-        problems += [
-            (
-                row.path,
+        for row in leaked.itertuples():
+            checked.loc[row.Index, "reason"] = (
                 f"found the same bytes in {row.split} and as "
                 f"{_show(kept['path'])} in {kept['split']}, expected each "
-                "image in one split",
+                "image in one split"
             )
-            for row in leaked.itertuples()
-        ]
     if copies and not quiet:
         _warn(f"{copies} files repeat others of their split")
-    return problems
 
 
-def _listed(problems, total):
-    """Return one line for one problem, else a count and the first lines."""
-    lines = [f"{_show(path)}: {reason}" for path, reason in problems]
+def _listed(rejected, total):
+    """Return one line for one file, else a count and the first lines."""
+    rows = rejected.itertuples()
+    lines = [f"{_show(row.path)}: {row.reason}" for row in rows]
     if len(lines) == 1:
         return lines[0]
     more = len(lines) - MOST_LISTED
@@ -742,18 +774,23 @@ def _listed(problems, total):
     )
 
 
-def _without(checked, problems):
+def _without(checked, rejected):
     """Drop the unfit files, saying so; no split may become empty."""
-    splits = set(checked["split"])
-    bad = checked["path"].isin([path for path, _ in problems])
-    checked = checked[~bad].reset_index(drop=True)
-    checked.attrs["rejected"] = problems
-    if problems:
-        _warn(f"{len(problems)} unfit files left out, {_some(problems[0][:1])}")
-    for split in sorted(splits - set(checked["split"])):
-        raise DataError(f"{split}: every file is unfit; {_listed(problems, 0)}")
-    kinds = {"height": int, "width": int, "fingerprint": "int64"}
-    return checked.astype({**kinds, "low": float, "high": float})
+    kept = checked.drop(rejected.index).reset_index(drop=True)
+    if len(rejected):
+        names = _some(rejected["path"], most=1)
+        _warn(f"{len(rejected)} unfit files left out: {names}")
+    for split, part in checked.groupby("split"):
+        if part.index.isin(rejected.index).all():
+            lost = rejected.loc[part.index]
+            raise DataError(
+                f"{split}: every file is unfit; {_listed(lost, len(part))}"
+            )
+    kinds = {"height": int, "width": int, "low": float, "high": float}
+    kept = kept.astype(kinds)
+    # Last: pandas cannot `astype` or `concat` with a table among the attrs.
+    kept.attrs["rejected"] = rejected.reset_index(drop=True)
+    return kept
 
 
 # ----------------------------------------------------------------- 5. Index
@@ -769,10 +806,14 @@ def load_index(root, dataset, skip_bad=False, image_size=None):
             `native_size`.
 
     Returns: DataFrame of `verify`; `attrs["simulated"]` tells whether a
-        simulator wrote the images.
+        simulator wrote the images. It knows the labels of its subjects, so
+        they are there whether or not the layout has folders for them.
     """
     index = verify(scan(root, dataset), skip_bad)
-    index.attrs["simulated"] = _is_simulated(root, index.attrs["base"])
+    about = _read_marker(root, index.attrs["base"])
+    index.attrs["simulated"] = about is not None
+    known = index["subject"].map((about or {}).get("labels", {})).fillna("")
+    index["label"] = index["label"].where(index["label"] != "", known)
     for line in _summary(index, dataset, image_size):
         print(line)
     if (index["split"] == "train").sum() == 1:
@@ -806,8 +847,22 @@ def native_size(index):
     return int(height), int(width)
 
 
-def _is_simulated(root, base):
-    return any(os.path.exists(os.path.join(d, MARKER)) for d in (root, base))
+def _read_marker(root, base):
+    """Return what the simulator noted, None for images it did not write."""
+    for path in (Path(folder) / MARKER for folder in (root, base)):
+        if not os.path.exists(path):
+            continue
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            about = None
+        if not isinstance(about, dict):
+            raise DataError(
+                f"{_show(path)}: found a damaged file, expected what the "
+                "simulator wrote"
+            )
+        return about
+    return None
 
 
 def _summary(index, dataset, image_size):
@@ -924,6 +979,62 @@ def array_batches(arrays, batch_size, *, seed=None, epochs=1, start_step=0):
     return order.map(load, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
 
+def jitter(images, seed, numbers, shift=4, gain=0.1):
+    """Return images moved a little and made a little brighter or darker.
+
+    What happens to an image is a function of (seed, number) only: it is the
+    same in any batch, in a dataset's graph or outside.
+
+    >>> images = next(iter(make_dataset(index, (128, 112), 8)))
+    >>> jitter(images, seed=0, numbers=range(8)).shape
+    TensorShape([8, 128, 112, 1])
+
+    Args:
+        images: (B, H, W, 1), intensities in [0, 1].
+        seed: int >= 0; another one, say of another epoch, moves otherwise.
+        numbers: (B,) ints >= 0, say the rows of the index.
+        shift: int >= 0, pixels that an image moves at most, each way; black
+            enters at the border.
+        gain: in [0, 1]; intensities are multiplied by a factor of 1 - gain
+            to 1 + gain and clipped.
+
+    Returns: float32 (B, H, W, 1) in [0, 1].
+    """
+    images = tf.convert_to_tensor(images, tf.float32)
+    seed, numbers = tf.cast(seed, tf.int64), tf.cast(numbers, tf.int64)
+    uniforms = _uniforms()(seed, numbers)
+    # 0 to 2 * shift: where the image begins inside its black margin.
+    begin = tf.cast(uniforms[:, :2] * (2 * shift + 1), tf.int32)
+    margin = (shift, shift)
+    images = tf.pad(images, ((0, 0), margin, margin, (0, 0)))
+    for axis in (1, 2):
+        kept = tf.range(tf.shape(images)[axis] - 2 * shift)
+        images = tf.gather(
+            images, begin[:, axis - 1, None] + kept, axis=axis, batch_dims=1
+        )
+    factor = 1 + gain * (2 * uniforms[:, 2] - 1)
+    return tf.clip_by_value(images * factor[:, None, None, None], 0, 1)
+
+
+@functools.cache
+def _uniforms():
+    """Return a compiled call: seed, numbers (B,) -> uniform (B, 3)."""
+
+    def draw(seed, numbers):
+        # A stateless draw takes one seed, so the images take turns; the loop
+        # runs inside the graph, 20 microseconds an image.
+        return tf.map_fn(
+            lambda number: tf.random.stateless_uniform(
+                [3], [seed, number], alg="philox"
+            ),
+            numbers,
+            fn_output_signature=tf.TensorSpec([3], tf.float32),
+        )
+
+    signature = [tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int64)]
+    return tf.function(draw, input_signature=signature, autograph=False)
+
+
 def _batches(count, batch_size, seed, epochs, start_step):
     """Return a Dataset of batches of row numbers."""
     if count == 0:
@@ -990,17 +1101,29 @@ def naming_files():
     """
     try:
         yield
-    except tf.errors.OpError as error:
+    except (tf.errors.OpError, UnicodeDecodeError) as error:
         text = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            # TensorFlow cannot make its error from a path that is not UTF-8.
+            text = os.fsdecode(error.object)
         changed = re.search(r"\[(file changed [^]]*)\] \[(.*)\]", text)
-        gone = re.search(r"(?s:.*): (\S.*); (No such file|\S+ denied)", text)
+        lost = re.search(rf"(?s).*: ((?:/|\w:).*?); ({_losses()})", text)
         if changed:
-            raise DataError(f"{changed[2]}: {changed[1]}") from error
-        if gone:
+            path, _ = codecs.escape_decode(os.fsencode(changed[2]))
+            raise DataError(f"{_show(path)}: {changed[1]}") from error
+        if lost:
             raise DataError(
-                f"{gone[1]}: {gone[2]}, expected the file that was checked"
+                f"{_show(lost[1])}: {lost[2]}, expected the file that was "
+                "checked"
             ) from error
         raise
+
+
+def _losses():
+    """Return a pattern of what the system says of a file it cannot read."""
+    names = "ENOENT ENOTDIR EISDIR EACCES EPERM EIO ELOOP ESTALE".split()
+    numbers = [getattr(errno, n) for n in names if hasattr(errno, n)]
+    return "|".join(re.escape(os.strerror(n)) for n in numbers)
 
 
 def _decode_all(index, size, resize):
@@ -1037,6 +1160,9 @@ def _free_memory():
 
 BRAIN_PLANES = {"oasis": 32, "adni": 20}
 PELVIS_PLANES = 20
+# Slice positions, 11 to 21 mm, where the bodies of the lateral ventricles lie
+# and ill brains stand out best.
+VENTRICLE_POSITIONS = (0.5, 0.8)
 _BRAIN_BOTTOM, _BRAIN_TOP = -6, 28  # from below the ventricles to above
 _BRAIN_HEIGHT, _BRAIN_MIDDLE = 196, -18  # of the plane, along y
 _TEMPLATE_ORIGIN = (72, 134, 98)
@@ -1221,6 +1347,28 @@ def _ventricle_area(image):
     return float(ndimage.binary_opening(dark).mean())
 
 
+def ventricle_areas(images, positions):
+    """Return the pixels that ventricles cover in slices of simulated brains.
+
+    `ventricle_area` where it tells ill brains from others. Only the image is
+    measured, so a generated slice will do: its condition gives its position.
+
+    Args:
+        images: (N, H, W) or (N, H, W, 1), intensities in [0, 1].
+        positions: (N,) slice positions in [0, 1].
+
+    Returns: float64 (N,); NaN outside of `VENTRICLE_POSITIONS`, so
+        `np.nanmean` gives the mean over the slices that count.
+    """
+    images, positions = np.asarray(images), np.asarray(positions)
+    low, high = VENTRICLE_POSITIONS
+    counts = (low <= positions) & (positions <= high)
+    areas = np.full(len(images), np.nan)
+    height, width = images.shape[1:3]
+    areas[counts] = ventricle_area(images[counts]) * height * width
+    return areas
+
+
 def simulate(
     dest, layout="oasis", subjects=60, image_size=128, seed=0, workers=None
 ):
@@ -1265,9 +1413,16 @@ def simulate(
     return dest
 
 
-def simulated_folder(subjects):
-    """Return `data/simulated-N`, simulated now unless it is there."""
-    return simulate(Path("data") / f"simulated-{subjects}", subjects=subjects)
+def simulated_folder(subjects, layout="oasis", image_size=128):
+    """Return a folder in `data`, simulated now unless it is there.
+
+    Its name is `simulated-N` for the default layout and size, otherwise
+    `simulated-LAYOUT-N-SIZE`; for the arguments see `simulate`.
+    """
+    name = f"simulated-{subjects}"
+    if (layout, image_size) != ("oasis", 128):
+        name = f"simulated-{layout}-{subjects}-{image_size}"
+    return simulate(Path("data") / name, layout, subjects, image_size)
 
 
 def _about(settings):
@@ -1412,8 +1567,8 @@ def main(argv):
     if layout == "auto":
         layout = detect_layout(options.dir)
     index = load_index(options.dir, layout, options.skip_bad)
-    for path, reason in index.attrs["rejected"]:
-        print(f"left out {_show(path)}: {reason}")
+    for row in index.attrs["rejected"].itertuples():
+        print(f"left out {_show(row.path)}: {row.reason}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The folders are made once a session: copy one before changing it.
 """
 
+import functools
 import gzip
 import os
 import shutil
@@ -124,12 +125,35 @@ def vqvae_run(oasis_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smoke_folder(tmp_path_factory):
-    """Folder where `train.py --smoke` ran, without data of its own."""
-    import train
+def levels_run(adni_dir, tmp_path_factory):
+    """Two levels on `adni_dir`, with priors that have all there is."""
+    folder = tmp_path_factory.mktemp("levels")
+    flags = (
+        "--dataset adni --levels 2 --prior pixelsnail --condition label,slice "
+        "--prior-ema-momentum 0.9 --prior-augment 1"
+    ).split()
+    return train_tiny(folder / "run", *flags, data=adni_dir)
 
-    folder = tmp_path_factory.mktemp("smoke")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train.main(["--smoke"])
-    return folder
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """Function: name of a recipe -> its `--smoke` run, without any data.
+
+    Each has a folder of its own, as of a user; what they simulate is shared.
+    """
+    import train
+    import utils
+
+    data = tmp_path_factory.mktemp("simulated")
+
+    @functools.cache
+    def smoke(recipe):
+        folder = tmp_path_factory.mktemp(recipe)
+        (folder / "data").symlink_to(data)
+        named = [] if recipe == "quickstart" else ["--recipe", recipe]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            train.main([*named, "--smoke"])
+        return utils.Run.newest(folder / "runs")
+
+    return smoke
