@@ -1,4 +1,4 @@
-"""Models: vector quantizer, VQ-VAE of one to three levels, PixelCNN prior.
+"""Models: vector quantizer, VQ-VAE of one to three levels, three priors.
 
 Opening a saved model needs this module imported first::
 
@@ -11,6 +11,8 @@ D length of a code vector, K number of code vectors.
 """
 
 import math
+import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -47,7 +49,8 @@ class Configurable:
 
     def keep(self, arguments: dict) -> None:
         for name in self.ARGUMENTS:
-            setattr(self, name, arguments[name])
+            if name in arguments:  # a subclass keeps those that it adds
+                setattr(self, name, arguments[name])
 
     def get_config(self) -> dict:
         own = {name: getattr(self, name) for name in self.ARGUMENTS}
@@ -81,14 +84,221 @@ class TrainableModel(Configurable, keras.Model):
             loss = self._batch_loss(batch, training=True)
             scaled = self.optimizer.scale_loss(loss)
         variables = self.trainable_variables
-        self.optimizer.apply_gradients(
-            zip(tape.gradient(scaled, variables), variables, strict=True)
-        )
-        return self.get_metrics_result()
+        gradients = tape.gradient(scaled, variables)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        # Of this step, not means. A NaN voxel can leave the loss finite, for
+        # a fused ReLU turns it into 0, and then the weights are all that
+        # tells: these two are what `FiniteCheck` needs besides the loss.
+        return self.get_metrics_result() | {
+            "gradient_norm": tf.linalg.global_norm(gradients),
+            "parameter_norm": tf.linalg.global_norm(self.float_weights),
+        }
+
+    @property
+    def float_weights(self):
+        """What training changes, the averages of a codebook among it."""
+        return [
+            weight.value
+            for weight in self.weights
+            if weight.dtype.startswith("float")
+        ]
 
     def test_step(self, batch):
         self._batch_loss(batch, training=False)
         return self.get_metrics_result()
+
+
+# === Callbacks ===
+
+
+class FiniteCheck(keras.callbacks.Callback):
+    """Ends a training at the first number that is not finite.
+
+    Looks at what every step and every epoch logs. It comes before
+    `Checkpoint` in the list, so that nothing is saved after such a step.
+
+    Args:
+        stage: name of the training, for the message.
+
+    Raises:
+        utils.NumericsError: names the step and the quantities.
+    """
+
+    def __init__(self, stage):
+        super().__init__()
+        self.stage = stage
+        self.epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._check(f"in step {batch + 1} of epoch {self.epoch + 1}", logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check(f"after epoch {epoch + 1}", logs)
+
+    def _check(self, when, logs):
+        bad = [k for k, v in logs.items() if not math.isfinite(float(v))]
+        # Gradients may overflow under a loss scale, which then skips a step.
+        if hasattr(self.model.optimizer, "inner_optimizer"):
+            bad = [name for name in bad if name != "gradient_norm"]
+        if bad:
+            flag = "learning-rate"
+            if self.stage != "vqvae":
+                flag = f"prior-{flag}"
+            raise utils.NumericsError(
+                f"{self.stage}: not finite {when}: {', '.join(bad)}; no model "
+                f"was saved from it, try a smaller --{flag}"
+            )
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Saves a training now and then, to go on from any batch.
+
+    A checkpoint holds all that the rest of the training follows from: weights
+    and averages, states of the random generators, metrics, optimizer, best
+    weights so far, and the place in the data. Training on from it gives the
+    weights of a training that was never interrupted; on a CPU to the bit.
+
+    >>> checkpoint = Checkpoint("checkpoint/vqvae", minutes=5)
+    >>> model.fit(
+    ...     batches(start_step=checkpoint.steps_done(steps_per_epoch)),
+    ...     initial_epoch=checkpoint.epoch,
+    ...     callbacks=[checkpoint],
+    ... )
+
+    Args:
+        path: of the two files, `PATH.npz` and, the one before,
+            `PATH.previous.npz`. If there is one, the training goes on from it.
+        minutes: save after a batch when so long has passed; 0: never.
+        steps: save after every so many batches; 0: never.
+        stopping: `EarlyStopping` before this in the list, whose state is
+            saved too, or None.
+        signals: `utils.StopSignals`, which end the training after a batch.
+
+    Attributes:
+        epoch: int, whole epochs done when this began.
+        step: int, batches done besides.
+        seconds: float, time that the training took so far.
+    """
+
+    def __init__(self, path, minutes=5, steps=0, stopping=None, signals=None):
+        super().__init__()
+        self.path, self.minutes, self.steps = Path(path), minutes, steps
+        self.stopping, self.signals = stopping, signals
+        self.state, self.arrays = utils.read_checkpoint(self.path)
+        self.epoch = self.state.get("epoch", 0)
+        self.step = self.state.get("step", 0)
+        self.started = time.monotonic() - self.state.get("seconds", 0.0)
+        self.saved = time.monotonic()
+        self.current_epoch = self.epoch
+
+    @property
+    def seconds(self):
+        return time.monotonic() - self.started
+
+    def steps_done(self, steps_per_epoch):
+        """Batches that the data begin after."""
+        return self.epoch * steps_per_epoch + self.step
+
+    def was_done(self, batch):
+        """Whether a batch of this epoch was trained on before."""
+        return self.current_epoch == self.epoch and batch < self.step
+
+    def on_train_begin(self, logs=None):
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        if self.state:
+            self._restore(("model", "optimizer"))
+            if self.stopping:
+                self._restore_best()
+            self._skip_steps_done()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.current_epoch = epoch
+        if self.state and epoch == self.epoch:  # Keras has just reset them
+            self._restore(("metrics",))
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.was_done(batch):
+            return
+        wait = time.monotonic() - self.saved
+        if (
+            (self.signals and self.signals.received)
+            or (self.minutes and wait >= 60 * self.minutes)
+            or (self.steps and (batch + 1) % self.steps == 0)
+        ):
+            self._save(batch + 1, logs)
+        if self.signals:
+            self.signals.stop()
+
+    def _variables(self):
+        return {
+            "model": self.model.variables,
+            "metrics": self.model.metrics_variables,
+            "optimizer": self.model.optimizer.variables,
+        }
+
+    def _save(self, step, logs):
+        arrays = {
+            f"{group}/{number}": np.asarray(variable)
+            for group, variables in self._variables().items()
+            for number, variable in enumerate(variables)
+        }
+        state = {
+            "epoch": self.current_epoch,
+            "step": step,
+            "seconds": self.seconds,
+            "logs": {name: float(value) for name, value in logs.items()},
+        }
+        if self.stopping and self.stopping.best_weights is not None:
+            state["best"] = {
+                "best": float(self.stopping.best),
+                "best_epoch": self.stopping.best_epoch,
+                "wait": self.stopping.wait,
+            }
+            for number, weight in enumerate(self.stopping.best_weights):
+                arrays[f"best/{number}"] = weight
+        utils.write_checkpoint(self.path, state, arrays)
+        self.saved = time.monotonic()
+
+    def _restore(self, groups):
+        for group in groups:
+            for number, variable in enumerate(self._variables()[group]):
+                value = self.arrays.get(f"{group}/{number}")
+                if value is None or value.shape != tuple(variable.shape):
+                    raise utils.RunError(
+                        f"{self.path}: not of this {group}: number {number} "
+                        f"has another shape than {tuple(variable.shape)}"
+                    )
+                variable.assign(value)
+
+    def _restore_best(self):
+        for name, value in self.state.get("best", {}).items():
+            setattr(self.stopping, name, value)
+        count = sum(name.startswith("best/") for name in self.arrays)
+        if count:
+            best = [self.arrays[f"best/{number}"] for number in range(count)]
+            self.stopping.best_weights = best
+
+    def _skip_steps_done(self):
+        """Let the first steps of the epoch pass without any training.
+
+        Keras begins with whole epochs only. The data begin after these steps.
+        """
+        train_function = self.model.train_function
+        left = self.step
+
+        def skip(iterator):
+            nonlocal left
+            if left == 0:
+                self.model.train_function = train_function
+                return train_function(iterator)
+            left -= 1
+            return self.state["logs"]
+
+        self.model.train_function = skip
 
 
 # === Vector quantizer ===
@@ -115,6 +325,9 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         embedding_dim: int >= 1. Length of a code vector, D.
         commitment_cost: float >= 0. Weight beta of the commitment term, eq. 3.
         codebook_update: "ema" or "gradient".
+        codebook_distance: "euclidean", or "cosine": latents and code vectors
+            are scaled to length 1, so that only directions are compared and
+            no latent can outgrow the codebook.
         decay: float in [0, 1). Moving-average factor per training step.
         epsilon: float > 0. Laplace smoothing of the counts, in latents.
         restart_threshold: float >= 0, as a fraction of the mean use; 0 never
@@ -132,6 +345,7 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
 
     Reference: van den Oord et al., 2017, arXiv:1711.00937, sec. 3.2, app. A.1.
     Restarts: Dhariwal et al., 2020, arXiv:2005.00341, sec. 3.1.
+    Cosine: Yu et al., 2022, arXiv:2110.04627, sec. 3.2.
 
     Example:
     >>> tuple(VectorQuantizer(8, 4)(keras.ops.zeros((2, 5, 5, 4)))[1].shape)
@@ -143,6 +357,7 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         "embedding_dim",
         "commitment_cost",
         "codebook_update",
+        "codebook_distance",
         "decay",
         "epsilon",
         "restart_threshold",
@@ -155,6 +370,7 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         embedding_dim,
         commitment_cost=0.25,
         codebook_update="ema",
+        codebook_distance="euclidean",
         decay=0.99,
         epsilon=1e-5,
         restart_threshold=0.02,
@@ -168,6 +384,11 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
             codebook_update in ("ema", "gradient"),
             f"codebook_update: expected ema or gradient, found "
             f"{codebook_update!r}",
+        )
+        require(
+            codebook_distance in ("euclidean", "cosine"),
+            f"codebook_distance: expected euclidean or cosine, found "
+            f"{codebook_distance!r}",
         )
         require(0 <= decay < 1, f"decay: expected [0, 1), found {decay}")
         require(epsilon > 0, f"epsilon: expected > 0, found {epsilon}")
@@ -216,9 +437,10 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
 
     def call(self, inputs, training=False):
         latents = tf.reshape(inputs, (-1, self.embedding_dim))  # (B*h*w, D)
+        latents = self._scaled(latents)
         distances = self.distances(latents)  # (B*h*w, K)
         indices = tf.argmin(distances, axis=1, output_type=tf.int32)
-        quantized = tf.gather(self.codebook, indices)  # (B*h*w, D)
+        quantized = self.lookup(indices)  # (B*h*w, D)
         self._add_losses(latents, quantized)
         if training:
             errors = tf.reduce_min(distances, axis=1)
@@ -230,8 +452,12 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         )
 
     def distances(self, latents):
-        """Squared distances `(N, K)` of `(N, D)` latents to the codebook."""
-        codebook = tf.stop_gradient(tf.convert_to_tensor(self.codebook))
+        """Squared distances `(N, K)` of `(N, D)` latents to the codebook.
+
+        On vectors of length 1 they are 2 - 2 cosine: the same order.
+        """
+        codebook = tf.convert_to_tensor(self.codebook)
+        codebook = tf.stop_gradient(self._scaled(codebook))
         # |z|^2 - 2 z.e + |e|^2 cancels badly far from the origin: move it.
         origin = tf.reduce_mean(codebook, axis=0)
         latents = tf.stop_gradient(latents) - origin
@@ -242,7 +468,14 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
 
     def lookup(self, indices):
         """Code vectors `(..., D)` of integer `indices` `(...)`."""
-        return tf.gather(self.codebook, indices)
+        return self._scaled(tf.gather(self.codebook, indices))
+
+    def _scaled(self, vectors):
+        """`vectors` `(..., D)` as they are compared."""
+        if self.codebook_distance == "euclidean":
+            return vectors
+        # An epsilon that keeps the gradient at a latent of zeros small.
+        return tf.math.l2_normalize(vectors, axis=-1, epsilon=1e-8)
 
     def _add_losses(self, latents, quantized):
         commitment = tf.reduce_mean(
@@ -343,6 +576,11 @@ class ResidualStack(Configurable, keras.layers.Layer):
             for _ in range(blocks)
         ]
         self.outer = [keras.layers.Conv2D(channels, 1) for _ in range(blocks)]
+
+    def build(self, input_shape):
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            inner.build(input_shape)
+            outer.build((*input_shape[:-1], self.residual_channels))
 
     def call(self, x):
         for inner, outer in zip(self.inner, self.outer, strict=True):
@@ -531,9 +769,14 @@ class VQVAE(TrainableModel):
         channels: int. Width of encoder and decoder at the latent grids.
         residual_blocks, residual_channels: see `ResidualStack`.
         num_embeddings, embedding_dim, commitment_cost, codebook_update,
-            decay, restart_threshold, seed: see `VectorQuantizer`.
+            codebook_distance, decay, restart_threshold, seed: see
+            `VectorQuantizer`.
         ssim_weight: float >= 0. Weight of `1 - SSIM` in the reconstruction
             loss, beside `MSE / data_variance`.
+        upper_weight: float >= 0. Weight of the loss by which each level above
+            the first must give the image, averaged to the grid below, from
+            what is decoded of it and the levels above alone. Without it a
+            level may fall silent once the one below does well enough.
         data_variance: float > 0. Variance of the training pixels.
 
     Input shape: `(B, H, W, 1)` float in [0, 1].
@@ -561,9 +804,11 @@ class VQVAE(TrainableModel):
         "embedding_dim",
         "commitment_cost",
         "codebook_update",
+        "codebook_distance",
         "decay",
         "restart_threshold",
         "ssim_weight",
+        "upper_weight",
         "data_variance",
         "seed",
     )
@@ -580,9 +825,11 @@ class VQVAE(TrainableModel):
         embedding_dim=64,
         commitment_cost=0.25,
         codebook_update="ema",
+        codebook_distance="euclidean",
         decay=0.99,
         restart_threshold=0.02,
         ssim_weight=0.0,
+        upper_weight=0.0,
         data_variance=1.0,
         seed=0,
         **kwargs,
@@ -596,7 +843,7 @@ class VQVAE(TrainableModel):
         )
         within(1, 4096, channels=channels, residual_channels=residual_channels)
         within(0, 64, residual_blocks=residual_blocks)
-        within(0, math.inf, ssim_weight=ssim_weight)
+        within(0, math.inf, ssim_weight=ssim_weight, upper_weight=upper_weight)
         require(
             data_variance > 0,
             f"data_variance: expected > 0, found {data_variance}",
@@ -611,15 +858,10 @@ class VQVAE(TrainableModel):
         self.keep(locals())
         for level in range(1, levels + 1):
             self._add_level(level)
-        self._trackers = {
-            name: keras.metrics.Mean(name=name)
-            for name in (
-                "loss",
-                "reconstruction_loss",
-                "commitment_loss",
-                "ssim",
-            )
-        }
+        names = ["loss", "reconstruction_loss", "commitment_loss", "ssim"]
+        if levels > 1:
+            names.append("upper_loss")
+        self._trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self(tf.zeros((1, *self.image_size, 1)))  # makes the weights
 
     def _add_level(self, level):
@@ -638,6 +880,7 @@ class VQVAE(TrainableModel):
                 self.embedding_dim,
                 commitment_cost=self.commitment_cost,
                 codebook_update=self.codebook_update,
+                codebook_distance=self.codebook_distance,
                 decay=self.decay,
                 restart_threshold=self.restart_threshold,
                 seed=self.seed + level,
@@ -652,11 +895,18 @@ class VQVAE(TrainableModel):
                 self.num_embeddings, "" if level == 1 else f"_{level}"
             ),
         }
+        if level > 1:
+            parts["preview"] = keras.layers.Conv2D(
+                1, 1, dtype="float32", name="preview"
+            )
         for name, part in parts.items():
             setattr(self, f"{name}_{level}", part)
 
     def part(self, name: str, level: int):
-        """`encoder`, `projection`, `quantizer`, `decoder` or `usage`."""
+        """`encoder`, `projection`, `quantizer`, `decoder`, `usage`; `preview`.
+
+        The last of them above the first level only.
+        """
         return getattr(self, f"{name}_{level}")
 
     @property
@@ -669,9 +919,13 @@ class VQVAE(TrainableModel):
         return self._forward(images, training)[0]
 
     def _forward(self, images, training=False):
-        """Reconstruction `(B, H, W, 1)` and the indices of each level."""
+        """Reconstruction `(B, H, W, 1)`; indices of each level; previews.
+
+        Both lists are bottom first. A preview `(B, h, w, 1)` is the image as
+        an upper level alone shows it, on the grid of the level below.
+        """
         features = self._features(images)
-        indices, decoded = [], None
+        indices, previews, decoded = [], [], None
         for level in range(self.levels, 0, -1):
             x = features[level - 1]
             if decoded is not None:
@@ -682,7 +936,9 @@ class VQVAE(TrainableModel):
             )
             indices.insert(0, found)
             decoded = self._decode_level(level, quantized, decoded)
-        return tf.cast(decoded, tf.float32), indices
+            if level > 1:
+                previews.insert(0, self.part("preview", level)(decoded))
+        return tf.cast(decoded, tf.float32), indices, previews
 
     def _features(self, images):
         features = []
@@ -732,7 +988,7 @@ class VQVAE(TrainableModel):
 
     def _batch_loss(self, images, training):
         """Total loss of a batch; updates every metric."""
-        output, indices = self._forward(
+        output, indices, previews = self._forward(
             tf.cast(images, self.compute_dtype), training
         )
         error = tf.reduce_mean((images - output) ** 2)
@@ -742,12 +998,25 @@ class VQVAE(TrainableModel):
             reconstruction += self.ssim_weight * (1 - ssim)
         commitment = tf.add_n(self.losses)
         loss = reconstruction + commitment
-        values = (loss, reconstruction, commitment, ssim)
+        values = [loss, reconstruction, commitment, ssim]
+        if previews:
+            upper = self._preview_error(images, previews) / self.data_variance
+            loss += self.upper_weight * upper
+            values = [loss, *values[1:], upper]
         for tracker, value in zip(self._trackers.values(), values, strict=True):
             tracker.update_state(value, sample_weight=tf.shape(images)[0])
         for level, found in enumerate(indices, start=1):
             self.part("usage", level).update_state(found)
         return loss
+
+    def _preview_error(self, images, previews):
+        """Mean squared error of the previews, summed over levels."""
+        errors = []
+        for preview in previews:
+            factor = self.image_size[0] // preview.shape[1]
+            small = tf.nn.avg_pool2d(images, factor, factor, "VALID")
+            errors.append(tf.reduce_mean((small - preview) ** 2))
+        return tf.add_n(errors)
 
 
 # === Causal layers ===
@@ -869,6 +1138,7 @@ class CausalResidualBlock(Configurable, keras.layers.Layer):
 
     Args:
         channels: int. Channels of input and output; half of it inside.
+        kernel_size: odd int. Of the masked convolution.
         dropout: float in [0, 1). After the masked convolution.
         use_context: bool. Whether a context map is added to the convolution.
 
@@ -876,14 +1146,21 @@ class CausalResidualBlock(Configurable, keras.layers.Layer):
     Output shape: `(B, h, w, channels)`.
     """
 
-    ARGUMENTS = ("channels", "dropout", "use_context")
+    ARGUMENTS = ("channels", "kernel_size", "dropout", "use_context")
 
-    def __init__(self, channels, dropout=0.0, use_context=False, **kwargs):
+    def __init__(
+        self,
+        channels,
+        kernel_size=3,
+        dropout=0.0,
+        use_context=False,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.keep(locals())
         inner = max(channels // 2, 1)
         self.reduce = keras.layers.Dense(inner, activation="relu")
-        self.conv = CausalConv2D(inner, 3, "B")
+        self.conv = CausalConv2D(inner, kernel_size, "B")
         self.expand = keras.layers.Dense(channels)
         self.drop = keras.layers.Dropout(dropout)
         if use_context:
@@ -929,51 +1206,124 @@ def sine_features(position, count):
 class ContextMap(Configurable, keras.layers.Layer):
     """What every layer of a prior may know besides the indices before it.
 
-    The place on the grid (sine features of row and column) and the height of
-    the slice in the head (`slice_position`). Both are of the request, not of
-    the indices, so they cannot leak what is to be predicted.
+    The place on the grid, and conditions: the height of the slice in the
+    head, the class label, the indices of the levels above. None is of the
+    grid to be predicted, so none can leak it.
+
+    Slice position and label are each replaced by a learned null embedding
+    where they are negative, and in training for a share `dropout` of the
+    images: so one network also learns what holds without them.
 
     Args:
         grid: (h, w).
         channels: int. Channels of the map.
-        position_features: bool. Include the place on the grid.
+        num_embeddings: int. K of the levels above.
+        position_features: bool. Include sine features of row and column.
         slice_condition: bool. Include the slice position.
+        num_labels: int >= 0. Number of class labels; 0 leaves them out.
+        upper_grids: (h, w) of each level above, nearest first; each half of
+            the one before.
+        dropout: float in [0, 1). Share of conditions dropped in training.
 
-    Input shape: `slice_position` `(B,)` float in [0, 1], 0 the first slice of
-        a subject's stack, or `(B,)` anything without slice condition.
+    Input shapes: `slice_position` `(B,)` float in [0, 1], 0 the first slice
+        of a subject's stack; `label` `(B,)` int in [0, num_labels); both
+        negative for null. `upper`: a `(B, h, w)` int tensor for each upper
+        grid.
     Output shape: `(B, h, w, channels)`.
     """
 
-    ARGUMENTS = ("grid", "channels", "position_features", "slice_condition")
+    ARGUMENTS = (
+        "grid",
+        "channels",
+        "num_embeddings",
+        "position_features",
+        "slice_condition",
+        "num_labels",
+        "upper_grids",
+        "dropout",
+    )
     OCTAVES = 5
 
     def __init__(
-        self, grid, channels, position_features, slice_condition, **kwargs
+        self,
+        grid,
+        channels,
+        num_embeddings=2,
+        position_features=False,
+        slice_condition=False,
+        num_labels=0,
+        upper_grids=(),
+        dropout=0.0,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         grid = tuple(grid)
+        upper_grids = tuple(tuple(upper) for upper in upper_grids)
         self.keep(locals())
-        self.place = keras.layers.Dense(channels)
-        self.slice = keras.layers.Dense(channels)
+        self.drop = keras.layers.Dropout(dropout)
         self.mix = keras.layers.Dense(channels, activation="relu")
+        if position_features:
+            self.place = keras.layers.Dense(channels)
+        if slice_condition:
+            self.slice = keras.layers.Dense(channels)
+        if num_labels:
+            self.label = keras.layers.Embedding(num_labels + 1, channels)
+        if upper_grids:
+            self.codes_above = keras.layers.Embedding(
+                len(upper_grids) * num_embeddings, channels
+            )
+            self.above = ResidualStack(channels, 2, channels)
+            self.split = keras.layers.Dense(4 * channels)
 
     def build(self, input_shape):
+        self.mix.build((None, self.channels))
         if self.position_features:
             self.place.build((None, 4 * self.OCTAVES))
         if self.slice_condition:
             self.slice.build((None, 2 * self.OCTAVES))
-        self.mix.build((None, self.channels))
+            self.no_slice = self.add_weight(
+                name="no_slice", shape=(self.channels,), initializer="zeros"
+            )
+        if self.num_labels:
+            self.label.build((None,))
+        if self.upper_grids:
+            shape = (None, *self.upper_grids[0], self.channels)
+            self.codes_above.build((None,))
+            self.above.build(shape)
+            self.split.build(shape)
 
-    def call(self, slice_position):
+    def load_own_variables(self, store):
+        """Also from a run of format 1, whose prior had no null embedding."""
+        if self.slice_condition and "0" not in store:
+            store = {"0": np.zeros(self.channels, "float32")}
+        super().load_own_variables(store)
+
+    def call(self, slice_position, label, upper=(), training=False):
         height, width = self.grid
-        shape = (tf.shape(slice_position)[0], height, width, self.channels)
+        shape = (tf.shape(label)[0], height, width, self.channels)
         context = tf.zeros(shape, self.compute_dtype)
         if self.position_features:
             context += self.place(self._grid_features())
         if self.slice_condition:
+            known = self._known(slice_position, training)
             features = sine_features(slice_position, self.OCTAVES)
-            context += self.slice(features)[:, None, None]
+            vector = tf.where(
+                known[:, None], self.slice(features), self.no_slice
+            )
+            context += vector[:, None, None]
+        if self.num_labels:
+            known = self._known(label, training)
+            vector = self.label(tf.where(known, label + 1, 0))
+            context += vector[:, None, None]
+        if self.upper_grids:
+            context += self._from_above(upper)
         return self.mix(tf.nn.relu(context))
+
+    def _known(self, condition, training):
+        """Which images of a batch keep a condition, `(B,)` bool."""
+        ones = tf.ones(tf.shape(condition), self.compute_dtype)
+        kept = self.drop(ones, training=training) > 0
+        return kept & (condition >= 0)
 
     def _grid_features(self):
         height, width = self.grid
@@ -987,6 +1337,16 @@ class ContextMap(Configurable, keras.layers.Layer):
             axis=-1,
         )
 
+    def _from_above(self, upper):
+        """A residual network over the indices of all levels above."""
+        x = None
+        for k in reversed(range(len(upper))):  # topmost first
+            codes = self.codes_above(upper[k] + k * self.num_embeddings)
+            if x is not None:
+                codes += tf.repeat(tf.repeat(x, 2, axis=1), 2, axis=2)
+            x = codes
+        return tf.nn.depth_to_space(self.split(self.above(x)), 2)
+
 
 # === Priors ===
 
@@ -995,7 +1355,7 @@ class AutoregressivePrior(TrainableModel):
     """Distribution of a grid of indices as a product over raster order.
 
     `p(indices) = prod_t p(index_t | indices before t, context)`. A subclass
-    gives `_build_layers`, `_hidden` (whole grid) and the list of its causal
+    gives `_build_layers`, `_hidden` (whole grid) and the caches of its causal
     layers with `_step` (one position); the rest is here: context, likelihood,
     training in bits per code, and the sampler.
 
@@ -1005,14 +1365,23 @@ class AutoregressivePrior(TrainableModel):
         channels: int. Width of the network.
         blocks: int >= 0. Residual blocks.
         kernel_size: odd int. Columns the first layer sees.
+        block_kernel_size: odd int. Columns each residual block sees.
         head_layers: int >= 0. 1x1 layers before the logits.
         dropout: float in [0, 1). In the residual blocks.
         position_features: bool. Let every layer know its place on the grid.
         slice_condition: bool. Condition on the slice position.
+        labels: names of the class labels to condition on; none by default.
+        upper_grids: (h, w) of each level above, nearest first: condition on
+            the indices of these grids.
+        condition_dropout: float in [0, 1). Share of training images whose
+            slice position, and share whose label, is replaced by a learned
+            null embedding; guidance needs it.
         codebook_sha256: str. Which codebook the indices belong to.
 
-    Input shape: `indices` `(B, h, w)` int; `slice_position` `(B,)` float in
-        [0, 1] if `slice_condition`.
+    Input shape: `indices` `(B, h, w)` int, and what is conditioned on:
+        `upper`, a tuple of `(B, h, w)` int tensors, one for each upper grid;
+        `label` `(B,)` int, a number in `labels`; `slice_position` `(B,)`
+        float in [0, 1]. A negative label or position, or none, is null.
     Output shape: `(B, h, w, K)` float32 logits.
     Raises:
         ValueError: if an argument is out of range.
@@ -1024,17 +1393,21 @@ class AutoregressivePrior(TrainableModel):
         "channels",
         "blocks",
         "kernel_size",
+        "block_kernel_size",
         "head_layers",
         "dropout",
         "position_features",
         "slice_condition",
+        "labels",
+        "upper_grids",
+        "condition_dropout",
         "codebook_sha256",
     )
     CONTEXT_CHANNELS = 64
     # Images sampled by one run of the compiled loop. Fixed, and image k is
-    # always number k % 16 of its run, so that it does not depend on how many
+    # always number k % 8 of its run, so that it does not depend on how many
     # are asked for: matrix products round differently at other sizes.
-    SAMPLE_CHUNK = 16
+    SAMPLE_CHUNK = 8
 
     def __init__(
         self,
@@ -1043,10 +1416,14 @@ class AutoregressivePrior(TrainableModel):
         channels=128,
         blocks=5,
         kernel_size=7,
+        block_kernel_size=3,
         head_layers=2,
         dropout=0.0,
         position_features=False,
         slice_condition=False,
+        labels=(),
+        upper_grids=(),
+        condition_dropout=0.1,
         codebook_sha256="",
         **kwargs,
     ):
@@ -1057,17 +1434,38 @@ class AutoregressivePrior(TrainableModel):
         within(1, 4096, channels=channels)
         within(0, 256, blocks=blocks)
         within(0, 64, head_layers=head_layers)
-        require(0 <= dropout < 1, f"dropout: expected [0, 1), found {dropout}")
-        latent_grid = tuple(latent_grid)
+        within(0, 0.99, dropout=dropout, condition_dropout=condition_dropout)
+        sizes = {
+            "kernel_size": kernel_size,
+            "block_kernel_size": block_kernel_size,
+        }
+        for name, size in sizes.items():
+            require(
+                size % 2 == 1 and 1 <= size <= 63,
+                f"{name}: expected odd, 1..63, found {size}",
+            )
+        require(
+            not isinstance(labels, str) and len(set(labels)) == len(labels),
+            f"labels: expected different names, found {labels!r}",
+        )
+        latent_grid, labels = tuple(latent_grid), tuple(labels)
+        upper_grids = tuple(tuple(grid) for grid in upper_grids)
+        check_upper_grids(latent_grid, upper_grids)
         self.keep(locals())
-        self.use_context = position_features or slice_condition
+        self.use_context = bool(
+            position_features or slice_condition or labels or upper_grids
+        )
         self.embedding = keras.layers.Embedding(num_embeddings, channels)
         if self.use_context:
             self.context = ContextMap(
                 latent_grid,
                 self.CONTEXT_CHANNELS,
+                num_embeddings,
                 position_features,
                 slice_condition,
+                len(labels),
+                upper_grids,
+                condition_dropout,
             )
         self._build_layers()
         self.head = [
@@ -1082,14 +1480,37 @@ class AutoregressivePrior(TrainableModel):
         self._sampler = tf.function(
             self._sample_chunk, jit_compile=True, autograph=False
         )
-        self(tf.zeros((1, *self.latent_grid), tf.int32))  # makes the weights
+        self(  # makes the weights
+            tf.zeros((1, *self.latent_grid), tf.int32),
+            upper=tuple(tf.zeros((1, *g), tf.int32) for g in upper_grids),
+        )
 
-    def call(self, indices, slice_position=None, training=False):
-        if slice_position is None:
-            slice_position = tf.fill(tf.shape(indices)[:1], 0.5)
-        context = self.context(slice_position) if self.use_context else None
-        x = self.embedding(indices)
-        return self._predict_codes(self._hidden(x, context, training))
+    def call(
+        self,
+        indices,
+        upper=None,
+        label=None,
+        slice_position=None,
+        training=False,
+    ):
+        context, upper = None, tuple(upper or ())
+        require(
+            len(upper) == len(self.upper_grids),
+            f"upper: expected {len(self.upper_grids)} grids, one for each "
+            f"level above, found {len(upper)}",
+        )
+        if self.use_context:
+            batch = tf.shape(indices)[:1]
+            context = self.context(
+                tf.fill(batch, -1.0)
+                if slice_position is None
+                else slice_position,
+                tf.fill(batch, -1) if label is None else label,
+                upper=upper,
+                training=training,
+            )
+        codes = self.embedding(indices)
+        return self._predict_codes(self._hidden(codes, context, training))
 
     def _predict_codes(self, hidden):
         """Head and logits on what `_hidden` returns."""
@@ -1105,19 +1526,19 @@ class AutoregressivePrior(TrainableModel):
             x = dense_step(layer, x)
         return x
 
-    def distribution(self, indices, slice_position=None):
+    def distribution(self, indices, **conditions):
         """`tfd.Categorical` of every position given the indices before it."""
-        logits = self(indices, slice_position=slice_position)
-        return tfd().Categorical(logits=logits)
+        return tfd().Categorical(logits=self(indices, **conditions))
 
     @tf.function(reduce_retracing=True)
-    def log_prob(self, indices, slice_position=None):
+    def log_prob(self, indices, upper=None, label=None, slice_position=None):
         """Log-probability in nats of each position, `(B, h, w)` float32.
 
         The sum over positions is the log-probability of the grid.
         """
-        distribution = self.distribution(indices, slice_position)
-        return distribution.log_prob(indices)
+        return self.distribution(
+            indices, upper=upper, label=label, slice_position=slice_position
+        ).log_prob(indices)
 
     @property
     def metrics(self):
@@ -1127,7 +1548,7 @@ class AutoregressivePrior(TrainableModel):
         """Mean negative log-likelihood, nats per code; updates the metrics.
 
         Args:
-            batch: dict with `indices` and, if conditional, `slice_position`.
+            batch: dict with `indices` and what the prior is conditioned on.
         """
         logits = self(**batch, training=training)
         nats = tf.nn.sparse_softmax_cross_entropy_with_logits(
@@ -1150,6 +1571,9 @@ class AutoregressivePrior(TrainableModel):
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        guidance=1.0,
+        upper=None,
+        label=None,
         slice_position=None,
         first=0,
         return_log_prob=False,
@@ -1167,33 +1591,44 @@ class AutoregressivePrior(TrainableModel):
             top_k: int. Draw from the k likeliest codes only; 0 from all.
             top_p: float in (0, 1]. Draw from the likeliest codes that
                 together have this probability.
-            slice_position: `(n,)` float in [0, 1]; default 0.5.
+            guidance: float >= 0. Classifier-free guidance: logits are moved
+                from those without the label (or, of a prior without labels,
+                without the slice position) towards those with it, this many
+                times the way. Ho & Salimans, 2022, arXiv:2207.12598.
+            upper: `(n, h, w)` int arrays, one for each upper grid.
+            label: name of a label, or a sequence of `n` names; default null.
+            slice_position: `(n,)` float in [0, 1], or one for all; default
+                null.
             first: int >= 0. Number of the first image.
             return_log_prob: bool. Also return the log-probability in nats of
-                each grid under the model (temperature 1, all codes),
-                accumulated while drawing.
+                each grid under the model (temperature 1, all codes, no
+                guidance), accumulated while drawing.
             progress: callable that wraps the iterable of chunks, such as
                 `tqdm.tqdm`.
 
         Returns: `(n, h, w)` int32 array, and `(n,)` float32 if asked for.
+        Raises:
+            ValueError: if a label or an upper grid does not fit this prior,
+                or it has nothing to guide by.
         """
-        numbers = np.arange(first, first + n)
-        positions = (
-            np.full(n, 0.5) if slice_position is None else slice_position
+        within(0, 1e6, guidance=guidance)
+        require(
+            guidance == 1 or self.labels or self.slice_condition,
+            "guidance: this prior has neither labels nor slice positions",
         )
-        positions = np.asarray(positions, "float32")
+        conditions = self._conditions(n, upper, label, slice_position)
+        numbers = np.arange(first, first + n)
         chunks = np.unique(numbers // self.SAMPLE_CHUNK)
         grids = np.zeros((n, *self.latent_grid), "int32")
         log_probs = np.zeros(n, "float32")
         for chunk in progress(chunks) if progress else chunks:
             rows = np.flatnonzero(numbers // self.SAMPLE_CHUNK == chunk)
             slots = numbers[rows] % self.SAMPLE_CHUNK
-            filled = np.full(self.SAMPLE_CHUNK, 0.5, "float32")
-            filled[slots] = positions[rows]
             indices, log_prob = self._sampler(
                 self._uniforms(seed, int(chunk)),
-                tf.constant(filled),
+                self._chunk_context(conditions, rows, slots, guidance != 1),
                 tf.constant(temperature, tf.float32),
+                tf.constant(guidance, tf.float32),
                 top_p=float(top_p),
                 top_k=int(top_k),
             )
@@ -1201,27 +1636,97 @@ class AutoregressivePrior(TrainableModel):
             log_probs[rows] = log_prob.numpy()[slots]
         return (grids, log_probs) if return_log_prob else grids
 
+    def _conditions(self, n, upper, label, slice_position):
+        """What `n` images are conditioned on, as checked arrays."""
+        upper = tuple(np.asarray(grid, "int32") for grid in upper or ())
+        expected = [(n, *grid) for grid in self.upper_grids]
+        found = [grid.shape for grid in upper]
+        require(
+            found == expected,
+            f"upper: expected grids of shape {expected}, found {found}",
+        )
+        for grid in upper:
+            for index in (grid.min(), grid.max()):
+                within(0, self.num_embeddings - 1, upper=index)
+        position = np.full(n, -1.0, "float32")
+        if slice_position is not None:
+            given = np.asarray(slice_position, "float32")
+            require(
+                given.shape in ((), (n,)),
+                f"slice_position: expected shape ({n},), found {given.shape}",
+            )
+            for number in (given.min(), given.max()):
+                within(0, 1, slice_position=number)
+            position[:] = given
+        return {
+            "upper": upper,
+            "label": self._label_numbers(n, label),
+            "slice_position": position,
+        }
+
+    def _label_numbers(self, n, label):
+        """Numbers `(n,)` of label names; -1 for none."""
+        if label is None:
+            return np.full(n, -1, "int32")
+        names = [label] * n if isinstance(label, str) else list(label)
+        known = ", ".join(self.labels) or "none, as it was trained without"
+        for name in names:
+            require(
+                name in self.labels,
+                f"label: expected one of {known}; found {name!r}",
+            )
+        require(len(names) == n, f"label: expected {n}, found {len(names)}")
+        return np.array([self.labels.index(name) for name in names], "int32")
+
+    def _chunk_context(self, conditions, rows, slots, guided):
+        """Context of a chunk, the images `rows` in its `slots`; or None.
+
+        Guided, a second half follows: the context without the condition.
+        """
+        if not self.use_context:
+            return None
+
+        def place(values):
+            filled = np.zeros((self.SAMPLE_CHUNK, *values.shape[1:]), "int32")
+            filled = filled.astype(values.dtype)
+            filled[slots] = values[rows]
+            return tf.constant(filled)
+
+        filled = tf.nest.map_structure(place, conditions)
+        maps = [self._context_map(**filled)]
+        if guided:
+            guide = "label" if self.labels else "slice_position"
+            null = -tf.ones_like(filled[guide])
+            maps.append(self._context_map(**{**filled, guide: null}))
+        return tf.concat(maps, axis=0)
+
+    @tf.function(reduce_retracing=True)
+    def _context_map(self, upper, label, slice_position):
+        context = self.context(slice_position, label, upper=upper)
+        return tf.cast(context, tf.float32)
+
     def _uniforms(self, seed, chunk):
-        """Uniform numbers in [0, 1) of each image and position of a chunk."""
+        """Uniform numbers in [0, 1) of each image and position of a chunk.
+
+        Each level draws numbers of its own.
+        """
         first = chunk * self.SAMPLE_CHUNK
+        shape = (len(self.upper_grids) + 1, *self.latent_grid)
         return tf.stack(
             [
-                tf.random.stateless_uniform(
-                    self.latent_grid, [seed, k], alg="philox"
-                )
+                tf.random.stateless_uniform(shape, [seed, k], alg="philox")[-1]
                 for k in range(first, first + self.SAMPLE_CHUNK)
             ]
         )
 
     def _sample_chunk(
-        self, uniforms, slice_position, temperature, top_p, top_k
+        self, uniforms, context, temperature, guidance, top_p, top_k
     ):
         """The compiled loop: rows outside, columns inside."""
         batch = uniforms.shape[0]
         height, width = self.latent_grid
-        context = None
-        if self.use_context:
-            context = tf.cast(self.context(slice_position), tf.float32)
+        rows = batch if context is None else context.shape[0]
+        halves = rows // batch  # 2 with guidance: with the condition, without
 
         def draw_row(row, grid, log_prob, caches):
             caches = self._start_row(caches, row)
@@ -1232,18 +1737,22 @@ class AutoregressivePrior(TrainableModel):
                     at = tf.slice(
                         context,
                         [0, row, column, 0],
-                        [batch, 1, 1, context.shape[-1]],
+                        [rows, 1, 1, context.shape[-1]],
                     )[:, 0, 0]
                 hidden, caches = self._step(caches, column, at)
-                logits = self._predict_code(hidden)
+                logits, *null = tf.split(self._predict_code(hidden), halves)
+                goal = logits
+                if null:
+                    goal = null[0] + guidance * (logits - null[0])
                 uniform = tf.slice(uniforms, [0, row, column], [batch, 1, 1])
                 index = draw_index(
-                    logits, uniform[:, 0], temperature, top_p, top_k
+                    goal, uniform[:, 0], temperature, top_p, top_k
                 )
                 chosen = tf.gather(
                     tf.nn.log_softmax(logits), index, batch_dims=1
                 )
-                caches = self._write(index, caches, column)
+                code = tf.gather(self.embedding.embeddings, index)
+                caches = self._write(tf.tile(code, [halves, 1]), caches, column)
                 grid = keras.ops.slice_update(
                     grid, [0, row, column], index[:, None, None]
                 )
@@ -1260,12 +1769,23 @@ class AutoregressivePrior(TrainableModel):
             0,
             tf.zeros((batch, height, width), tf.int32),
             tf.zeros((batch,)),
-            self._init_caches(batch, width),
+            self._init_caches(rows, width),
         )
         _, grid, log_prob, _ = tf.while_loop(
             lambda row, *_: row < height, draw_row, start
         )
         return grid, log_prob
+
+
+def check_upper_grids(grid, upper_grids):
+    """Raise a `ValueError` unless each grid is half the one before."""
+    for upper in upper_grids:
+        require(
+            grid == (2 * upper[0], 2 * upper[1]),
+            f"upper_grids: expected each half of the one before, found "
+            f"{upper} after {grid}",
+        )
+        grid = upper
 
 
 def tfd():
@@ -1340,7 +1860,12 @@ class PixelCNN(AutoregressivePrior):
     def _build_layers(self):
         self.stem = CausalConv2D(self.channels, self.kernel_size, "A")
         self.residual = [
-            CausalResidualBlock(self.channels, self.dropout, self.use_context)
+            CausalResidualBlock(
+                self.channels,
+                self.block_kernel_size,
+                self.dropout,
+                self.use_context,
+            )
             for _ in range(self.blocks)
         ]
 
@@ -1372,10 +1897,9 @@ class PixelCNN(AutoregressivePrior):
             moved.append(cache)
         return x, [stem, *moved]
 
-    def _write(self, index, caches, column):
+    def _write(self, code, caches, column):
         stem, *rest = caches
-        x = tf.gather(self.embedding.embeddings, index)
-        return [self.stem.write(x, stem, column), *rest]
+        return [self.stem.write(code, stem, column), *rest]
 
 
 def gate(x):
@@ -1391,6 +1915,9 @@ class GatedBlock(Configurable, keras.layers.Layer):
     The vertical stack sees all of the rows up to its own. The horizontal one
     sees its own row to the left, and the vertical one of the row above: so
     together all positions before, without a blind spot.
+
+    Both stacks are added to their inputs, in deep networks a help to the
+    vertical one too, but for the first block.
 
     Args:
         channels: int. Channels of both stacks.
@@ -1424,6 +1951,7 @@ class GatedBlock(Configurable, keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.keep(locals())
+        self.is_first = mask_type == "A"
         self.vertical = CausalConv2D(2 * channels, kernel_size, "row")
         self.horizontal = CausalConv2D(
             2 * channels, kernel_size, mask_type, rows=1
@@ -1441,7 +1969,9 @@ class GatedBlock(Configurable, keras.layers.Layer):
         if self.use_context:
             x = x + self.context(context)
         y = self.expand(self.drop(gate(x), training=training))
-        return gate(rows), y if self.mask_type == "A" else horizontal + y
+        if self.is_first:
+            return gate(rows), y
+        return vertical + gate(rows), horizontal + y
 
     def init_cache(self, batch, width):
         """Rows of the vertical stack, the row so far, the link from above."""
@@ -1462,92 +1992,266 @@ class GatedBlock(Configurable, keras.layers.Layer):
         """
         rows, seen = self.vertical.step_row(vertical, cache[0])
         rows *= tf.cast(row > 0, rows.dtype)
-        return gate(rows), [
+        moved = [
             seen,
             self.horizontal.start_row(cache[1]),
             dense_step(self.link, rows),
         ]
-
-    def read(self, cache, column, context=None):
-        """Gate and expansion at `column`, from the cache alone."""
-        seen, own, above = cache
-        batch, _, channels = above.shape
-        link = tf.slice(above, [0, column, 0], [batch, 1, channels])[:, 0]
-        x = self.horizontal.read(own, column) + link
-        if self.use_context:
-            x = x + dense_step(self.context, context)
-        return dense_step(self.expand, gate(x))
-
-    def write(self, x, cache, column):
-        seen, own, above = cache
-        return [seen, self.horizontal.write(x, own, column), above]
+        return gate(rows) if self.is_first else vertical + gate(rows), moved
 
     def step(self, x, cache, column, context=None):
-        cache = self.write(x, cache, column)
-        return x + self.read(cache, column, context), cache
+        """Output of the horizontal stack; the first block needs no `x`."""
+        seen, own, above = cache
+        if not self.is_first:
+            own = self.horizontal.write(x, own, column)
+        batch, _, channels = above.shape
+        link = tf.slice(above, [0, column, 0], [batch, 1, channels])[:, 0]
+        y = self.horizontal.read(own, column) + link
+        if self.use_context:
+            y = y + dense_step(self.context, context)
+        y = dense_step(self.expand, gate(y))
+        return y if self.is_first else x + y, [seen, own, above]
+
+    def write(self, code, cache, column):
+        """Take in the embedded code `(B, channels)` drawn at `column`."""
+        seen, own, above = cache
+        if self.is_first:
+            own = self.horizontal.write(code, own, column)
+        return [seen, own, above]
+
+
+@register
+class CausalAttention(Configurable, keras.layers.Layer):
+    """Attention of every position to all codes before it; added to its input.
+
+    However far away they are. A code enters with its embedding and with the
+    features at its position; the code of the position itself and those after
+    it are hidden. Before all codes stands an empty one, of zeros, so that the
+    first position too has one to attend to.
+
+    Args:
+        channels: int, a multiple of `heads`.
+        heads: int >= 1.
+        dropout: float in [0, 1). On what was attended to.
+
+    Input shape: features and embedded codes, both `(B, h, w, channels)`.
+    Output shape: `(B, h, w, channels)`.
+    Reference: Chen et al., 2018, arXiv:1712.09763, sec. 3.
+    """
+
+    ARGUMENTS = ("channels", "heads", "dropout")
+    QUERIES = 256  # at a time: bounds the memory, and skips half the masked
+
+    def __init__(self, channels, heads=8, dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        require(
+            heads >= 1 and channels % heads == 0,
+            f"channels: expected a multiple of {heads} heads, found {channels}",
+        )
+        self.keep(locals())
+        self.scale = (channels // heads) ** -0.5
+        self.query = keras.layers.Dense(channels)
+        self.key = keras.layers.Dense(channels)
+        self.value = keras.layers.Dense(channels)
+        # Nothing is added at first: attention joins once it has learned.
+        self.expand = keras.layers.Dense(channels, kernel_initializer="zeros")
+        self.drop = keras.layers.Dropout(dropout)
+
+    def build(self, features_shape, codes_shape=None):
+        shape = (None, self.channels)
+        self.query.build(shape)
+        self.key.build((None, 2 * self.channels))
+        self.value.build((None, 2 * self.channels))
+        self.expand.build(shape)
+
+    def call(self, features, codes, training=False):
+        shape = tf.shape(features)
+        count = features.shape[1] * features.shape[2]
+        source = tf.concat([features, codes], axis=-1)
+        query = self._heads(self.query(features), count)
+        key = self._heads(self.key(source), count)
+        value = self._heads(self.value(source), count)
+        empty = [[0, 0], [0, 0], [1, 0], [0, 0]]
+        key = tf.pad(key, empty)[:, :, :-1]
+        value = tf.pad(value, empty)[:, :, :-1]
+        parts = [
+            self._attend(
+                query, key, value, first, min(first + self.QUERIES, count)
+            )
+            for first in range(0, count, self.QUERIES)
+        ]
+        y = tf.transpose(tf.concat(parts, axis=2), [0, 2, 1, 3])
+        y = self.expand(tf.reshape(y, shape))
+        return features + self.drop(y, training=training)
+
+    def _heads(self, x, count):
+        """`(B, h, w, channels)` as `(B, heads, h * w, channels / heads)`."""
+        x = tf.reshape(x, (-1, count, self.heads, self.channels // self.heads))
+        return tf.transpose(x, [0, 2, 1, 3])
+
+    def _attend(self, query, key, value, first, last):
+        """What the positions `first` to `last` attend to."""
+        scores = tf.matmul(
+            query[:, :, first:last], key[:, :, :last], transpose_b=True
+        )
+        scores = tf.cast(scores, tf.float32) * self.scale
+        hidden = np.arange(last) > np.arange(first, last)[:, None]
+        weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
+        return tf.matmul(tf.cast(weights, value.dtype), value[:, :, :last])
+
+    def init_cache(self, batch, count):
+        """Keys, values, features of the current position, its number."""
+        size = self.channels // self.heads
+        return [
+            tf.zeros((batch, self.heads, count, size)),
+            tf.zeros((batch, self.heads, count, size)),
+            tf.zeros((batch, self.channels)),
+            0,
+        ]
+
+    def start_row(self, vertical, cache, row):
+        return vertical, cache
+
+    def step(self, x, cache, column, context=None):
+        keys, values, _, position = cache
+        batch, heads, count, size = keys.shape
+        query = tf.reshape(dense_step(self.query, x), (batch, heads, 1, size))
+        scores = tf.matmul(query, keys, transpose_b=True) * self.scale
+        hidden = tf.range(count) > position
+        weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
+        y = tf.reshape(tf.matmul(weights, values), (batch, self.channels))
+        return x + dense_step(self.expand, y), [keys, values, x, position]
+
+    def write(self, code, cache, column):
+        """Take in the embedded code `(B, channels)` drawn at the position."""
+        keys, values, features, position = cache
+        shape = (keys.shape[0], self.heads, 1, -1)
+        source = tf.concat([features, code], axis=-1)
+        start = [0, 0, position + 1, 0]
+        key = tf.reshape(dense_step(self.key, source), shape)
+        value = tf.reshape(dense_step(self.value, source), shape)
+        return [
+            keras.ops.slice_update(keys, start, key),
+            keras.ops.slice_update(values, start, value),
+            features,
+            position + 1,
+        ]
 
 
 @register
 class GatedPixelCNN(AutoregressivePrior):
     """Gated blocks of a vertical and a horizontal stack: no blind spot.
 
-    The first block has `kernel_size` columns, the others 3. Arguments, shapes
-    and methods are those of `AutoregressivePrior`.
+    Arguments, shapes and methods are those of `AutoregressivePrior`.
 
     Reference: van den Oord et al., 2016, arXiv:1606.05328.
     """
 
+    attention = False
+    ATTENTION_EVERY = 4  # blocks
+
     def _build_layers(self):
-        shared = {"dropout": self.dropout, "use_context": self.use_context}
+        options = {"dropout": self.dropout, "use_context": self.use_context}
         self.stem = GatedBlock(
             self.channels, self.kernel_size, "A", use_context=self.use_context
         )
         self.residual = [
-            GatedBlock(self.channels, 3, "B", **shared)
+            GatedBlock(self.channels, self.block_kernel_size, "B", **options)
             for _ in range(self.blocks)
         ]
+        count = -(-self.blocks // self.ATTENTION_EVERY) * self.attention
+        self.attentions = [
+            CausalAttention(self.channels, self.heads, self.dropout)
+            for _ in range(count)
+        ]
 
-    def _hidden(self, x, context, training):
-        vertical = horizontal = x
-        for block in (self.stem, *self.residual):
-            vertical, horizontal = block(
-                vertical, horizontal, context, training=training
-            )
+    def _layers_in_order(self):
+        """The first block, the others; with attention after every few."""
+        order, every = [self.stem], self.ATTENTION_EVERY
+        for k in range(0, self.blocks, every):
+            order += self.residual[k : k + every]
+            order += self.attentions[k // every : k // every + 1]
+        return order
+
+    def _hidden(self, codes, context, training):
+        vertical = horizontal = codes
+        for layer in self._layers_in_order():
+            if isinstance(layer, CausalAttention):
+                horizontal = layer(horizontal, codes, training=training)
+            else:
+                vertical, horizontal = layer(
+                    vertical, horizontal, context, training=training
+                )
         return horizontal
 
     def _init_caches(self, batch, width):
-        """The embedded row so far, then the caches of the blocks."""
-        blocks = (self.stem, *self.residual)
-        row = tf.zeros((batch, width, self.channels))
-        return [row, *(block.init_cache(batch, width) for block in blocks)]
+        """The embedded row so far, then the caches of the layers."""
+        count = self.latent_grid[0] * width
+        caches = [tf.zeros((batch, width, self.channels))]
+        for layer in self._layers_in_order():
+            attends = isinstance(layer, CausalAttention)
+            caches.append(layer.init_cache(batch, count if attends else width))
+        return caches
 
     def _start_row(self, caches, row):
         vertical, *caches = caches
         moved = [tf.zeros_like(vertical)]
-        for block, cache in zip(
-            (self.stem, *self.residual), caches, strict=True
-        ):
-            vertical, cache = block.start_row(vertical, cache, row)
+        for layer, cache in zip(self._layers_in_order(), caches, strict=True):
+            vertical, cache = layer.start_row(vertical, cache, row)
             moved.append(cache)
         return moved
 
     def _step(self, caches, column, context):
-        row, stem, *rest = caches
-        x = self.stem.read(stem, column, context)
-        moved = [row, stem]
-        for block, cache in zip(self.residual, rest, strict=True):
-            x, cache = block.step(x, cache, column, context)
+        row, *caches = caches
+        x, moved = None, [row]
+        for layer, cache in zip(self._layers_in_order(), caches, strict=True):
+            x, cache = layer.step(x, cache, column, context)
             moved.append(cache)
         return x, moved
 
-    def _write(self, index, caches, column):
-        row, stem, *rest = caches
-        x = tf.gather(self.embedding.embeddings, index)
-        row = keras.ops.slice_update(row, [0, column, 0], x[:, None])
-        return [row, self.stem.write(x, stem, column), *rest]
+    def _write(self, code, caches, column):
+        row, *caches = caches
+        row = keras.ops.slice_update(row, [0, column, 0], code[:, None])
+        layers = self._layers_in_order()
+        return [
+            row,
+            *(
+                layer.write(code, cache, column)
+                for layer, cache in zip(layers, caches, strict=True)
+            ),
+        ]
 
 
-PRIORS = {"pixelcnn": PixelCNN, "gated": GatedPixelCNN}
+@register
+class PixelSNAIL(GatedPixelCNN):
+    """Gated blocks with causal attention after every fourth and the last.
+
+    Convolutions see what is near in detail, attention all there is. The
+    blocks are those of `GatedPixelCNN`, so that without attention, too, there
+    is no blind spot. Further arguments, shapes and methods are those of
+    `AutoregressivePrior`.
+
+    Args:
+        attention: bool. Without it a prior for grids too large to attend to.
+        heads: int >= 1. `channels` is a multiple of it.
+
+    Reference: Chen et al., 2018, arXiv:1712.09763.
+    """
+
+    ARGUMENTS = (*GatedPixelCNN.ARGUMENTS, "attention", "heads")
+
+    def __init__(self, *args, attention=True, heads=8, **kwargs):
+        within(1, 4096, heads=heads)
+        self.attention = attention
+        self.heads = heads
+        super().__init__(*args, **kwargs)
+
+
+PRIORS = {
+    "pixelcnn": PixelCNN,
+    "gated": GatedPixelCNN,
+    "pixelsnail": PixelSNAIL,
+}
 
 
 # === The chain: images -> indices -> images ===
@@ -1578,10 +2282,28 @@ def slice_positions(n: int, first: int = 0, columns: int = 8) -> np.ndarray:
     return ((numbers % columns + shift) / columns).astype("float32")
 
 
+def alternate_labels(labels, n: int, first: int = 0, columns: int = 8):
+    """A label name for images `first` to `first + n`; None without labels.
+
+    They alternate between the rows of a grid of `columns`.
+    """
+    rows = np.arange(first, first + n) // columns
+    return [labels[row % len(labels)] for row in rows] if labels else None
+
+
 def generate(
-    vqvae, priors, n, seed=0, first=0, slice_position=None, **sampling
+    vqvae,
+    priors,
+    n,
+    seed=0,
+    first=0,
+    label=None,
+    slice_position=None,
+    **sampling,
 ):
     """Draw new images: indices from the priors, decoded by the VQ-VAE.
+
+    From the top level down: each prior is told the indices drawn above it.
 
     Args:
         vqvae: `VQVAE`.
@@ -1589,20 +2311,29 @@ def generate(
         n: int >= 1.
         seed, first: image k of a request is a function of the seed and
             `first + k`.
+        label: see `AutoregressivePrior.sample`; default `alternate_labels`.
         slice_position: `(n,)` in [0, 1]; default `slice_positions`.
         sampling: further arguments of `AutoregressivePrior.sample`.
 
     Returns: `(n, H, W)` float32 images in [0, 1], and the indices `(n, h, w)`
-        of each level.
+        of each level, bottom first.
     """
     if slice_position is None:
         slice_position = slice_positions(n, first)
-    indices = [
-        prior.sample(
-            n, seed, first=first, slice_position=slice_position, **sampling
+    if label is None:
+        label = alternate_labels(priors[0].labels, n, first)
+    indices = []
+    for prior in reversed(priors):
+        grids = prior.sample(
+            n,
+            seed,
+            first=first,
+            upper=indices,
+            label=label,
+            slice_position=slice_position,
+            **sampling,
         )
-        for prior in priors
-    ]
+        indices.insert(0, grids)
     step = AutoregressivePrior.SAMPLE_CHUNK
     images = [
         vqvae.decode_indices([grid[k : k + step] for grid in indices])

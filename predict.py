@@ -23,7 +23,14 @@ import utils
 modules = utils.lazy_import("modules")
 
 SHOWN = 64  # images in the grid
-SAMPLING = ("temperature", "top_k", "top_p", "slice_position")
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "guidance",
+    "label",
+    "slice_position",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +68,12 @@ class Generate(OfRun):
     top_k: int = utils.flag(0, "draw from the k likeliest codes; 0: all", 0)
     top_p: float = utils.flag(
         1.0, "draw from the likeliest codes of this mass", above=0, high=1
+    )
+    guidance: float = utils.flag(
+        1.0, "above 1: more of what is typical of the label", 0, 100
+    )
+    label: str | None = utils.flag(
+        None, "class label; all of them by turns without it"
     )
     slice_position: float | None = utils.flag(
         None, "0 first slice of a head, 1 last; spread evenly without it", 0, 1
@@ -122,7 +135,7 @@ def main(argv):
 def show(run, options):
     """Reconstruct and generate, then repeat the scores of the training."""
     reconstruct(run, Reconstruct())
-    if run.prior_path.exists():
+    if run.has_priors:
         generate(run, Generate())
     else:
         print("no prior in this run: nothing generated")
@@ -157,6 +170,7 @@ def generate(run, options):
     """Write `samples/*.png` and the grid `figures/samples.png`."""
     vqvae = utils.load_model(run.vqvae_path)
     priors = utils.load_priors(run, vqvae)
+    check_conditions(run, priors, options)
     folder = run.path / "samples"
     folder.mkdir(exist_ok=True)
     shown = []
@@ -173,6 +187,21 @@ def generate(run, options):
     print(f"{options.number} images in {folder}, grid in {path}")
 
 
+def check_conditions(run, priors, options):
+    """Refuse a label or guidance that the priors know nothing of."""
+    labels = priors[0].labels
+    if options.label is not None and options.label not in labels:
+        known = ", ".join(labels) or "none: no --condition label in training"
+        raise utils.FlagError(
+            f"--label: expected one of those of {run.path} ({known}), found "
+            f"{options.label!r}"
+        )
+    if options.guidance != 1 and not (labels or priors[0].slice_condition):
+        raise utils.FlagError(
+            f"--guidance: {run.path} was trained without --condition"
+        )
+
+
 def draw(vqvae, priors, options, first, count):
     """Images `first` to `first + count` of a request, `(count, H, W)`."""
     position = options.slice_position
@@ -187,6 +216,8 @@ def draw(vqvae, priors, options, first, count):
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        guidance=options.guidance,
+        label=options.label,
         slice_position=position,
     )
     return images
@@ -198,14 +229,15 @@ def sample_name(options, number):
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name in SAMPLING and value != field.default:
-            parts.append(f"{field.name.replace('_', '-')}{value:g}")
+            value = value if isinstance(value, str) else f"{value:g}"
+            parts.append(field.name.replace("_", "-") + value)
     return "_".join([*parts, f"{number:06d}.png"])
 
 
 def evaluate(run, options):
     """Measure the run on its test images, or on other data; draw figures."""
     vqvae = utils.load_model(run.vqvae_path)
-    priors = utils.load_priors(run, vqvae) if run.prior_path.exists() else []
+    priors = utils.load_priors(run, vqvae) if run.has_priors else []
     if options.data_dir:
         evaluation, figures = evaluate_other(run, vqvae, priors, options)
     else:
@@ -218,6 +250,7 @@ def evaluate(run, options):
                 splits,
                 image_batches(run, splits["test"]),
                 modules.generate,
+                dataset.ventricle_areas,
             )
         figures = run.figures_path
     print(utils.summary_table(evaluation))
@@ -257,14 +290,18 @@ def inspect(run, options):
     """Print what a run is made of."""
     vqvae = utils.load_model(run.vqvae_path)
     models = {"vqvae.keras": vqvae}
-    if run.prior_path.exists():
-        models["prior.keras"] = utils.load_priors(run, vqvae)[0]
+    if run.has_priors:
+        priors = utils.load_priors(run, vqvae)
+        for path, prior in zip(run.prior_paths, priors, strict=True):
+            models[path.name] = prior
     config = dataclasses.asdict(run.config)
     print(f"run        {run.path}")
     print(f"recipe     {run.config.recipe}")
     print(f"command    {run.info['command']}")
     if "prior_command" in run.info:
         print(f"prior      {run.info['prior_command']}")
+    if "training" in run.info:
+        print(f"training   not complete: python train.py --resume {run.path}")
     kind = "simulated" if run.info["simulated"] else "real"
     print(f"data       {run.config.dataset}, {kind}, ", end="")
     splits = utils.read_splits(run, needed=())

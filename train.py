@@ -6,15 +6,16 @@
         one of the published systems, on a folder of its data set
     python train.py --stage prior --run-dir runs/NAME --prior-epochs 50
         another prior over the VQ-VAE of an earlier run
+    python train.py --resume runs/NAME
+        what is left of a training that was stopped or killed
     python train.py --list-recipes
 
 The steps: images -> VQ-VAE -> indices -> prior -> samples -> evaluation. All
 results go to one run folder.
 """
 
-import shlex
+import functools
 import sys
-import time
 
 import numpy as np
 
@@ -23,6 +24,7 @@ import utils
 
 keras = utils.lazy_import("keras")
 modules = utils.lazy_import("modules")
+tf = utils.lazy_import("tensorflow")
 pd = utils.lazy_import("pandas")
 
 GRADIENT_NORM = 1.0  # longest gradient; longer ones are scaled down to it
@@ -33,32 +35,32 @@ def main(argv):
     config = utils.resolve(argv, description=__doc__)
     if config.smoke:
         config = config.smoked()
-    run, splits = start(config)
-    policy, reason = utils.choose_precision(config.precision)
-    print(f"run folder {run.path}, precision {policy} ({reason})")
-    keras.config.set_dtype_policy(policy)
-    with dataset.naming_files():
-        if config.stage != "prior":
-            train_vqvae(run, splits)
-        vqvae = utils.load_model(run.vqvae_path)
-        indices = encode_splits(run, vqvae, splits)
-        priors = []
-        if config.stage != "vqvae":
-            train_prior(run, vqvae, indices, splits)
-            priors = utils.load_priors(run, vqvae)
-        finish(run, vqvae, priors, splits)
+    with utils.StopSignals() as signals:
+        run, splits = start(config)
+        try:
+            train(run, splits, signals)
+        except utils.Stopped:
+            print(f"go on with: python train.py --resume {run.path}")
+            raise
+        finally:
+            run.unlock()
 
 
 def start(config):
-    """The run folder and the splits; a refused start leaves no folder.
+    """The run folder, locked, and the splits; a refused start leaves none.
 
     Returns: `Run`; dict of DataFrames, `train`, `validate`, `test`.
     """
+    if config.resume:
+        return resume(config)
     if config.stage == "prior":
         run = utils.Run.open(config.run_dir)
         utils.check_keras_file(run.vqvae_path)
-        run.config = config
-        return run, utils.read_splits(run)
+        splits = utils.read_splits(run)
+        run.info |= conditions(config, splits["train"], run.split_path)
+        run.lock()
+        run.begin(config)
+        return run, splits
     run = utils.Run.create(config)
     try:
         return run, load_splits(run)
@@ -67,18 +69,66 @@ def start(config):
         raise
 
 
+def resume(config):
+    """The run whose training goes on, locked, and its splits."""
+    run = utils.Run.open(config.resume)
+    run.config = config
+    run.lock()
+    if "training" not in run.info:
+        run.unlock()
+        raise utils.FlagError(
+            f"--resume: the training of {run.path} is complete; start another "
+            "run, or another prior with --stage prior --run-dir"
+        )
+    if run.split_path.exists():
+        return run, utils.read_splits(run)
+    return run, load_splits(run)  # stopped before it had read the data
+
+
+def train(run, splits, signals):
+    """What is left to do of a run: VQ-VAE, indices, priors, evaluation."""
+    config = run.config
+    policy, reason = utils.choose_precision(config.precision)
+    print(f"run folder {run.path}, precision {policy} ({reason})")
+    keras.config.set_dtype_policy(policy)
+    with dataset.naming_files():
+        if not run.is_done("vqvae"):
+            with signals.deferred():
+                train_vqvae(run, splits, signals)
+        vqvae = utils.load_model(run.vqvae_path)
+        indices = encode_splits(run, vqvae, splits)
+        collapsed = collapsed_levels(vqvae, indices["train"])
+        priors = []
+        if config.stage != "vqvae":
+            if collapsed and not config.force:
+                raise utils.RunError(
+                    f"{run.vqvae_path}: {collapsed}; a prior over it would "
+                    "draw one image again and again: train the VQ-VAE longer "
+                    "or with another --learning-rate, or insist with --force"
+                )
+            train_priors(run, vqvae, indices, splits, signals)
+            if all(path.exists() for path in run.prior_paths):
+                priors = utils.load_priors(run, vqvae)
+        finish(run, vqvae, priors, splits)
+    run.complete()
+
+
 def load_splits(run):
     """Index of the slices of each split, checked; written to `split.csv`."""
     config = run.config
     root, layout = config.data_dir, config.dataset
     if layout == "phantom":
-        root, layout = (
-            dataset.simulated_folder(config.phantom_subjects),
-            "oasis",
-        )
+        layout = "oasis"
+        root = dataset.simulated_folder(config.phantom_subjects)
+    elif root is None:  # a recipe with --smoke
+        # What the simulator makes; reading pads or crops to the size asked.
+        size = min(max(32, *(config.image_size or (128,))), 1024)
+        size = -(-size // 16) * 16
+        root = dataset.simulated_folder(utils.SMOKE_SUBJECTS, layout, size)
     index = dataset.load_index(
         root, layout, skip_bad=config.skip_bad, image_size=config.image_size
     )
+    rejected = index.attrs.pop("rejected")
     size = config.image_size or dataset.native_size(index)
     utils.check_image_size(
         size,
@@ -86,16 +136,36 @@ def load_splits(run):
         "--image-size, by default that of the data",
     )
     if config.smoke:
+        count = index.groupby("split")["path"].transform("size")
         number = index.groupby("split").cumcount()
-        index = index[number < utils.SMOKE_IMAGES]
+        # A few spread over the split: of several subjects and heights.
+        stride = np.ceil(count / utils.SMOKE_IMAGES)
+        index = index[number % stride == 0]
     run.update(
         image_size=size,
         simulated=index.attrs["simulated"],
         intensity=dataset.INTENSITY_RULE,
         resize=config.resize,
+        **conditions(config, index[index["split"] == "train"], root),
     )
+    if len(rejected):
+        utils.write_csv(run.rejected_path, rejected)
     utils.write_csv(run.split_path, index)
     return {name: index[index["split"] == name] for name in dataset.SPLITS}
+
+
+def conditions(config, frame, source):
+    """What a prior can be conditioned on: label map, range of the slices."""
+    names = sorted(set(frame["label"]) - {""})
+    if "label" in config.conditions and not names:
+        raise utils.DataError(
+            f"{source}: no image has a class label; leave label out of "
+            "--condition"
+        )
+    return {
+        "labels": {name: number for number, name in enumerate(names)},
+        "slice_range": [int(frame["slice"].min()), int(frame["slice"].max())],
+    }
 
 
 def image_batches(run, frame, batch_size, **options):
@@ -111,12 +181,13 @@ def image_batches(run, frame, batch_size, **options):
     )
 
 
-def train_vqvae(run, splits):
+def train_vqvae(run, splits, signals):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
     config = run.config
     utils.set_seed(config.seed)
     batch_size = min(config.batch_size, len(splits["train"]))
-    images = image_batches(
+    images = functools.partial(
+        image_batches,
         run,
         splits["train"],
         batch_size,
@@ -135,9 +206,11 @@ def train_vqvae(run, splits):
         embedding_dim=config.embedding_dim,
         commitment_cost=config.commitment_cost,
         codebook_update=config.codebook_update,
+        codebook_distance=config.codebook_distance,
         decay=config.decay,
         restart_threshold=0.02 if config.restart else 0.0,
         ssim_weight=config.ssim_weight,
+        upper_weight=config.upper_weight,
         data_variance=data_variance(run, splits["train"]),
         seed=config.seed,
     )
@@ -157,8 +230,10 @@ def train_vqvae(run, splits):
         images=len(splits["train"]),
         batch_size=batch_size,
         learning_rate=config.learning_rate,
+        signals=signals,
     )
     utils.save_model(model, run.vqvae_path)
+    run.note_done("vqvae")
 
 
 def data_variance(run, frame, most=512):
@@ -189,16 +264,68 @@ def encode_splits(run, vqvae, splits):
     return indices
 
 
-def train_prior(run, vqvae, indices, splits):
-    """Train the prior of a run and save it as `prior.keras`.
+def collapsed_levels(vqvae, indices):
+    """Say which codebooks are hardly used, with a warning; "" if none is.
+
+    Args:
+        indices: `(N, h, w)` array of each level, bottom first.
+    """
+    found = []
+    for level, grids in enumerate(indices, start=1):
+        stats = utils.codebook_stats(grids, vqvae.num_embeddings)
+        used = round(stats["usage"] * vqvae.num_embeddings)
+        if stats["usage"] < utils.LEAST_USAGE or used == 1:
+            found.append(
+                f"level {level} has collapsed: {used} of "
+                f"{vqvae.num_embeddings} code vectors in use"
+            )
+    text = ", ".join(found)
+    if text:
+        print(f"warning: {text}", file=sys.stderr)
+    return text
+
+
+def train_priors(run, vqvae, indices, splits, signals):
+    """Train the prior of each level and save it, `prior.keras` if only one.
 
     The same whether the VQ-VAE was trained just before or in an earlier run.
     """
     config = run.config
-    utils.set_seed(config.seed)
-    model = modules.PRIORS[config.prior](
+    frames = dict(splits)
+    indices = dict(indices)
+    indices["train"], frames["train"] = with_jittered_copies(
+        run, vqvae, indices["train"], splits["train"]
+    )
+    for level, name in enumerate(run.prior_names, start=1):
+        if config.prior_level not in (None, level) or run.is_done(name):
+            continue
+        utils.set_seed(config.seed)
+        prior = new_prior(run, vqvae, level)
+        print(f"{name}: {config.prior}, {prior.count_params():,} weights")
+        data = {
+            split: utils.prior_inputs(prior, grids, frames[split])
+            for split, grids in indices.items()
+        }
+        with signals.deferred():
+            train_prior(run, name, prior, data, signals)
+            utils.save_model(prior, run.path / f"{name}.keras")
+            run.note_done(name)
+    if config.stage == "prior":
+        run.update(prior_command=run.info["training"]["command"])
+
+
+def new_prior(run, vqvae, level):
+    """An untrained prior for a level, told of the levels above."""
+    config = run.config
+    labels = run.info["labels"] if "label" in config.conditions else ()
+    options = {}
+    if config.prior == "pixelsnail":
+        attended = {"none": (), "top": (vqvae.levels,), "all": (1, 2, 3)}
+        options["attention"] = level in attended[config.prior_attention]
+        options["heads"] = utils.ATTENTION_HEADS
+    return modules.PRIORS[config.prior](
         num_embeddings=vqvae.num_embeddings,
-        latent_grid=vqvae.latent_grids[0],
+        latent_grid=vqvae.latent_grids[level - 1],
         channels=config.prior_channels,
         blocks=config.prior_blocks,
         kernel_size=config.prior_kernel_size,
@@ -206,22 +333,48 @@ def train_prior(run, vqvae, indices, splits):
         dropout=config.prior_dropout,
         position_features=config.position_features,
         slice_condition="slice" in config.conditions,
-        codebook_sha256=utils.codebook_sha256(vqvae, level=1),
+        labels=tuple(labels),
+        upper_grids=vqvae.latent_grids[level:],
+        condition_dropout=config.condition_dropout,
+        codebook_sha256=utils.codebook_sha256(vqvae, level),
+        **options,
     )
-    print(f"{config.prior} prior: {model.count_params():,} weights")
-    batch_size = min(config.prior_batch_size, len(splits["train"]))
-    data = {
-        name: utils.prior_inputs(model, indices[name], splits[name])
-        for name in indices
-    }
+
+
+def with_jittered_copies(run, vqvae, indices, frame):
+    """Indices and table of the training images and of jittered copies.
+
+    A prior soon knows a few thousand grids by heart; the same slices moved
+    by a few pixels or made brighter have other grids.
+    """
+    seed, parts = run.config.seed, [indices]
+    for copy in range(1, run.config.prior_augment + 1):
+        first = copy * len(frame)
+
+        def jittered(batch, images, first=first):
+            rows = tf.range(tf.shape(images, tf.int64)[0])
+            return dataset.jitter(images, seed, first + 32 * batch + rows)
+
+        images = image_batches(run, frame, 32).enumerate().map(jittered)
+        parts.append(modules.encode_dataset(vqvae, images))
+    levels = [np.concatenate(level) for level in zip(*parts, strict=True)]
+    return levels, pd.concat([frame] * len(parts), ignore_index=True)
+
+
+def train_prior(run, name, prior, data, signals):
+    """Train one prior on a dict of arrays for each split."""
+    config = run.config
+    images = len(data["train"]["indices"])
+    batch_size = min(config.prior_batch_size, images)
     validation = None
     if "validate" in data:
         validation = dataset.array_batches(data["validate"], batch_size)
     fit(
         run,
-        "prior",
-        model,
-        dataset.array_batches(
+        name,
+        prior,
+        functools.partial(
+            dataset.array_batches,
             data["train"],
             batch_size,
             seed=config.seed,
@@ -229,14 +382,13 @@ def train_prior(run, vqvae, indices, splits):
         ),
         validation,
         epochs=config.prior_epochs,
-        images=len(splits["train"]),
+        images=images,
         batch_size=batch_size,
         learning_rate=config.prior_learning_rate,
+        ema_momentum=config.prior_ema_momentum,
         best="val_bits_per_code" if validation else None,
+        signals=signals,
     )
-    utils.save_model(model, run.prior_path)
-    if config.stage == "prior":
-        run.update(prior_command=shlex.join(sys.argv))
 
 
 def fit(
@@ -250,16 +402,22 @@ def fit(
     images,
     batch_size,
     learning_rate,
+    ema_momentum=0.0,
     best=None,
+    signals,
 ):
     """Keras `fit` with the schedule, the history and the end of our runs.
 
     Args:
-        batches: dataset of the batches of all epochs.
+        batches: function of `start_step` that returns the dataset of the
+            batches of all epochs from that one on.
         validation: dataset of one pass, or None.
         images: how many an epoch has.
+        ema_momentum: validate and keep the moving average of the weights
+            over steps, with this factor; 0 the weights themselves.
         best: name of a metric; the weights of the epoch where it was least
             are restored at the end.
+        signals: `utils.StopSignals` that end the training.
     """
     config = run.config
     steps = dataset.steps_per_epoch(images, batch_size)
@@ -269,27 +427,42 @@ def fit(
         optimizer=keras.optimizers.Adam(
             schedule(config, learning_rate, epochs * steps),
             global_clipnorm=GRADIENT_NORM,
+            use_ema=ema_momentum > 0,
+            ema_momentum=ema_momentum,
         ),
         jit_compile=False,
     )
+    stopping = best and keras.callbacks.EarlyStopping(
+        best, mode="min", patience=config.patience, restore_best_weights=True
+    )
+    checkpoint = modules.Checkpoint(
+        run.checkpoint_path / stage,
+        config.checkpoint_minutes,
+        config.checkpoint_steps,
+        stopping,
+        signals,
+    )
     images = min(images, steps * batch_size)
-    callbacks = [history_log(run, stage, steps, images), finite_check(stage)]
-    if best:
-        callbacks.append(
-            keras.callbacks.EarlyStopping(
-                best,
-                mode="min",
-                patience=config.patience,
-                restore_best_weights=True,
-            )
-        )
-    print(f"training the {stage}: {epochs} epochs of {steps} steps")
+    callbacks = [
+        # First, so that the others find the average.
+        ema_momentum and keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+        modules.FiniteCheck(stage),
+        history_log(run, stage, steps, images, checkpoint),
+        stopping,
+        checkpoint,
+    ]
+    print(f"training the {stage}: {epochs} epochs of {steps} steps", end="")
+    done = checkpoint.steps_done(steps)
+    print(f", {done} of them done" if done else "")
     model.fit(
-        batches,
+        # Keras counts the steps done as well, so that it would take data of
+        # known length for too short; nothing is ever repeated.
+        batches(start_step=done).repeat(),
+        initial_epoch=checkpoint.epoch,
         epochs=epochs,
         steps_per_epoch=steps,
         validation_data=validation,
-        callbacks=callbacks,
+        callbacks=list(filter(None, callbacks)),
         shuffle=False,
         verbose=utils.fit_verbosity(),
     )
@@ -307,51 +480,36 @@ def schedule(config, learning_rate, steps):
     )
 
 
-def history_log(run, stage, steps, images):
+def history_log(run, stage, steps, images, checkpoint):
     """Callback that adds a row an epoch to `history.csv`."""
-    started = time.monotonic()
     rows = []
     if run.history_path.exists():
         earlier = utils.read_history(run)
-        rows = earlier[earlier["stage"] != stage].to_dict("records")
+        kept = earlier["stage"] != stage
+        kept |= earlier["epoch"] <= checkpoint.epoch
+        rows = earlier[kept].to_dict("records")
 
     def add(epoch, logs):
-        seconds = time.monotonic() - started
         row = {"stage": stage, "epoch": epoch + 1, "step": (epoch + 1) * steps}
-        row |= {"images": (epoch + 1) * images, "seconds": round(seconds, 3)}
+        row["images"] = (epoch + 1) * images
+        row["seconds"] = round(checkpoint.seconds, 3)
         rows.append({**row, **logs})
         utils.write_csv(run.history_path, pd.DataFrame(rows))
 
     return keras.callbacks.LambdaCallback(on_epoch_end=add)
 
 
-def finite_check(stage):
-    """Callback that ends the training once a loss or weight is not finite.
-
-    A NaN in the data can leave every loss finite: ReLU may turn it into 0.
-    """
-    flag = "--learning-rate" if stage == "vqvae" else "--prior-learning-rate"
-
-    def check(epoch, logs):
-        bad = [k for k, value in logs.items() if not np.isfinite(value)]
-        weights = callback.model.get_weights()
-        if not all(np.isfinite(w).all() for w in weights):
-            bad.append("weights")
-        if bad:
-            raise utils.NumericsError(
-                f"{stage}: not finite after epoch {epoch + 1}: "
-                f"{', '.join(bad)}; no model was saved, try a smaller {flag}"
-            )
-
-    callback = keras.callbacks.LambdaCallback(on_epoch_end=check)
-    return callback
-
-
 def finish(run, vqvae, priors, splits):
     """Evaluate on the test subjects, draw the figures, print the summary."""
     images = image_batches(run, splits["test"], 32)
     evaluation = utils.evaluate(
-        run, vqvae, priors, splits, images, modules.generate
+        run,
+        vqvae,
+        priors,
+        splits,
+        images,
+        modules.generate,
+        dataset.ventricle_areas,
     )
     print(utils.summary_table(evaluation))
     print(f"figures in {run.figures_path}")

@@ -25,15 +25,18 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import numbers
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 import typing
@@ -42,10 +45,17 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows has other locks: there, folders have none
+    fcntl = None
+
 # TensorFlow's own log: what fails is raised as an exception too, and its graph
 # optimizer reports every fusion that it gives up as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
+# Its Python log warns of retracing whenever several models are trained.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 # ---------------------------------------------------------------- 1. Errors
 
@@ -97,6 +107,7 @@ RESOURCE_ERRNOS = {
     errno.EIO: "check the disk",
 }
 TENSORFLOW_NOTICES = r"WARNING: All log messages before|[IW]\d{4} |.*cuInit"
+_FIRST_IMPORT = threading.RLock()
 MEMORY_ADVICE = "use a smaller --batch-size or --image-size"
 
 
@@ -115,13 +126,14 @@ class _LazyModule:
 
 def _import_module(name):
     """Import a module; without notices if it is the first to use TensorFlow."""
-    if name in sys.modules or "tensorflow" in sys.modules:
-        return importlib.import_module(name)
-    with _quiet_start():
-        module = importlib.import_module(name)
-        if "tensorflow" in sys.modules:  # its notices on GPUs come now
-            sys.modules["tensorflow"].config.list_physical_devices()
-    return module
+    with _FIRST_IMPORT:  # file descriptor 2 is the process's, not a thread's
+        if name in sys.modules or "tensorflow" in sys.modules:
+            return importlib.import_module(name)
+        with _quiet_start():
+            module = importlib.import_module(name)
+            if "tensorflow" in sys.modules:  # its notices on GPUs come now
+                sys.modules["tensorflow"].config.list_physical_devices()
+        return module
 
 
 @contextlib.contextmanager
@@ -175,6 +187,71 @@ def _as_user_error(error):
     return None
 
 
+class Stopped(BaseException):
+    """A signal ends the program; exit code 128 and its number.
+
+    Like `KeyboardInterrupt` not an `Exception`: nothing should handle it.
+    """
+
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM, so that a training can save before it ends.
+
+    >>> with StopSignals() as signals:
+    ...     with signals.deferred():
+    ...         train()  # after each batch: if signals.received, save and stop
+
+    A signal that is not deferred, or the second one, raises `Stopped` at once.
+
+    Attributes:
+        received: number of the signal noted, 0 if there was none.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self._deferred = False
+        self._handlers = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.received or not self._deferred:
+            raise Stopped(number)
+        self.received = number
+        name = signal.Signals(number).name
+        # Not print: what this interrupts may be printing.
+        os.write(
+            1, f"{name}: saving after this step; again: at once\n".encode()
+        )
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """Note a first signal; `stop` by the end of the block."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.stop()
+
+    def stop(self):
+        """Raise `Stopped` if a signal was noted."""
+        if self.received:
+            raise Stopped(self.received)
+
+
 def run_main(main, argv=None):
     """Call `main(argv)`; end with the exit codes of the README.
 
@@ -186,6 +263,9 @@ def run_main(main, argv=None):
     debug = "--debug" in argv or os.environ.get("MRI_VQVAE_DEBUG") == "1"
     try:
         code = main(argv)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -499,27 +579,38 @@ class Recipe:
 
 _PIXELCNN = "VQ-VAE (arXiv:1711.00937), PixelCNN (arXiv:1601.06759)"
 
+# Shared by recipes: an SSIM term needs small batches and a high rate; a prior
+# is told where it is; a deep one on a grid of a few thousand training images.
+_SSIM_LOSS = {"ssim_weight": 1.0, "learning_rate": 1e-3, "batch_size": 16}
+_TOLD_PLACE = {"position_features": True, "condition": "slice"}
+_DEEP_PRIOR = {
+    **_TOLD_PLACE,
+    "prior_blocks": 8,
+    "prior_kernel_size": 5,
+    "prior_head_layers": 1,
+    "prior_dropout": 0.1,
+    "prior_learning_rate": 1e-3,
+}
+
 RECIPES = {
     "quickstart": Recipe(
         description="simulated brains, sized for two CPU cores",
         source=_PIXELCNN,
         figure="-",
         settings={
+            **_SSIM_LOSS,
             "cache": True,
             "downsampling": 4,
             "channels": 64,
             "num_embeddings": 256,
             "embedding_dim": 32,
-            "ssim_weight": 1.0,
             "epochs": 12,
-            "batch_size": 16,
-            "learning_rate": 1e-3,
             "prior_channels": 96,
             "prior_blocks": 8,
             "prior_kernel_size": 5,
             "prior_head_layers": 1,
             "position_features": True,
-            "condition": "slice",
+            "condition": "label,slice",
             "prior_epochs": 10,
             "prior_batch_size": 16,
             "prior_learning_rate": 2e-3,
@@ -530,6 +621,7 @@ RECIPES = {
         source=_PIXELCNN,
         figure="test SSIM 0.823 (9000 images), 0.6481 nats/code",
         settings={
+            **_TOLD_PLACE,
             "dataset": "adni",
             "image_size": (240, 256),
             "downsampling": 8,
@@ -541,8 +633,6 @@ RECIPES = {
             "batch_size": 32,
             "epochs": 30,
             "prior_channels": 128,
-            "position_features": True,
-            "condition": "slice",
             "prior_blocks": 2,
             "prior_head_layers": 2,
             "prior_learning_rate": 3e-4,
@@ -555,20 +645,59 @@ RECIPES = {
         source=_PIXELCNN,
         figure="test SSIM 0.9163",
         settings={
+            **_TOLD_PLACE,
+            **_SSIM_LOSS,
             "dataset": "adni",
             "image_size": (240, 256),
             "downsampling": 4,
             "num_embeddings": 256,
             "embedding_dim": 32,
             "channels": 64,
-            "ssim_weight": 1.0,
-            "learning_rate": 1e-3,
-            "batch_size": 16,
             "epochs": 30,
-            "position_features": True,
-            "condition": "slice",
             "prior_blocks": 2,
             "prior_head_layers": 2,
+        },
+    ),
+    "oasis-vqvae2-pixelsnail": Recipe(
+        description="two grids: the fine one conditioned on the coarse one",
+        source="VQ-VAE-2 (arXiv:1906.00446), PixelSNAIL (arXiv:1712.09763)",
+        figure='"SSIM 97%" (about 10 images)',
+        settings={
+            **_DEEP_PRIOR,
+            **_SSIM_LOSS,
+            "dataset": "oasis",
+            "image_size": (256, 256),
+            "levels": 2,
+            "downsampling": 4,
+            "channels": 64,
+            "num_embeddings": 512,
+            "embedding_dim": 64,
+            "epochs": 20,
+            "prior": "pixelsnail",
+            "prior_channels": 64,
+            "prior_attention": "top",
+            "prior_epochs": 20,
+            "prior_batch_size": 8,
+            "prior_ema_momentum": 0.99,
+        },
+    ),
+    "hipmri-vqvae-pixelcnn": Recipe(
+        description="pelvises from NIfTI, on a grid twice as high as wide",
+        source="VQ-VAE (arXiv:1711.00937), Gated PixelCNN (arXiv:1606.05328)",
+        figure="SSIM > 0.6 (plot); best seen elsewhere 0.9366",
+        settings={
+            **_DEEP_PRIOR,
+            **_SSIM_LOSS,
+            "dataset": "hipmri",
+            "image_size": (256, 128),
+            "downsampling": 4,
+            "num_embeddings": 512,
+            "embedding_dim": 64,
+            "epochs": 15,
+            "prior": "gated",
+            "prior_channels": 64,
+            "prior_epochs": 30,
+            "prior_batch_size": 16,
         },
     ),
     "oasis-vqvae-pixelcnn": Recipe(
@@ -576,32 +705,27 @@ RECIPES = {
         source=_PIXELCNN,
         figure="test SSIM 0.8545 (544 images)",
         settings={
+            **_DEEP_PRIOR,
+            **_SSIM_LOSS,
             "dataset": "oasis",
             "image_size": (256, 256),
             "downsampling": 8,
             "channels": 64,
             "num_embeddings": 512,
-            "ssim_weight": 1.0,
-            "learning_rate": 1e-3,
-            "batch_size": 16,
             "epochs": 30,
             "prior_channels": 96,
-            "prior_blocks": 8,
-            "prior_kernel_size": 5,
-            "prior_head_layers": 1,
-            "prior_dropout": 0.1,
-            "position_features": True,
-            "condition": "slice",
-            "prior_learning_rate": 1e-3,
             "prior_batch_size": 32,
         },
     ),
 }
 
 REAL_DATASETS = ("oasis", "adni", "hipmri")
-CONDITIONS = ("slice",)
+CONDITIONS = ("label", "slice")
+ATTENTION_HEADS = 8  # of a PixelSNAIL
+LEAST_USAGE = 0.02  # of a codebook over the training images
 SMOKE_STEPS = 3
 SMOKE_IMAGES = 8
+SMOKE_SUBJECTS = 4
 _SMOKE_CAPS = {
     "phantom_subjects": 4,
     "channels": 16,
@@ -663,11 +787,19 @@ class Config:
     codebook_update: str = flag(
         "ema", "how code vectors learn", choices=("ema", "gradient")
     )
+    codebook_distance: str = flag(
+        "euclidean",
+        "how latents are compared with code vectors",
+        choices=("euclidean", "cosine"),
+    )
     commitment_cost: float = flag(0.25, "weight of commitment, beta", 0, 100)
     decay: float = flag(0.99, "moving-average factor per step", 0, below=1)
     restart: bool = flag(True, "restart dead codes from the batch")
     ssim_weight: float = flag(
         0.0, "weight of 1 - SSIM in the reconstruction loss", 0, 1000
+    )
+    upper_weight: float = flag(
+        0.25, "weight of the image as each upper level alone shows it", 0, 1000
     )
     epochs: int = flag(30, "passes over the training images", 1, 100_000)
     batch_size: int = flag(32, "images per step", 1, 65_536)
@@ -681,20 +813,31 @@ class Config:
 
     # prior
     prior: str = flag(
-        "pixelcnn", "network", choices=("pixelcnn", "gated"), section="prior"
+        "pixelcnn",
+        "network, one for each level",
+        choices=("pixelcnn", "gated", "pixelsnail"),
+        section="prior",
     )
     prior_channels: int = flag(128, "feature channels", 1, 4096)
-    prior_blocks: int = flag(5, "residual blocks", 0, 128)
+    prior_blocks: int = flag(5, "residual blocks", 1, 128)
     prior_kernel_size: int = flag(
         7, "first kernel, in latents", choices=(3, 5, 7, 9, 11, 13, 15)
     )
     prior_head_layers: int = flag(2, "1x1 layers after the blocks", 0, 16)
-    prior_dropout: float = flag(0.0, "share of features dropped", 0, below=1)
+    prior_dropout: float = flag(0.0, "share of features dropped", 0, high=0.9)
+    prior_attention: str = flag(
+        "top",
+        "levels at which a pixelsnail attends to all codes before",
+        choices=("top", "all", "none"),
+    )
     position_features: bool = flag(
         False, "give every layer sine features of the grid position"
     )
     condition: str = flag(
-        "none", "what the prior is told: none, or a comma list of slice"
+        "none", "what the prior is told: none, or a comma list of label, slice"
+    )
+    condition_dropout: float = flag(
+        0.1, "share of conditions hidden in training, for guidance", 0, 0.9
     )
     patience: int = flag(
         10, "epochs without better validation bits until the end", 1, 100_000
@@ -702,6 +845,15 @@ class Config:
     prior_epochs: int = flag(100, "passes over the training grids", 1, 100_000)
     prior_batch_size: int = flag(64, "grids per step", 1, 65_536)
     prior_learning_rate: float = flag(3e-4, "Adam's step size", above=0, high=1)
+    prior_ema_momentum: float = flag(
+        0.0,
+        "average the weights over steps with this factor; 0: do not",
+        0,
+        below=1,
+    )
+    prior_augment: int = flag(
+        0, "jittered copies of the training images encoded besides", 0, 1000
+    )
 
     # run
     stage: str = flag(
@@ -713,6 +865,18 @@ class Config:
     run_dir: str | None = flag(
         None, "folder of results (default runs/RECIPE-DATE-TIME)", metavar="DIR"
     )
+    resume: str | None = flag(
+        None, "go on with the training of this run folder", metavar="RUN"
+    )
+    prior_level: int | None = flag(
+        None, "train the prior of this level only, 1 the bottom", 1, 3
+    )
+    checkpoint_minutes: float = flag(
+        5.0, "save the training whenever so long has passed; 0: never", 0, 1e6
+    )
+    checkpoint_steps: int = flag(
+        0, "save the training after every so many steps; 0: never", 0, 10**9
+    )
     precision: str = flag(
         "auto",
         "dtype of the arithmetic",
@@ -721,6 +885,7 @@ class Config:
     seed: int = flag(0, "seed of every random choice", 0, 2**31 - 1)
     num_samples: int = flag(64, "images generated at the end", 1, 1_000_000)
     temperature: float = flag(1.0, "of sampling", above=0, high=10)
+    force: bool = flag(False, "train a prior even over a collapsed codebook")
     smoke: bool = flag(False, "a few steps on a few images, to see it connect")
     debug: bool = flag(False, "show the traceback of an error")
 
@@ -736,6 +901,16 @@ class Config:
                     )
         if self.image_size:
             check_image_size(self.image_size, self.total_downsampling)
+        if self.prior_level is not None and self.prior_level > self.levels:
+            raise FlagError(
+                f"--prior-level: expected up to --levels {self.levels}, found "
+                f"{self.prior_level}"
+            )
+        if self.prior == "pixelsnail" and self.prior_channels % ATTENTION_HEADS:
+            raise FlagError(
+                f"--prior-channels: expected a multiple of {ATTENTION_HEADS} "
+                f"for pixelsnail, found {self.prior_channels}"
+            )
         self._check_data()
 
     def _check_data(self):
@@ -744,11 +919,14 @@ class Config:
                 "--data-dir: say which layout it has with --dataset "
                 f"{'|'.join(REAL_DATASETS)} or a --recipe"
             )
-        if self.dataset != "phantom" and self.data_dir is None:
-            raise FlagError(
-                f"--data-dir is required for --dataset {self.dataset}: "
-                "the folder that holds its images"
-            )
+        # With --stage prior the images are those that the VQ-VAE had.
+        has_images = self.data_dir or self.smoke or self.stage == "prior"
+        if self.dataset == "phantom" or has_images:
+            return
+        raise FlagError(
+            f"--data-dir is required for --dataset {self.dataset}: the folder "
+            "that holds its images (with --smoke they are simulated)"
+        )
 
     @property
     def conditions(self):
@@ -816,19 +994,15 @@ def resolve(argv=None, config_class=Config, description=None):
     _add_flags(parser, config_class)
     given = _read_arguments(parser, argv, [config_class])
 
+    if "resume" in given:
+        return _build(config_class, _resumed_settings(config_class, given))
     if given.get("stage") == "prior":
         return _build(config_class, _prior_settings(config_class, given))
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     recipe = given.get("recipe", fields["recipe"].default)
     if recipe not in RECIPES:
         _refuse(fields["recipe"], str, recipe)
-    config = _build(config_class, {**RECIPES[recipe].settings, **given})
-    if config.levels > 1 and config.stage == "all":
-        raise FlagError(
-            f"--levels: priors are for 1 level only, found {config.levels}; "
-            "train the VQ-VAE alone with --stage vqvae"
-        )
-    return config
+    return _build(config_class, {**RECIPES[recipe].settings, **given})
 
 
 def _prior_settings(config_class, given):
@@ -850,12 +1024,37 @@ def _prior_settings(config_class, given):
                 f"{typed(trained[name])}, found {typed(given[name])}; leave "
                 "the flag out, or train both anew without --stage prior"
             )
-    if trained["levels"] > 1:
-        raise FlagError(
-            f"--stage prior: priors are for 1 level only, {run.path} has "
-            f"{trained['levels']}"
-        )
-    return {**trained, "smoke": False, "debug": False, **given}
+    once = ("smoke", "prior_level", *_OF_COMMAND)
+    trained = {k: v for k, v in trained.items() if k not in once}
+    return {**trained, **given}
+
+
+# May differ between the parts of one training, and between its commands.
+_OF_COMMAND = (
+    "resume",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "force",
+    "debug",
+)
+
+
+def _resumed_settings(config_class, given):
+    """Return the settings of `--resume`: those of its run, and no others."""
+    run = Run.open(given["resume"], config_class)
+    trained = run.info.get("training", {}).get("settings")
+    trained = _load_config(
+        config_class, trained or dataclasses.asdict(run.config), run.config_path
+    )
+    trained = dataclasses.asdict(trained)
+    for name, value in given.items():
+        if name not in _OF_COMMAND and value != trained[name]:
+            raise FlagError(
+                f"--{name.replace('_', '-')}: {run.path} is trained with "
+                f"{typed(trained[name])}, found {typed(value)}; leave the flag "
+                "out, or start a new run"
+            )
+    return {**trained, **given}
 
 
 def _fixed_by_vqvae(config_class):
@@ -881,8 +1080,12 @@ def list_recipes():
         data = recipe.settings.get("dataset", "phantom")
         size = config.image_size
         ssim_term = f", SSIM x {config.ssim_weight:g}"
+        factors = [
+            f"/{config.downsampling * 2**level}"
+            for level in range(config.levels)
+        ]
         vqvae = (
-            f"/{config.downsampling}, K={config.num_embeddings}, "
+            f"{' and '.join(factors)}, K={config.num_embeddings}, "
             f"D={config.embedding_dim}, {config.codebook_update}, "
             f"{config.epochs} epochs"
         )
@@ -912,14 +1115,15 @@ def align(rows):
 
 # ------------------------------------------------------------ 4. Run folder
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("tensorflow", "keras", "numpy", "pandas", "matplotlib", "nibabel")
 
 
-def write_atomic(path, write):
+def write_atomic(path, write, previous=None):
     """Let `write(temporary_path)` make a file, then move it to `path`.
 
-    Whatever happens, `path` is either the old or the new complete file.
+    Whatever happens, `path` is either the old or the new complete file; or,
+    with `previous`, where the old one is moved first, at least that is.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -927,6 +1131,8 @@ def write_atomic(path, write):
     try:
         write(temporary)
         _sync(temporary)
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
@@ -1015,15 +1221,37 @@ class Run:
         self.config = config
         self.info = info
         self.is_new = False
+        self._lock = None
+        self._settings = dataclasses.asdict(config)
 
     config_path = property(lambda self: self.path / "config.json")
     split_path = property(lambda self: self.path / "split.csv")
+    rejected_path = property(lambda self: self.path / "rejected.csv")
     vqvae_path = property(lambda self: self.path / "vqvae.keras")
-    prior_path = property(lambda self: self.path / "prior.keras")
+    prior_paths = property(
+        lambda self: [self.path / f"{name}.keras" for name in self.prior_names]
+    )
     indices_path = property(lambda self: self.path / "indices.npz")
     history_path = property(lambda self: self.path / "history.csv")
     evaluation_path = property(lambda self: self.path / "evaluation.json")
+    checkpoint_path = property(lambda self: self.path / "checkpoint")
+    lock_path = property(lambda self: self.path / "run.lock")
     figures_path = property(lambda self: self.path / "figures")
+
+    @property
+    def prior_names(self):
+        """Names of the priors, bottom first: of their files and stages."""
+        names = {
+            1: ["prior"],
+            2: ["prior_bottom", "prior_top"],
+            3: ["prior_bottom", "prior_middle", "prior_top"],
+        }
+        return names[self.config.levels]
+
+    @property
+    def has_priors(self):
+        """Whether there is any: then loading names those that are missing."""
+        return any(path.exists() for path in self.prior_paths)
 
     def external_paths(self, data_dir):
         """Evaluation file and figure folder of another data set."""
@@ -1050,25 +1278,90 @@ class Run:
         try:
             run.is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
+            run.lock()
             run._refuse_contents()
-            run.update()
+            run.begin(config)
         except OSError as error:
+            run.unlock()
             raise ResourceError(
                 f"{path}: cannot write a run folder here "
                 f"({error.strerror}); choose another with --run-dir"
             ) from error
+        except BaseException:
+            run.unlock()
+            raise
         return run
 
     def _refuse_contents(self):
         """Raise unless the folder is new or from a run that never began."""
         names = {entry.name for entry in self.path.iterdir()}
+        names -= {self.lock_path.name}
         if names == {"config.json"}:
             type(self).open(self.path)
         elif names:
             raise RunError(
-                f"{self.path}: the folder is not empty; "
-                "choose another with --run-dir"
+                f"{self.path}: the folder is not empty; choose another with "
+                "--run-dir, or go on with its training with --resume"
             )
+
+    def lock(self):
+        """Keep other trainings out of the folder until `unlock`.
+
+        The system lets go of the lock when the process dies, so one that a
+        killed training left is told apart and taken over.
+
+        Raises:
+            RunError: if another process holds it.
+        """
+        self._lock = FileLock(self.lock_path)
+        self._remove_temporary_files()
+
+    def unlock(self):
+        """Let other trainings into the folder again."""
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+    def _remove_temporary_files(self):
+        """Remove what a killed training was about to write."""
+        for path in self.path.rglob("*.tmp-*"):
+            number = re.search(r"\.tmp-(\d+)", path.name)
+            if number and not _is_alive(int(number[1])):
+                path.unlink(missing_ok=True)
+
+    def begin(self, config):
+        """Note that a training with these settings is under way.
+
+        Until it is complete, `settings` in `config.json` stay those of the
+        models that are there.
+        """
+        self.config = config
+        if self.checkpoint_path.exists():
+            shutil.rmtree(self.checkpoint_path)
+        training = {
+            "command": shlex.join(sys.argv),
+            "settings": dataclasses.asdict(config),
+            "done": ["vqvae"] if config.stage == "prior" else [],
+        }
+        self.update(training=training)
+
+    def is_done(self, part):
+        """Whether the training under way is past `part`, such as "vqvae"."""
+        return part in self.info["training"]["done"]
+
+    def note_done(self, part):
+        """Note that `part` is in its file, and forget its checkpoint."""
+        training = self.info["training"]
+        done = [*training["done"], part]
+        self.update(training={**training, "done": done})
+        for path in checkpoint_generations(self.checkpoint_path / part):
+            path.unlink(missing_ok=True)
+
+    def complete(self):
+        """Note that nothing is left to do."""
+        self._settings = self.info.pop("training")["settings"]
+        self.update()
+        shutil.rmtree(self.checkpoint_path, ignore_errors=True)
 
     @classmethod
     def open(cls, path, config_class=Config):
@@ -1081,8 +1374,11 @@ class Run:
             raise RunError(f"{path}: no config.json, so not a run folder")
         try:
             info = json.loads(file.read_text(encoding="utf-8"))
-            number, settings = info.pop("format"), info.pop("settings")
+            number = info.pop("format")
             newer = number > FORMAT
+            if not newer:
+                info = _migrate(info, number, file)
+            settings = info.pop("settings")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{file}: not readable ({error})") from error
         if newer:
@@ -1105,6 +1401,7 @@ class Run:
 
     def discard(self):
         """Remove the folder again if nothing came of the run."""
+        self.unlock()
         if [entry.name for entry in self.path.iterdir()] == ["config.json"]:
             self.config_path.unlink()
             if self.is_new:
@@ -1113,8 +1410,7 @@ class Run:
     def update(self, **keys):
         """Add keys to `info` and rewrite `config.json` in one step."""
         self.info.update(keys)
-        settings = dataclasses.asdict(self.config)
-        document = {**self.info, "format": FORMAT, "settings": settings}
+        document = {**self.info, "format": FORMAT, "settings": self._settings}
         write_json(self.config_path, document)
 
 
@@ -1128,6 +1424,141 @@ def _load_config(config_class, settings, file):
         return config_class(**values)
     except (AttributeError, TypeError, FlagError) as error:
         raise RunError(f"{file}: unfit setting: {error}") from error
+
+
+def _to_format_2(info):
+    """Settings that came with format 2, at what format 1 did."""
+    old = {
+        "codebook_distance": "euclidean",
+        "upper_weight": 0.0,
+        "condition_dropout": 0.0,
+        "prior_attention": "none",
+        "prior_ema_momentum": 0.0,
+        "prior_augment": 0,
+    }
+    return {**info, "settings": {**old, **info["settings"]}}
+
+
+# What makes the `config.json` of a format that of the next one.
+_MIGRATIONS = {1: _to_format_2}
+
+
+def _migrate(info, number, file):
+    """Return what a `config.json` of an older format says, in today's."""
+    for older in range(number, FORMAT):
+        info = _MIGRATIONS[older](info)
+        _say_once(f"{file}: format {older} read as format {older + 1}")
+    return info
+
+
+@functools.cache
+def _say_once(text):
+    print(text)
+
+
+class FileLock:
+    """Lock of a folder: a file that only one process at a time can hold.
+
+    Args:
+        path: the file. It names the process that holds it, and its host.
+
+    Raises:
+        RunError: if another process holds it.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        while True:
+            self._file = open(self.path, "a+", encoding="utf-8")
+            try:
+                if fcntl:
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = self._owner()
+                self._file.close()
+                raise RunError(
+                    f"{self.path.parent}: in use by {owner}; wait for its end, "
+                    "or choose another folder"
+                ) from error
+            # Its last owner may have removed it since we opened it.
+            if self.path.exists() and os.path.samestat(
+                os.fstat(self._file.fileno()), os.stat(self.path)
+            ):
+                break
+            self._file.close()
+        if stale := self._owner():
+            print(f"{self.path.parent}: taken over from {stale}, which died")
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.flush()
+
+    def _owner(self):
+        self._file.seek(0)
+        return " ".join(self._file.read().split())
+
+    def release(self):
+        """Remove the file and let others in."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def _is_alive(number):
+    """Whether this machine runs a process of that number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def checkpoint_generations(path):
+    """The files of a checkpoint, the newest first."""
+    return [
+        path.with_name(f"{path.name}.npz"),
+        path.with_name(f"{path.name}.previous.npz"),
+    ]
+
+
+def write_checkpoint(path, state, arrays):
+    """Write a dict of JSON values and one of arrays; keep the one before."""
+    newest, previous = checkpoint_generations(path)
+    text = np.array(json.dumps(state, allow_nan=False))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez(file, state=text, **arrays)
+
+    write_atomic(newest, write, previous)
+
+
+def read_checkpoint_file(file):
+    """State and arrays of one file of a checkpoint."""
+    # np.load would leave a damaged file open.
+    with open(file, "rb") as opened, np.load(opened) as archive:
+        arrays = dict(archive)
+    return json.loads(str(arrays.pop("state"))), arrays
+
+
+def read_checkpoint(path):
+    """The newest undamaged checkpoint: state, arrays; two empty dicts if none.
+
+    Raises:
+        RunError: if there are files, but all are damaged.
+    """
+    files = [file for file in checkpoint_generations(path) if file.exists()]
+    for file in files:
+        try:
+            return read_checkpoint_file(file)
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            damage = f"{file}: damaged ({error})"
+            print(f"warning: {damage}", file=sys.stderr)
+    if files:
+        raise RunError(
+            f"{damage}; remove the folder {file.parent} to train that part anew"
+        )
+    return {}, {}
 
 
 def check_keras_file(path):
@@ -1153,7 +1584,7 @@ def check_keras_file(path):
             raise RunError(f"{path}: incomplete, {name} is missing")
 
 
-def load_model(path, compile=True):
+def load_model(path):
     """Load a saved model with safe mode on; any failure is a `RunError`."""
     check_keras_file(path)
     # Registers our layers with Keras; its import cannot be at the top, as
@@ -1161,7 +1592,7 @@ def load_model(path, compile=True):
     if importlib.util.find_spec("modules"):
         _import_module("modules")
     try:
-        return keras.models.load_model(path, compile=compile, safe_mode=True)
+        return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         if isinstance(_as_user_error(error), ResourceError):
             raise
@@ -1594,6 +2025,7 @@ UNITS = {
     "uniform_bits": "bits",
     "entropy_bits": "bits",
     "peak_memory_mb": "MB",
+    "ventricle_area": "pixels",
 }
 
 
@@ -1644,8 +2076,15 @@ METRICS = {
 
 
 def codebook_sha256(vqvae, level=1):
-    """Hash that ties a prior to the codebook its indices speak of."""
-    return array_sha256(np.asarray(vqvae.part("quantizer", level).codebook))
+    """Hash that ties a prior to the codebooks its indices speak of.
+
+    Those of its level and of the levels above, on which it is conditioned.
+    """
+    codebooks = [
+        np.asarray(vqvae.part("quantizer", k).codebook)
+        for k in range(level, vqvae.levels + 1)
+    ]
+    return array_sha256(np.concatenate(codebooks))
 
 
 def load_priors(run, vqvae):
@@ -1655,18 +2094,27 @@ def load_priors(run, vqvae):
         RunError: if one is missing, damaged, or was trained on the indices
             of another VQ-VAE.
     """
-    if not run.prior_path.exists():
-        raise RunError(
-            f"{run.prior_path}: this run has no prior; train one with "
-            f"python train.py --stage prior --run-dir {run.path}"
-        )
-    prior = load_model(run.prior_path)
-    if prior.codebook_sha256 != codebook_sha256(vqvae):
-        raise RunError(
-            f"{run.prior_path}: trained on another codebook than that of "
-            f"{run.vqvae_path}; train it again"
-        )
-    return [prior]
+    priors = []
+    for level, path in enumerate(run.prior_paths, start=1):
+        if not path.exists():
+            raise RunError(
+                f"{path}: this run has no prior; train one with "
+                f"python train.py --stage prior --run-dir {run.path}"
+            )
+        prior = load_model(path)
+        if prior.codebook_sha256 != codebook_sha256(vqvae, level):
+            raise RunError(
+                f"{path}: trained on another codebook than that of "
+                f"{run.vqvae_path}; train it again"
+            )
+        priors.append(prior)
+        for name in ("labels", "slice_condition"):
+            if getattr(prior, name) != getattr(priors[0], name):
+                raise RunError(
+                    f"{path}: its {name} are not those of {run.prior_paths[0]};"
+                    " train both again"
+                )
+    return priors
 
 
 def prior_inputs(prior, indices, frame):
@@ -1676,19 +2124,27 @@ def prior_inputs(prior, indices, frame):
         indices: list of `(N, h, w)` arrays, bottom first.
         frame: index of the same N slices.
     """
-    inputs = {"indices": indices[0]}
+    level = len(indices) - len(prior.upper_grids)
+    inputs = {"indices": indices[level - 1]}
+    if prior.upper_grids:
+        inputs["upper"] = tuple(indices[level:])  # tf.data stacks a list
+    if prior.labels:
+        numbers = {name: k for k, name in enumerate(prior.labels)}
+        labels = frame["label"].map(numbers).fillna(-1)
+        inputs["label"] = labels.to_numpy("int32")
     if prior.slice_condition:
         inputs["slice_position"] = frame["position"].to_numpy("float32")
     return inputs
 
 
-def evaluate(run, vqvae, priors, splits, images, generate):
+def evaluate(run, vqvae, priors, splits, images, generate, ventricles):
     """Measure a run on images that no training step saw; draw its figures.
 
     Args:
         splits: dict of the index of each split.
         images: dataset of the batches of the test split.
         generate: `modules.generate`.
+        ventricles: `dataset.ventricle_areas`.
 
     Returns: what is written to `evaluation.json`.
     """
@@ -1701,6 +2157,10 @@ def evaluate(run, vqvae, priors, splits, images, generate):
     speed |= speed_of_training(run)
     if priors:
         speed |= draw_new_samples(run, vqvae, priors, generate)
+        if priors[0].labels:
+            evaluation["labels"] = evaluate_labels(
+                run, vqvae, priors, splits["test"], images, generate, ventricles
+            )
     speed["peak_memory_mb"] = peak_memory_mb()
     write_json(run.evaluation_path, evaluation)
     draw_test_figures(run.figures_path, vqvae, images, indices)
@@ -1853,13 +2313,18 @@ def evaluate_prior(run, vqvae, priors, splits, test_indices):
     return entries
 
 
-def mean_bits(prior, inputs, batch_size=64):
-    """Mean bits per code of a prior over a dict of arrays."""
-    total = 0.0
-    for k in range(0, len(inputs["indices"]), batch_size):
-        part = {key: value[k : k + batch_size] for key, value in inputs.items()}
+def mean_bits(prior, inputs, codes=2**16):
+    """Mean bits per code of a prior over a dict of arrays.
+
+    Args:
+        codes: how many are taken at a time.
+    """
+    indices = inputs["indices"]
+    step, total = max(1, codes // indices[0].size), 0.0
+    for k in range(0, len(indices), step):
+        part = tf.nest.map_structure(lambda a, k=k: a[k : k + step], inputs)
         total -= float(tf.reduce_sum(prior.log_prob(**part)))
-    return total / math.log(2) / inputs["indices"].size
+    return total / math.log(2) / indices.size
 
 
 def speed_of_training(run):
@@ -1887,6 +2352,47 @@ def draw_new_samples(run, vqvae, priors, generate):
     seconds = time.perf_counter() - started
     draw_samples(run.figures_path / "samples.png", samples[:64], **options)
     return {"samples": config.num_samples, "seconds_for_samples": seconds}
+
+
+def evaluate_labels(run, vqvae, priors, frame, images, generate, ventricles):
+    """Images drawn of each label; on simulated brains, do they differ?
+
+    Simulated AD has wide ventricles: their mean area in the test images whose
+    planes cut them, and in as many generated ones as a run draws, at the
+    heights of such test images.
+    """
+    config, positions = run.config, np.empty(0)
+    if run.info["simulated"] and priors[0].slice_condition:
+        real = np.concatenate([batch.numpy() for batch in images])
+        real = ventricles(real, frame["position"])
+        positions = frame["position"].to_numpy()[~np.isnan(real)]
+    entries = []
+    for label in priors[0].labels:
+        own = (frame["label"] == label).to_numpy()
+        entry = {"label": label, "test_images": int(own.sum())}
+        if len(positions):
+            asked = np.resize(positions, config.num_samples)
+            drawn, _ = generate(
+                vqvae,
+                priors,
+                config.num_samples,
+                config.seed,
+                label=label,
+                slice_position=asked,
+            )
+            entry["images_drawn"] = config.num_samples
+            entry["ventricle_area"] = {
+                "real": _mean(real[own]),
+                "generated": _mean(ventricles(drawn, asked)),
+            }
+        entries.append(entry)
+    return entries
+
+
+def _mean(values):
+    """Mean of what is not NaN; None of nothing."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
 
 
 def draw_samples(path, images, seed, temperature):
@@ -1969,8 +2475,9 @@ def read_evaluation(run):
 
 def read_indices(run):
     """`indices.npz` of a run as a dict of arrays."""
-    with _reading(run.indices_path), np.load(run.indices_path) as file:
-        return dict(file)
+    with _reading(run.indices_path), open(run.indices_path, "rb") as opened:
+        with np.load(opened) as file:
+            return dict(file)
 
 
 def read_history(run):

@@ -23,11 +23,26 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 # A prior class is tested by adding it here, and to `LAYERS` below.
-PRIOR_CLASSES = [modules.PixelCNN, modules.GatedPixelCNN]
-NO_BLIND_SPOT = [modules.GatedPixelCNN]
-CONTEXT = {"position_features": True, "slice_condition": True}
-PRIORS = [(cls, kw) for cls in PRIOR_CLASSES for kw in ({}, CONTEXT)]
-PRIOR_IDS = [f"{cls.__name__}{'-context' * bool(kw)}" for cls, kw in PRIORS]
+NETWORKS = {
+    "pixelcnn": modules.PixelCNN,
+    "gated": modules.GatedPixelCNN,
+    "pixelsnail": functools.partial(modules.PixelSNAIL, heads=2),
+    "pixelsnail-local": functools.partial(modules.PixelSNAIL, attention=False),
+}
+NO_BLIND_SPOT = ["gated", "pixelsnail", "pixelsnail-local"]
+LABELS = ("NC", "AD")
+# What a prior knows besides the codes before: nothing, the conditions of a top
+# level, or also the codes of two levels above.
+CONTEXT = {
+    "position_features": True,
+    "slice_condition": True,
+    "labels": LABELS,
+    "condition_dropout": 0.0,
+}
+LOWER = CONTEXT | {"latent_grid": (4, 8), "upper_grids": ((2, 4), (1, 2))}
+KINDS = {"alone": {}, "top": CONTEXT, "lower": LOWER}
+PRIORS = [*itertools.product(NETWORKS, ("alone", "lower"))]
+ALL_PRIORS = [*PRIORS, ("pixelsnail", "top")]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +75,19 @@ def perturb(layer, seed=0, scale=0.3):
         weight.assign(weight + change)
 
 
+def perturb_prior(prior, scale=0.3):
+    """`perturb`, with a context that tells conditions apart, not extreme."""
+    kept = prior.context.get_weights() if prior.use_context else None
+    perturb(prior, scale=scale)
+    if kept:
+        prior.context.set_weights(kept)
+        rng = np.random.default_rng(1)
+        for weight in prior.context.weights:
+            named = weight.name in ("embeddings", "no_slice")
+            change = rng.normal(size=weight.shape).astype("float32")
+            weight.assign(weight + (1.0 if named else 0.05) * change)
+
+
 def weights_of(layer):
     return [weight.numpy() for weight in layer.weights]
 
@@ -90,7 +118,7 @@ def tiny_vqvae(image_size=(16, 16), **settings):
     return modules.VQVAE(image_size, **(defaults | settings))
 
 
-def tiny_prior(cls=modules.PixelCNN, **settings):
+def tiny_prior(network="pixelcnn", **settings):
     defaults = {
         "num_embeddings": 5,
         "latent_grid": (3, 5),
@@ -99,18 +127,45 @@ def tiny_prior(cls=modules.PixelCNN, **settings):
         "kernel_size": 5,
         "head_layers": 1,
     }
-    return cls(**(defaults | settings))
+    return NETWORKS[network](**(defaults | settings))
+
+
+def conditions(prior, n, seed=0):
+    """What `prior` is conditioned on, as arguments of a call for `n` images.
+
+    Empty for a prior without conditions.
+    """
+    rng = np.random.default_rng((seed, 1))
+    given = {}
+    if prior.upper_grids:
+        given["upper"] = tuple(
+            rng.integers(prior.num_embeddings, size=(n, *grid)).astype("int32")
+            for grid in prior.upper_grids
+        )
+    if prior.labels:
+        given["label"] = (np.arange(n, dtype="int32") + seed) % 2
+    if prior.slice_condition:
+        given["slice_position"] = rng.random(n).astype("float32")
+    return given
+
+
+def rows_of(given, rows):
+    return tf.nest.map_structure(lambda values: values[rows], given)
+
+
+def request(prior, given):
+    """`conditions` as arguments of `sample`: labels by name."""
+    if "label" not in given:
+        return given
+    return given | {"label": [prior.labels[k] for k in given["label"]]}
 
 
 def prior_batch(prior, n, seed=0):
-    """What `prior` is trained on: random indices, slice positions if used."""
-    rng = np.random.default_rng(seed)
+    """What `prior` is trained on: random indices, and its conditions."""
     shape = (n, *prior.latent_grid)
-    batch = {"indices": rng.integers(prior.num_embeddings, size=shape)}
-    batch["indices"] = batch["indices"].astype("int32")
-    if prior.slice_condition:
-        batch["slice_position"] = rng.random(n).astype("float32")
-    return batch
+    rng = np.random.default_rng(seed)
+    indices = rng.integers(prior.num_embeddings, size=shape).astype("int32")
+    return {"indices": indices, **conditions(prior, n, seed)}
 
 
 def train(
@@ -145,8 +200,15 @@ def batch_of(model, inputs):
     """Call arguments of `model` as its `fit` takes them."""
     if isinstance(model, modules.VQVAE):
         return inputs[0]
-    names = ("indices", "slice_position")
+    names = ("indices", "upper", "label", "slice_position")
+    inputs = [tuple(x) if isinstance(x, list) else x for x in inputs]
     return dict(zip(names, inputs, strict=False))
+
+
+def symbols_of(inputs):
+    return tf.nest.map_structure(
+        lambda x: keras.Input(x.shape[1:], dtype=str(x.dtype)), list(inputs)
+    )
 
 
 def float_outputs(layer, inputs, **options):
@@ -167,7 +229,7 @@ def check_layer(cls, kwargs, inputs, shapes, trainable, frozen, folder):
 
     Args:
         kwargs: constructor arguments.
-        inputs: tuple of arrays, the arguments of a call.
+        inputs: tuple of arrays or lists of these, the arguments of a call.
         shapes: expected shapes of the outputs.
         trainable, frozen: expected numbers of weight variables.
         folder: where to save.
@@ -178,7 +240,7 @@ def check_layer(cls, kwargs, inputs, shapes, trainable, frozen, folder):
 
     outputs = tf.nest.flatten(layer(*inputs))
     assert [tuple(output.shape) for output in outputs] == shapes
-    symbols = [keras.Input(x.shape[1:], dtype=str(x.dtype)) for x in inputs]
+    symbols = symbols_of(inputs)
     symbolic = tf.nest.flatten(layer(*symbols))
     assert [(len(inputs[0]), *s.shape[1:]) for s in symbolic] == shapes
     assert [s.dtype for s in symbolic] == [o.dtype.name for o in outputs]
@@ -237,7 +299,7 @@ def check_training(layer, inputs):
 
 
 def fit_wrapped(layer, inputs):
-    symbols = [keras.Input(x.shape[1:], dtype=str(x.dtype)) for x in inputs]
+    symbols = symbols_of(inputs)
     entering = list(symbols)
     if not layer.trainable_weights:  # `fit` warns without any
         entering[0] = keras.layers.Dense(inputs[0].shape[-1])(symbols[0])
@@ -256,7 +318,7 @@ def check_mixed_precision(cls, kwargs, inputs, path):
     try:
         layer = cls(**kwargs)
         outputs = tf.nest.flatten(layer(*inputs))
-        symbols = [keras.Input(x.shape[1:], dtype=str(x.dtype)) for x in inputs]
+        symbols = symbols_of(inputs)
         model = layer
         if not isinstance(layer, keras.Model):
             model = keras.Model(symbols, tf.nest.flatten(layer(*symbols)))
@@ -269,6 +331,7 @@ def check_mixed_precision(cls, kwargs, inputs, path):
     inside = [layer, *layer._flatten_layers(include_self=False)]
     for part in inside:
         exact = isinstance(part, modules.VectorQuantizer)
+        exact |= part.name == "preview"
         exact |= part.name == "logits" or part is getattr(layer, "logits", 0)
         assert part.compute_dtype == ("float32" if exact else "bfloat16")
 
@@ -288,7 +351,7 @@ SMALL_VQVAE = {
 }
 SMALL_PRIOR = {
     "num_embeddings": 5,
-    "latent_grid": (3, 4),
+    "latent_grid": (4, 8),
     "channels": 8,
     "blocks": 1,
     "kernel_size": 3,
@@ -296,8 +359,13 @@ SMALL_PRIOR = {
 }
 IMAGES = blocky_images(2)
 FEATURES = noise(2, 4, 6, 8)
-INDICES = np.arange(24, dtype="int32").reshape(2, 3, 4) % 5
+INDICES = np.arange(64, dtype="int32").reshape(2, 4, 8) % 5
 POSITIONS = np.array([0.2, 0.9], "float32")
+NUMBERS = np.array([1, -1], "int32")  # of labels, the second null
+UPPER = [INDICES[:, :2, :4], INDICES[:, 2:3, 1:3]]
+CONDITIONED = SMALL_PRIOR | LOWER | {"condition_dropout": 0.3}
+# Mix, place, slice and its null, labels; codes above, two units, split.
+CONTEXT_WEIGHTS = 2 + 2 + 3 + 1 + 1 + 8 + 2
 # Name, class, arguments, inputs, output shapes, trainable weights, others.
 # A convolution or Dense has two, a residual unit two of them.
 LAYERS = [
@@ -326,6 +394,19 @@ LAYERS = [
         [(2, 4, 6, 8), (2, 4, 6)],
         1,
         3,
+    ),
+    (
+        "quantizer-cosine",
+        modules.VectorQuantizer,
+        {
+            "num_embeddings": 5,
+            "embedding_dim": 8,
+            "codebook_distance": "cosine",
+        },
+        (FEATURES,),
+        [(2, 4, 6, 8), (2, 4, 6)],
+        0,
+        4,
     ),
     (
         "residual-stack",
@@ -425,62 +506,78 @@ LAYERS = [
         0,
     ),
     (
+        "causal-attention",
+        modules.CausalAttention,
+        {"channels": 8, "heads": 2, "dropout": 0.2},
+        (FEATURES, noise(2, 4, 6, 8, seed=1)),
+        [(2, 4, 6, 8)],
+        8,  # query, key, value, expansion
+        0,
+    ),
+    (
         "context-map",
         modules.ContextMap,
         {
-            "grid": (3, 4),
+            "grid": (4, 8),
             "channels": 8,
+            "num_embeddings": 5,
             "position_features": True,
             "slice_condition": True,
+            "num_labels": 2,
+            "upper_grids": ((2, 4), (1, 2)),
+            "dropout": 0.3,
         },
-        (POSITIONS,),
-        [(2, 3, 4, 8)],
-        6,
+        (POSITIONS, NUMBERS, UPPER),
+        [(2, 4, 8, 8)],
+        CONTEXT_WEIGHTS,
         0,
     ),
     (
         "context-map-place",
         modules.ContextMap,
-        {
-            "grid": (3, 4),
-            "channels": 8,
-            "position_features": True,
-            "slice_condition": False,
-        },
-        (POSITIONS,),
+        {"grid": (3, 4), "channels": 8, "position_features": True},
+        (POSITIONS, NUMBERS),
         [(2, 3, 4, 8)],
         4,
         0,
     ),
-    # A level: encoder 8, projection 2, decoder 8; and its quantizer.
+    # A level: encoder 8, projection 2, decoder 8; and its quantizer; above the
+    # first also a preview, 2.
     *[
         (
             f"vqvae-{levels}-{update}",
             modules.VQVAE,
-            SMALL_VQVAE | {"levels": levels, "codebook_update": update},
+            SMALL_VQVAE
+            | {
+                "levels": levels,
+                "codebook_update": update,
+                "codebook_distance": "cosine" if levels == 2 else "euclidean",
+                "upper_weight": 0.5,
+            },
             (IMAGES,),
             [(2, 16, 16, 1)],
-            (18 + (update == "gradient")) * levels,
+            (18 + (update == "gradient")) * levels + 2 * (levels - 1),
             (4 - (update == "gradient")) * levels,
         )
         for levels, update in ((1, "ema"), (2, "gradient"), (3, "ema"))
     ],
+    # Embedding, stem, blocks, head, logits; with conditions the context map.
     (
         "pixelcnn",
         modules.PixelCNN,
         SMALL_PRIOR,
         (INDICES,),
-        [(2, 3, 4, 5)],
-        1 + 2 + 6 + 2 + 2,  # embedding, stem, block, head, logits
+        [(2, 4, 8, 5)],
+        1 + 2 + 6 + 2 + 2,
         0,
     ),
     (
-        "pixelcnn-context",
+        "pixelcnn-lower",
         modules.PixelCNN,
-        SMALL_PRIOR | CONTEXT | {"dropout": 0.1, "codebook_sha256": "ab"},
-        (INDICES, POSITIONS),
-        [(2, 3, 4, 5)],
-        1 + 2 + 8 + 2 + 2 + 6,  # and the context map
+        CONDITIONED | {"dropout": 0.1, "codebook_sha256": "ab"},
+        (INDICES, UPPER, NUMBERS, POSITIONS),
+        [(2, 4, 8, 5)],
+        1 + 2 + 8 + 2 + 2 + CONTEXT_WEIGHTS,
         0,
     ),
     (
@@ -488,17 +585,35 @@ LAYERS = [
         modules.GatedPixelCNN,
         SMALL_PRIOR,
         (INDICES,),
-        [(2, 3, 4, 5)],
+        [(2, 4, 8, 5)],
         1 + 8 + 8 + 2 + 2,
         0,
     ),
     (
-        "gated-context",
+        "gated-lower",
         modules.GatedPixelCNN,
-        SMALL_PRIOR | CONTEXT | {"dropout": 0.1},
-        (INDICES, POSITIONS),
-        [(2, 3, 4, 5)],
-        1 + 9 + 9 + 2 + 2 + 6,
+        CONDITIONED | {"dropout": 0.1, "block_kernel_size": 5},
+        (INDICES, UPPER, NUMBERS, POSITIONS),
+        [(2, 4, 8, 5)],
+        1 + 9 + 9 + 2 + 2 + CONTEXT_WEIGHTS,
+        0,
+    ),
+    (
+        "pixelsnail",
+        modules.PixelSNAIL,
+        SMALL_PRIOR | {"blocks": 5, "heads": 2},
+        (INDICES,),
+        [(2, 4, 8, 5)],
+        1 + 8 + 5 * 8 + 2 * 8 + 2 + 2,  # attention after blocks 4 and 5
+        0,
+    ),
+    (
+        "pixelsnail-lower",
+        modules.PixelSNAIL,
+        CONDITIONED | {"dropout": 0.1, "attention": False},
+        (INDICES, UPPER, NUMBERS, POSITIONS),
+        [(2, 4, 8, 5)],
+        1 + 9 + 9 + 2 + 2 + CONTEXT_WEIGHTS,
         0,
     ),
 ]
@@ -526,7 +641,8 @@ def test_every_class_is_checked():
         and value not in abstract
     }
     assert {case[1] for case in LAYERS} == classes
-    assert set(PRIOR_CLASSES) == set(modules.PRIORS.values())
+    tested = {type(tiny_prior(network)) for network in NETWORKS}
+    assert tested == set(modules.PRIORS.values())
 
 
 # Vector quantizer
@@ -654,6 +770,109 @@ def test_first_batch_sets_the_codebook(update):
     np.testing.assert_array_equal(
         quantizer.ema_sum, codebook * quantizer.ema_count.numpy()[:, None]
     )
+
+
+def clusters(centres, seed, n=16):
+    """`n` latents about each of the `centres` `(K, D)`."""
+    spread = noise(n, *centres.shape, seed=seed, scale=0.1)
+    return (centres + spread).reshape(-1, centres.shape[1])
+
+
+def codes_used(quantizer, latents):
+    return len(np.unique(quantizer(latents)[1]))
+
+
+def test_data_start_uses_the_codebook():
+    """Prevents: one code for all latents, the nearest of a far codebook."""
+    centres = noise(16, 4, seed=1, offset=30)
+    used = []
+    for step in (0, 1):  # 1 is past the start from the data
+        quantizer = modules.VectorQuantizer(16, 4, restart_threshold=0.0)
+        quantizer.build((None, 4))
+        quantizer.step.assign(step)
+        for seed in range(30):
+            quantizer(clusters(centres, seed), training=True)
+        used.append(codes_used(quantizer, clusters(centres, 99)))
+    assert used[0] >= 8 and used[1] <= 2
+
+
+def test_restarts_follow_moving_latents():
+    """Prevents: codes that stay dead for good once the latents have left."""
+    first, then = noise(16, 4, seed=1), noise(16, 4, seed=2, offset=30)
+    used = []
+    for threshold in (0.02, 0.0):
+        quantizer = modules.VectorQuantizer(
+            16, 4, decay=0.9, restart_threshold=threshold
+        )
+        for seed in range(20):
+            quantizer(clusters(first, seed), training=True)
+        assert codes_used(quantizer, clusters(first, 99)) >= 8
+        for seed in range(100):
+            quantizer(clusters(then, seed), training=True)
+        used.append(codes_used(quantizer, clusters(then, 99)))
+    assert used[0] >= 12 and used[1] <= 2
+
+
+def test_cosine_tells_directions_apart_at_any_length():
+    """Prevents: a codebook spent on how long the latents are.
+
+    Here in eight directions and over three orders of magnitude.
+    """
+    directions = np.concatenate([np.eye(4), -np.eye(4)])
+    accuracy = {}
+    for distance in ("cosine", "euclidean"):
+        quantizer = modules.VectorQuantizer(16, 4, codebook_distance=distance)
+        for seed in range(40):
+            latents = clusters(directions, seed)
+            lengths = 10 ** np.random.default_rng(seed).uniform(0, 3, 128)
+            latents = np.float32(latents * lengths[:, None])
+            _, indices = quantizer(latents, training=True)
+        # A code stands for the direction that it is given most.
+        table = np.zeros((16, 8))
+        np.add.at(table, (indices.numpy(), np.arange(128) % 8), 1)
+        accuracy[distance] = table.max(axis=1).sum() / 128
+    assert accuracy["cosine"] == 1
+    assert accuracy["euclidean"] < 0.8
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_cosine_compares_directions_only(update):
+    """Prevents: a length that enters distance, codes, losses or gradient."""
+    codebook, latents = noise(8, 4, scale=3), noise(40, 4, seed=1)
+    quantizer = quantizer_with(
+        codebook, codebook_distance="cosine", codebook_update=update
+    )
+    quantizer(latents, training=True)
+    lengths = np.linalg.norm(quantizer.lookup(np.arange(8)), axis=1)
+    # 1e-6: a few float32 roundings.
+    np.testing.assert_allclose(lengths, np.ones(8), rtol=1e-6)
+
+    codebook = quantizer.codebook.numpy()
+    cosines = latents @ (codebook / np.linalg.norm(codebook, axis=1)[:, None]).T
+    quantized, indices = quantizer(latents)
+    np.testing.assert_array_equal(indices, cosines.argmax(axis=1))
+    np.testing.assert_allclose(
+        quantized, quantizer.lookup(indices), rtol=0, atol=1e-6
+    )
+    losses = quantizer.losses
+    for scale in (1e-3, 1e3):
+        _, found = quantizer(scale * latents)
+        np.testing.assert_array_equal(found, indices)
+        np.testing.assert_allclose(quantizer.losses, losses, rtol=1e-5)
+
+    # The gradient is that of the direction: none along the latent itself.
+    latents, weights = tf.constant(latents), noise(40, 4, seed=2)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(latents)
+        through = tf.reduce_sum(quantizer(latents)[0] * weights)
+        direct = tf.math.l2_normalize(latents, axis=-1)
+        direct = tf.reduce_sum(direct * weights)
+    gradient = tape.gradient(through, latents).numpy()
+    np.testing.assert_allclose(
+        gradient, tape.gradient(direct, latents), atol=1e-5
+    )
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0.1
+    assert np.abs((gradient * latents).numpy().sum(axis=1)).max() < 1e-4
 
 
 def test_dead_code_restarts_with_its_statistics():
@@ -814,6 +1033,7 @@ def test_indices_of_code_vectors_are_their_own():
         ("commitment_cost", -0.1),
         ("commitment_cost", float("nan")),
         ("codebook_update", "sgd"),
+        ("codebook_distance", "angle"),
         ("decay", -0.1),
         ("decay", 1.0),
         ("decay", float("nan")),
@@ -963,7 +1183,9 @@ def test_epoch_loss_is_the_mean_over_images():
     history = train(model, batches, optimizer=keras.optimizers.SGD(0.0))
     np.testing.assert_array_equal(model.encoder_1.mix.kernel, before)
 
-    assert set(history) == {*first, "codebook_usage", "perplexity"}
+    others = {"codebook_usage", "perplexity"}
+    norms = {"gradient_norm", "parameter_norm"}  # of the last step
+    assert set(history) == {*first, *others, *norms}
     for name in first:
         mean = (4 * first[name] + 2 * last[name]) / 6
         assert abs(mean - last[name]) > 1e-2 * abs(mean)
@@ -985,6 +1207,41 @@ def test_metrics_of_each_level():
     assert names >= {"codebook_usage", "codebook_usage_2", "perplexity_2"}
 
 
+def test_upper_levels_show_the_image_by_themselves():
+    """Prevents: a preview that looks below, or of another size or weight."""
+    model = tiny_vqvae((16, 24), levels=3, downsampling=2, upper_weight=0.5)
+    perturb(model)
+    images = blocky_images(2, 16, 24)
+    indices = model.encode(images)
+    decoded, errors = None, []
+    for level in (3, 2):
+        quantized = model.part("quantizer", level).lookup(indices[level - 1])
+        decoded = model._decode_level(level, quantized, decoded)
+        preview = model.part("preview", level)(decoded)[..., 0]
+        rows, columns = model.latent_grids[level - 2]
+        small = images.reshape(2, rows, 16 // rows, columns, 24 // columns)
+        errors.append(np.mean((small.mean(axis=(2, 4)) - preview) ** 2))
+    found = evaluate(model, images)
+    expected = sum(errors) / model.data_variance
+    np.testing.assert_allclose(found["upper_loss"], expected, rtol=1e-4)
+    terms = found["reconstruction_loss"] + found["commitment_loss"]
+    np.testing.assert_allclose(found["loss"], terms + 0.5 * expected, rtol=1e-4)
+
+
+def test_an_upper_level_learns_only_if_asked():
+    """Prevents: a silent top level: its preview must get better."""
+    lost = {}
+    for weight in (0.0, 1.0):
+        model = tiny_vqvae(levels=2, upper_weight=weight)
+        images = blocky_images(8)
+        before = model.preview_2.kernel.numpy()
+        train(model, [images], repeat=20)
+        lost[weight] = evaluate(model, images)["upper_loss"]
+        moved = (model.preview_2.kernel.numpy() != before).any()
+        assert moved == (weight > 0)
+    assert lost[1.0] < 0.5 * lost[0.0]
+
+
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -1003,6 +1260,7 @@ def test_metrics_of_each_level():
         ("data_variance", 0.0),
         ("data_variance", float("nan")),
         ("ssim_weight", -1.0),
+        ("upper_weight", -1.0),
     ],
 )
 def test_vqvae_refuses(name, value):
@@ -1057,62 +1315,197 @@ def test_causal_conv_refuses(settings):
         modules.CausalConv2D(4, **settings)
 
 
+def context_map(grid=(6, 5), **settings):
+    """A context map that tells its conditions apart."""
+    layer = modules.ContextMap(grid, 16, num_embeddings=5, **settings)
+    layer.build((None,))
+    perturb(layer)
+    return layer
+
+
+def null(n):
+    """Slice positions and labels of none of `n` images."""
+    return np.full(n, -1, "float32"), np.full(n, -1, "int32")
+
+
 def test_context_map_tells_places_and_slices_apart():
     """Prevents: two places or slices of the same features."""
-    everything = modules.ContextMap((6, 5), 16, True, True)
-    slices = np.linspace(0, 1, 9, dtype="float32")
-    context = everything(slices).numpy()
+    slices, none = np.linspace(0, 1, 9, dtype="float32"), null(9)[1]
+    everything = context_map(position_features=True, slice_condition=True)
+    context = everything(slices, none).numpy()
     assert len(np.unique(context.reshape(-1, 16), axis=0)) == 9 * 30
 
-    place = modules.ContextMap((6, 5), 16, True, False)(slices).numpy()
+    place = context_map(position_features=True)(slices, none).numpy()
     np.testing.assert_array_equal(place, np.repeat(place[:1], 9, axis=0))
     assert len(np.unique(place[0].reshape(-1, 16), axis=0)) == 30
 
-    height = modules.ContextMap((6, 5), 16, False, True)(slices).numpy()
+    height = context_map(slice_condition=True)(slices, none).numpy()
     assert len(np.unique(height.reshape(-1, 16), axis=0)) == 9
+
+    names = context_map(num_labels=3)(slices, np.arange(9) % 4 - 1).numpy()
+    assert len(np.unique(names.reshape(-1, 16), axis=0)) == 4  # one is null
+
+
+def test_context_map_places_the_levels_above():
+    """Prevents: an index above that reaches other positions than below it."""
+    layer = context_map((16, 32), upper_grids=((8, 16), (4, 8)))
+    grids = ((8, 16), (4, 8))
+    upper = [np.zeros((1, *grid), "int32") for grid in grids]
+    before = layer(*null(1), upper).numpy()
+    for level, scale in ((0, 2), (1, 4)):
+        changed = [grid.copy() for grid in upper]
+        changed[level][0, 3, 5] = 2
+        moved = layer(*null(1), changed).numpy() != before
+        rows, columns = np.nonzero(moved.any(axis=(0, 3)))
+        # Two 3x3 convolutions at the grid next above: four positions here.
+        for found, at, side in ((rows, 3, 16), (columns, 5, 32)):
+            assert found.min() == max(scale * at - 4, 0)
+            assert found.max() == min(scale * (at + 1) + 4, side) - 1
+    # The same index on another level is another code.
+    upper[1][:] = 1
+    other = [np.ones_like(upper[0]), np.zeros_like(upper[1])]
+    assert np.any(layer(*null(1), upper).numpy() != layer(*null(1), other))
+
+
+def test_conditions_are_dropped_in_training_only():
+    """Prevents: null embeddings that are never trained, or used too often.
+
+    Slice position and label drop independently, the levels above never.
+    """
+    layer = context_map(
+        (4, 2),
+        slice_condition=True,
+        num_labels=2,
+        upper_grids=((2, 1),),
+        dropout=0.3,
+    )
+    n = 200
+    position, label = np.full(n, 0.7, "float32"), np.ones(n, "int32")
+    upper = [np.tile(np.int32([[[1], [3]]]), (n, 1, 1))]
+    no_position, no_label = null(n)
+    cases = {
+        (True, True): layer(position, label, upper),
+        (True, False): layer(position, no_label, upper),
+        (False, True): layer(no_position, label, upper),
+        (False, False): layer(no_position, no_label, upper),
+    }
+    trained = layer(position, label, upper, training=True).numpy()
+    kinds = {
+        case: np.isclose(trained, expected, atol=1e-5).all(axis=(1, 2, 3))
+        for case, expected in cases.items()
+    }
+    np.testing.assert_array_equal(sum(kinds.values()), np.ones(n))
+    for case, found in kinds.items():
+        share = np.prod([0.7 if kept else 0.3 for kept in case])
+        deviation = np.sqrt(n * share * (1 - share))
+        assert abs(found.sum() - n * share) < 4 * deviation
+    # What is null already stays so.
+    trained = layer(no_position, no_label, upper, training=True)
+    np.testing.assert_allclose(trained, cases[False, False], atol=1e-5)
+
+    same = cases[True, True].numpy()
+    np.testing.assert_array_equal(same, np.repeat(same[:1], n, axis=0))
+
+
+def test_attention_in_parts_and_in_steps(monkeypatch):
+    """Prevents: a cache, or a part of the positions, that attends to others."""
+    layer = modules.CausalAttention(8, heads=2)
+    x, codes = noise(2, 3, 7, 8), noise(2, 3, 7, 8, seed=1)
+    layer(x, codes)
+    perturb(layer)
+    called = layer(x, codes).numpy()
+    monkeypatch.setattr(modules.CausalAttention, "QUERIES", 4)
+    # 1e-5: sums of some 20 float32 numbers.
+    np.testing.assert_allclose(layer(x, codes), called, atol=1e-5)
+
+    cache = layer.init_cache(2, 21)
+    for row in range(3):
+        _, cache = layer.start_row(None, cache, row)
+        for column in range(7):
+            at = x[:, row, column]
+            found, cache = layer.step(at, cache, column)
+            expected = called[:, row, column]
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+            cache = layer.write(codes[:, row, column], cache, column)
+    # The first position has nothing but the empty code.
+    other = layer(x, codes + 1).numpy()
+    np.testing.assert_array_equal(other[:, 0, 0], called[:, 0, 0])
+    assert np.all(np.any(other != called, axis=-1).reshape(2, 21)[:, 1:])
+
+
+def test_attention_after_every_fourth_block_and_the_last():
+    """Prevents: attention elsewhere than documented."""
+    found = {}
+    for blocks in (0, 3, 4, 5, 8):
+        prior = tiny_prior("pixelsnail", latent_grid=(2, 2), blocks=blocks)
+        order = [type(layer).__name__[0] for layer in prior._layers_in_order()]
+        found[blocks] = "".join(order)
+    assert found == {
+        0: "G",
+        3: "GGGGC",
+        4: "GGGGGC",
+        5: "GGGGGCGC",
+        8: "GGGGGCGGGGC",
+    }
+    local = tiny_prior("pixelsnail-local", blocks=5)
+    assert not local.attentions and len(local._layers_in_order()) == 6
 
 
 # Priors
 
 
 @functools.cache
-def trained_prior(cls, with_context):
+def trained_prior(network, kind):
     """A prior far from uniform, after a training step; shared by tests."""
     keras.utils.set_random_seed(0)
-    prior = tiny_prior(cls, **(CONTEXT if with_context else {}))
-    perturb(prior)
+    prior = tiny_prior(network, **KINDS[kind])
+    perturb_prior(prior)
     train(prior, [prior_batch(prior, 8)], run_eagerly=True)
     return prior
 
 
-@pytest.fixture(params=PRIORS, ids=PRIOR_IDS)
+@pytest.fixture(params=ALL_PRIORS, ids="-".join)
 def prior(request):
-    cls, kwargs = request.param
-    return trained_prior(cls, bool(kwargs))
+    return trained_prior(*request.param)
 
 
-def small(cls, **kwargs):
-    return tiny_prior(cls, num_embeddings=3, latent_grid=(2, 2), **kwargs)
+def small(network, kind, **settings):
+    """A prior with 81 grids."""
+    above = {"upper_grids": ((1, 1),)} if kind == "lower" else {}
+    settings = {"num_embeddings": 3, "latent_grid": (2, 2)} | settings
+    return tiny_prior(network, **(KINDS[kind] | above | settings))
 
 
-@pytest.fixture(scope="module")
-def small_uniforms():
+@functools.cache
+def small_uniforms(kind):
     """`_uniforms` of grids of 2x2, drawn once for all of the priors."""
-    return functools.cache(small(modules.PixelCNN)._uniforms)
+    prior = small("pixelcnn", kind)
+    prior.SAMPLE_CHUNK = 200
+    return functools.cache(prior._uniforms)
 
 
-@pytest.fixture(scope="module", params=PRIORS, ids=PRIOR_IDS)
-def small_prior(request, small_uniforms):
+@pytest.fixture(scope="module", params=PRIORS, ids="-".join)
+def small_prior(request):
     """A prior with 81 grids, of unequal probability."""
-    cls, kwargs = request.param
-    prior = small(cls, **kwargs)
-    perturb(prior, scale=0.4)
-    prior._uniforms = small_uniforms
+    network, kind = request.param
+    prior = small(network, kind)
+    perturb_prior(prior, scale=0.4)
+    # In large chunks: a run of the sampler costs more than a grid.
+    prior.SAMPLE_CHUNK = 200
+    prior._uniforms = small_uniforms(kind)
     return prior
 
 
 ALL_GRIDS = np.array(list(itertools.product(range(3), repeat=4)), "int32")
 ALL_GRIDS = ALL_GRIDS.reshape(81, 2, 2)
+
+
+def context_of(prior, given):
+    if not prior.use_context:
+        return None
+    return prior.context(
+        given["slice_position"], given["label"], given.get("upper", ())
+    )
 
 
 def influence(prior, rounds=2):
@@ -1124,13 +1517,12 @@ def influence(prior, rounds=2):
     count = height * width
     total = np.zeros((count, count))
     for seed in range(rounds):  # a ReLU may be shut for one input
-        batch = prior_batch(prior, 1, seed)
-        indices = np.repeat(batch["indices"], count, axis=0)
-        positions = tf.fill([count], 0.3)
+        same = np.zeros(count, int)
+        given = rows_of(prior_batch(prior, 1, seed), same)
         # Random, as equal weights could cancel.
         weights = noise(prior.num_embeddings, seed=seed)
-        context = prior.context(positions) if prior.use_context else None
-        x = prior.embedding(indices)
+        context = context_of(prior, given)
+        x = prior.embedding(given["indices"])
         with tf.GradientTape() as tape:
             tape.watch(x)
             logits = prior._predict_codes(prior._hidden(x, context, False))
@@ -1138,9 +1530,7 @@ def influence(prior, rounds=2):
             own = tf.linalg.diag_part(tf.transpose(flat, [2, 0, 1]))
             loss = tf.reduce_sum(own * weights[:, None])
         # The computation above is that of a call.
-        np.testing.assert_array_equal(
-            logits, prior(indices, slice_position=positions)
-        )
+        np.testing.assert_array_equal(logits, prior(**given))
         gradient = tf.reduce_sum(tf.abs(tape.gradient(loss, x)), axis=-1)
         total += gradient.numpy().reshape(count, count)
     return total
@@ -1160,9 +1550,9 @@ def test_prior_sees_only_what_is_before(prior, tmp_path):
     assert_causal(reload(prior, tmp_path / "prior.keras"))
 
 
-def open_prior(cls, **settings):
+def open_prior(network="pixelcnn", **settings):
     """A prior whose ReLUs are all open: it shows what it could see."""
-    prior = tiny_prior(cls, **settings)
+    prior = tiny_prior(network, **settings)
     perturb(prior, scale=0.1)
     for weight in prior.weights:
         if weight.name == "bias":
@@ -1172,9 +1562,7 @@ def open_prior(cls, **settings):
 
 def test_pixelcnn_receptive_field_and_blind_spot():
     """Prevents: fewer positions seen than the paper's, or more."""
-    prior = open_prior(
-        modules.PixelCNN, latent_grid=(6, 6), kernel_size=3, blocks=2
-    )
+    prior = open_prior(latent_grid=(6, 6), kernel_size=3, blocks=2)
     seen = influence(prior).reshape(6, 6, 6, 6) > 0
     expected = np.zeros_like(seen)
     # Three layers, each one column left or one row up and a column aside.
@@ -1190,49 +1578,113 @@ def test_pixelcnn_receptive_field_and_blind_spot():
 
 def test_pixelcnn_sees_most_earlier_positions():
     """Prevents: a field as small as that of the first layer."""
-    prior = open_prior(modules.PixelCNN, latent_grid=(6, 6), kernel_size=7)
+    prior = open_prior(latent_grid=(6, 6), kernel_size=7)
     seen = influence(prior) > 0
     earlier = np.tril(np.ones_like(seen), -1)
     assert seen[earlier].mean() > 0.9 and not seen[~earlier].any()
 
 
-@pytest.mark.parametrize("cls", NO_BLIND_SPOT)
-def test_all_earlier_positions_are_seen(cls):
+SQUARE = LOWER | {"latent_grid": (4, 4), "upper_grids": ((2, 2), (1, 1))}
+
+
+@pytest.mark.parametrize("network", NO_BLIND_SPOT)
+@pytest.mark.parametrize(
+    "settings", [{"latent_grid": (4, 4)}, SQUARE], ids=["alone", "lower"]
+)
+def test_all_earlier_positions_are_seen(network, settings, tmp_path):
     """Prevents: a blind spot where the paper has none."""
-    prior = open_prior(cls, latent_grid=(4, 4))
-    seen = influence(prior) > 0
-    np.testing.assert_array_equal(seen, np.tril(np.ones_like(seen), -1))
+    prior = open_prior(network, **settings)
+    train(prior, [prior_batch(prior, 8)], run_eagerly=True)
+    for model in (prior, reload(prior, tmp_path / "prior.keras")):
+        seen = influence(model, rounds=1) > 0
+        np.testing.assert_array_equal(seen, np.tril(np.ones_like(seen), -1))
 
 
-def request_for(prior, n):
-    """Slice positions for `n` images, if the prior takes them."""
-    if not prior.slice_condition:
-        return {}
-    return {"slice_position": np.linspace(0, 1, n, dtype="float32")}
+@pytest.mark.parametrize(
+    "conditioned",
+    [{}, CONTEXT | {"upper_grids": ((2, 12), (1, 6))}],
+    ids=["alone", "lower"],
+)
+def test_attention_sees_farther_than_convolutions(conditioned, tmp_path):
+    """Prevents: attention that leaves out a code, such as that just before."""
+    settings = {"latent_grid": (4, 24), "kernel_size": 3, "blocks": 1}
+    earlier = np.tril(np.ones((96, 96), bool), -1)
+    prior = open_prior("pixelsnail", **settings, **conditioned)
+    train(prior, [prior_batch(prior, 8)], run_eagerly=True)
+    for model in (prior, reload(prior, tmp_path / "prior.keras")):
+        seen = influence(model, rounds=1) > 0
+        np.testing.assert_array_equal(seen, earlier)
+    local = open_prior("pixelsnail-local", **settings, **conditioned)
+    seen = influence(local, rounds=1) > 0
+    assert not seen[24, 23] and not seen[~earlier].any()
+    assert 0.05 < seen[earlier].mean() < 0.5
+
+
+def stepped_logits(prior, indices, context):
+    """Logits as the sampler computes them, position by position."""
+    found = np.zeros((*indices.shape, prior.num_embeddings), "float32")
+    batch, height, width = indices.shape
+    caches = prior._init_caches(batch, width)
+    for row in range(height):
+        caches = prior._start_row(caches, row)
+        for column in range(width):
+            at = None if context is None else context[:, row, column]
+            hidden, caches = prior._step(caches, column, at)
+            found[:, row, column] = prior._predict_code(hidden)
+            code = prior.embedding(indices[:, row, column])
+            caches = prior._write(code, caches, column)
+    return found
+
+
+def test_steps_and_call_give_the_same_logits(prior):
+    """Prevents: a cache of the sampler that holds another value."""
+    given = prior_batch(prior, 3, seed=4)
+    found = stepped_logits(prior, given["indices"], context_of(prior, given))
+    # 1e-5: float32 sums in another order.
+    np.testing.assert_allclose(found, prior(**given), rtol=1e-5, atol=1e-5)
+    assert np.ptp(found, axis=0).max() > 0.1
 
 
 def test_sampler_and_call_are_the_same_distribution(prior):
-    """Prevents: a cache of the sampler that holds another value."""
-    condition = request_for(prior, 20)
-    options = {"temperature": 1.5, "return_log_prob": True}
-    grids, sampled = prior.sample(20, seed=1, **options, **condition)
-    called = prior.log_prob(grids, **condition).numpy().sum(axis=(1, 2))
-    # 1e-5: float32 sums in another order, over 15 positions.
-    np.testing.assert_allclose(sampled, called, rtol=1e-5)
-    assert np.ptp(sampled) > 1  # it does depend on the grid
+    """Prevents: log-probabilities of another grid, image or condition."""
+    given = conditions(prior, 20)
+    cases = [(given, 1.0)]
+    if prior.use_context:
+        nothing = {k: v for k, v in given.items() if k == "upper"}
+        cases += [(nothing, 1.0), (given, 2.0)]
+    for asked, guidance in cases:
+        grids, sampled = prior.sample(
+            20,
+            seed=1,
+            temperature=1.5,
+            guidance=guidance,
+            return_log_prob=True,
+            **request(prior, asked),
+        )
+        called = prior.log_prob(grids, **asked).numpy().sum(axis=(1, 2))
+        # 1e-5: float32 sums in another order, over 15 to 32 positions.
+        np.testing.assert_allclose(sampled, called, rtol=1e-5)
+        assert np.ptp(sampled) > 1  # it does depend on the grid
 
 
 def test_probabilities_sum_to_one(small_prior):
     """Prevents: a score that is not a probability."""
-    nats = small_prior.log_prob(ALL_GRIDS).numpy()
-    assert nats.shape == (81, 2, 2) and nats.dtype == np.float32
-    probabilities = np.exp(nats.sum(axis=(1, 2), dtype="float64"))
-    # 1e-5: rounding by 6e-8 of some 300 terms.
-    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
-    assert probabilities.max() > 5 * probabilities.min()
+    given = rows_of(conditions(small_prior, 1), np.zeros(81, int))
+    without = {k: v for k, v in given.items() if k == "upper"}
+    found = []
+    for asked in (given, without):
+        nats = small_prior.log_prob(ALL_GRIDS, **asked).numpy()
+        assert nats.shape == (81, 2, 2) and nats.dtype == np.float32
+        probabilities = np.exp(nats.sum(axis=(1, 2), dtype="float64"))
+        # 1e-5: rounding by 6e-8 of some 300 terms.
+        assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+        assert probabilities.max() > 5 * probabilities.min()
+        found.append(probabilities)
+    change = np.abs(found[0] - found[1]).max()
+    assert change > 1e-3 if small_prior.use_context else change == 0
 
 
-def sharpened(logits, temperature, top_k):
+def sharpened(logits, temperature=1.0, top_k=0):
     """Probabilities that the sampler is to draw from, in float64."""
     logits = logits.astype("float64") / temperature
     if top_k:
@@ -1242,23 +1694,22 @@ def sharpened(logits, temperature, top_k):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize(
-    "temperature, top_k", [(1.0, 0), (0.7, 2)], ids=["plain", "sharpened"]
-)
-def test_samples_have_their_probability(small_prior, temperature, top_k):
-    """Prevents: biased draws, as from random numbers used twice."""
-    n = 1600 if top_k else 3200
-    grids = small_prior.sample(n, seed=5, temperature=temperature, top_k=top_k)
-    counts = np.bincount(grids.reshape(n, 4) @ [27, 9, 3, 1], minlength=81)
-
-    shares = sharpened(small_prior(ALL_GRIDS).numpy(), temperature, top_k)
+def expected_shares(prior, given, guidance=1.0, **options):
+    """Probability of each of `ALL_GRIDS` under `sample`, by enumeration."""
+    given = rows_of(given, np.zeros(81, int))
+    logits = prior(ALL_GRIDS, **given).numpy()
+    if guidance != 1:
+        given = given | {"label": np.full(81, -1, "int32")}
+        start = prior(ALL_GRIDS, **given).numpy()
+        logits = start + guidance * (logits - start)
+    shares = sharpened(logits, **options)
     chosen = np.take_along_axis(shares, ALL_GRIDS[..., None], axis=-1)
-    expected = n * chosen.prod(axis=(1, 2, 3))
-    assert expected.sum() == pytest.approx(n)
-    assert counts[expected == 0].sum() == 0
-    if top_k:
-        assert (expected > 0).sum() == top_k**4
+    return chosen.prod(axis=(1, 2, 3))
 
+
+def chi_square_fits(counts, shares):
+    """Whether `counts` may be draws with probabilities `shares`."""
+    expected = counts.sum() * shares
     # The statistic has its distribution for cells of five and more.
     rare = expected < 5
     counts = np.append(counts[~rare], counts[rare].sum())
@@ -1266,13 +1717,46 @@ def test_samples_have_their_probability(small_prior, temperature, top_k):
     counts, expected = counts[expected > 0], expected[expected > 0]
     statistic = np.sum((counts - expected) ** 2 / expected)
     # The seed is fixed: a right sampler failed with probability 1e-3, once.
-    assert statistic < scipy.stats.chi2.isf(1e-3, len(counts) - 1)
+    return statistic < scipy.stats.chi2.isf(1e-3, len(counts) - 1)
 
 
-@pytest.mark.parametrize("cls", PRIOR_CLASSES)
-def test_uniform_logits_are_log2_k_bits(cls):
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "options"])
+def test_samples_have_their_probability(small_prior, plain):
+    """Prevents: biased draws, as from random numbers used twice.
+
+    The options of a prior with conditions: guidance.
+    """
+    options = {"temperature": 0.7, "top_k": 2}
+    if small_prior.use_context:
+        options = {"guidance": 2.0}
+    options = {} if plain else options
+    n = 1600
+    given = conditions(small_prior, 1)
+    asked = request(small_prior, rows_of(given, np.zeros(n, int)))
+    grids = small_prior.sample(n, seed=5, **options, **asked)
+    counts = np.bincount(grids.reshape(n, 4) @ [27, 9, 3, 1], minlength=81)
+
+    shares = expected_shares(small_prior, given, **options)
+    assert shares.sum() == pytest.approx(1)
+    assert counts[shares == 0].sum() == 0
+    assert (shares > 0).sum() == (16 if "top_k" in options else 81)
+    assert chi_square_fits(counts, shares)
+    # Fine enough to tell other conditions and options apart.
+    if options:
+        others = [expected_shares(small_prior, given)]
+    else:
+        others = [
+            expected_shares(small_prior, given | other)
+            for other in changes(given, 1).values()
+        ]
+    for other in others:
+        assert not chi_square_fits(counts, other)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_uniform_logits_are_log2_k_bits(network):
     """Prevents: nats called bits, or a mean over the wrong axis."""
-    uniform = tiny_prior(cls, num_embeddings=8)
+    uniform = tiny_prior(network, num_embeddings=8)
     uniform.logits.kernel.assign(np.zeros(uniform.logits.kernel.shape))
     batch = prior_batch(uniform, 4)
     # 1e-6: ln 8 in float32, divided by ln 2.
@@ -1282,10 +1766,10 @@ def test_uniform_logits_are_log2_k_bits(cls):
     np.testing.assert_allclose(nats, np.full(nats.shape, -np.log(8)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cls", PRIOR_CLASSES)
-def test_bits_and_loss_of_an_epoch(cls):
+@pytest.mark.parametrize("network", modules.PRIORS)
+def test_bits_and_loss_of_an_epoch(network):
     """Prevents: an epoch loss of 0.0, or that of the last batch alone."""
-    prior = trained_prior(cls, True)
+    prior = trained_prior(network, "lower")
     still = type(prior).from_config(prior.get_config())
     still.set_weights(prior.get_weights())
     batches = [prior_batch(still, 6, seed=1), prior_batch(still, 2, seed=2)]
@@ -1303,37 +1787,39 @@ def test_bits_and_loss_of_an_epoch(cls):
     assert evaluate(still, batches[1])["loss"] == pytest.approx(last, rel=1e-5)
 
 
-@pytest.mark.parametrize("cls", PRIOR_CLASSES)
-def test_training_a_prior_reduces_the_loss(cls):
+@pytest.mark.parametrize("network", modules.PRIORS)
+def test_training_a_prior_reduces_the_loss(network):
     """Prevents: a loss that does not reach the weights."""
-    learner = tiny_prior(cls)
+    learner = tiny_prior(network)
     batches = [prior_batch(learner, 4)]
     first, last = train(learner, batches, epochs=2, repeat=20)["loss"]
     assert last < 0.8 * first  # means over steps 1 to 20 and 21 to 40
 
 
-@pytest.mark.parametrize("cls", PRIOR_CLASSES)
-def test_dropout_only_in_training(cls):
+@pytest.mark.parametrize("dropout", ["dropout", "condition_dropout"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_dropout_only_in_training(network, dropout):
     """Prevents: likelihoods that change from call to call."""
-    noisy = tiny_prior(cls, dropout=0.5)
-    perturb(noisy)
-    indices = prior_batch(noisy, 4)["indices"]
-    np.testing.assert_array_equal(noisy(indices), noisy(indices))
-    one, other = [noisy(indices, training=True).numpy() for _ in range(2)]
+    noisy = tiny_prior(network, **(CONTEXT | {dropout: 0.5}))
+    perturb_prior(noisy)
+    batch = prior_batch(noisy, 8)
+    np.testing.assert_array_equal(noisy(**batch), noisy(**batch))
+    one, other = [noisy(**batch, training=True).numpy() for _ in range(2)]
     assert np.any(one != other)
 
 
 def test_image_k_is_the_same_in_any_request(prior):
     """Prevents: samples that depend on how many are asked for."""
-    condition = request_for(prior, 20)
-    grids = prior.sample(20, seed=7, **condition)
-    assert grids.shape == (20, 3, 5) and grids.dtype == np.int32
-    assert 0 <= grids.min() <= grids.max() < 5
+    given = conditions(prior, 20)
+    guidance = 2.0 if prior.use_context else 1.0
 
     def part(first, n, seed=7):
-        rows = {k: v[first : first + n] for k, v in condition.items()}
-        return prior.sample(n, seed=seed, first=first, **rows)
+        asked = request(prior, rows_of(given, np.arange(first, first + n)))
+        return prior.sample(n, seed, guidance=guidance, first=first, **asked)
 
+    grids = part(0, 20)
+    assert grids.shape == (20, *prior.latent_grid) and grids.dtype == np.int32
+    assert 0 <= grids.min() <= grids.max() < 5
     np.testing.assert_array_equal(part(0, 20), grids)
     np.testing.assert_array_equal(part(0, 3), grids[:3])
     for first in (5, 14, 17):  # 14 to 16 is over the end of a chunk
@@ -1342,60 +1828,177 @@ def test_image_k_is_the_same_in_any_request(prior):
     assert np.any(part(0, 20, seed=8) != grids)
 
 
-def greedy(prior):
-    """The likeliest code at each position in turn, by calls."""
-    grid = np.zeros((1, *prior.latent_grid), "int32")
-    for row, column in np.ndindex(*prior.latent_grid):
-        grid[0, row, column] = np.argmax(prior(grid)[0, row, column])
-    return grid
+def test_levels_draw_different_numbers():
+    """Prevents: grids of two levels that are drawn alike."""
+    grids = [(4, 8), (2, 4), (1, 2)]
+    numbers = [
+        tiny_prior(
+            latent_grid=grid, blocks=0, upper_grids=grids[level + 1 :]
+        )._uniforms(3, 1)
+        for level, grid in enumerate(grids)
+    ]
+    assert [x.shape for x in numbers] == [(8, *grid) for grid in grids]
+    together = np.concatenate([x.numpy().ravel() for x in numbers])
+    assert len(np.unique(together)) == together.size
+    # Not those of the top of another study either.
+    alone = tiny_prior(latent_grid=(4, 8), blocks=0)._uniforms(3, 1)
+    assert not np.isin(alone, numbers[0]).any()
 
 
-@pytest.mark.parametrize("cls", PRIOR_CLASSES)
+def assert_greedy(prior, grids, given, guidance=1.0, guide="label"):
+    """Check that each code is the likeliest after those before it, by calls."""
+    logits = prior(grids, **given).numpy()
+    if guidance != 1:
+        asked = given | {guide: -np.ones_like(given[guide])}
+        start = prior(grids, **asked).numpy()
+        logits = start + guidance * (logits - start)
+    np.testing.assert_array_equal(grids, logits.argmax(axis=-1))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-6}],
     ids=lambda options: next(iter(options)),
 )
-def test_sharpest_sampling_is_greedy(cls, options):
+def test_sharpest_sampling_is_greedy(options):
     """Prevents: temperature, top k or top p that do not reach the draw."""
-    prior = trained_prior(cls, False)
-    expected = np.repeat(greedy(prior), 3, axis=0)
+    prior = trained_prior("gated", "alone")
     for seed in (0, 1):
-        grids = prior.sample(3, seed=seed, **options)
-        np.testing.assert_array_equal(grids, expected)
+        assert_greedy(prior, prior.sample(3, seed=seed, **options), {})
 
 
-def test_slice_position_matters_if_conditional(prior):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_guided_sampling_is_greedy_by_guided_logits(network):
+    """Prevents: guidance the wrong way, or from another null."""
+    prior = trained_prior(network, "lower")
+    given = conditions(prior, 3)
+    asked = request(prior, given)
+    found = []
+    for guidance in (1.0, 4.0):
+        grids = prior.sample(3, temperature=1e-6, guidance=guidance, **asked)
+        assert_greedy(prior, grids, given, guidance)
+        found.append(grids)
+    assert np.any(found[0] != found[1])
+
+
+def test_guidance_by_slice_position_without_labels():
+    """Prevents: guidance that a prior without labels ignores."""
+    prior = tiny_prior(slice_condition=True, blocks=1)
+    perturb_prior(prior)
+    given = {"slice_position": np.float32([0.1, 0.6])}
+    found = []
+    for guidance in (0.0, 4.0):
+        grids = prior.sample(2, temperature=1e-6, guidance=guidance, **given)
+        assert_greedy(prior, grids, given, guidance, "slice_position")
+        found.append(grids)
+    assert np.any(found[0] != found[1])
+    # Guided not at all is the distribution without the condition.
+    assert_greedy(prior, found[0], {})
+
+
+def changes(given, num_embeddings):
+    """Each of the conditions, and of the grids above, changed alone."""
+    found = {}
+    for k, grid in enumerate(given.get("upper", ())):
+        upper = list(given["upper"])
+        upper[k] = (grid + 1) % num_embeddings
+        found[f"upper {k}"] = {"upper": tuple(upper)}
+    if "label" in given:
+        found["label"] = {"label": 1 - given["label"]}
+        found["no label"] = {"label": np.full_like(given["label"], -1)}
+    if "slice_position" in given:
+        moved = (given["slice_position"] + 0.4) % 1
+        found["slice"] = {"slice_position": moved}
+        found["no slice"] = {"slice_position": np.full_like(moved, -1)}
+    return found
+
+
+def test_every_condition_matters(prior):
     """Prevents: a condition that is dropped, or one that leaks in."""
-    indices = np.repeat(prior_batch(prior, 1)["indices"], 2, axis=0)
-    low, high = prior(indices, slice_position=POSITIONS).numpy()
-    # The same input in another row of the batch may round otherwise.
-    same = np.allclose(low, high, rtol=0, atol=1e-6)
-    assert same != prior.slice_condition
-    default = prior(indices).numpy()
-    middle = prior(indices, slice_position=np.float32([0.5, 0.5]))
-    np.testing.assert_array_equal(default, middle)
+    batch = prior_batch(prior, 4)
+    given = conditions(prior, 4)
+    before = prior(**batch).numpy()
+    for name, change in changes(given, 3).items():
+        moved = np.abs(prior(**(batch | change)).numpy() - before)
+        assert np.all(moved.max(axis=(1, 2, 3)) > 1e-3), name
 
-    # An image depends on its own condition alone.
-    positions = np.full(4, 0.5, "float32")
-    grids = prior.sample(4, seed=3, slice_position=positions)
-    positions[2] = 0.0
-    changed = prior.sample(4, seed=3, slice_position=positions)
-    np.testing.assert_array_equal(changed[[0, 1, 3]], grids[[0, 1, 3]])
-    assert np.any(changed[2] != grids[2]) == prior.slice_condition
+    if not prior.use_context:
+        extra = {"slice_position": POSITIONS[[0, 1, 0, 1]]}
+        np.testing.assert_array_equal(prior(**batch, **extra), before)
+        return
+    # An image depends on its own conditions alone.
+    grids = prior.sample(4, seed=3, **request(prior, given))
+    for case, change in changes(given, 3).items():
+        if case in ("no label", "no slice"):
+            continue  # `sample` takes these for all images or none
+        mixed = tf.nest.map_structure(np.copy, given)
+        for name, values in change.items():
+            for old, new in zip(
+                tf.nest.flatten(mixed[name]),
+                tf.nest.flatten(values),
+                strict=True,
+            ):
+                old[2] = new[2]
+        changed = prior.sample(4, seed=3, **request(prior, mixed))
+        np.testing.assert_array_equal(changed[[0, 1, 3]], grids[[0, 1, 3]])
+
+
+def test_null_does_not_leak(prior):
+    """Prevents: null that depends on a label or position, or the reverse."""
+    if not prior.use_context:
+        assert not hasattr(prior, "context")
+        return
+    given = prior_batch(prior, 2)
+    label, position = given.pop("label"), given.pop("slice_position")
+    none = prior(**given).numpy()
+    nulls = dict(zip(("slice_position", "label"), null(2), strict=True))
+    np.testing.assert_array_equal(prior(**given, **nulls), none)
+
+    changed = type(prior).from_config(prior.get_config())
+    context = changed.context
+    rows = np.eye(3, 64, dtype="float32")
+    for weight, change, moves_null in (
+        (context.label.embeddings, rows * [[0], [1], [0]], False),
+        (context.label.embeddings, rows * [[0], [0], [1]], False),
+        (context.label.embeddings, rows * [[1], [0], [0]], True),
+        (context.slice.kernel, 1, False),
+        (context.slice.bias, 1, False),
+        (context.no_slice, 1, True),
+    ):
+        changed.set_weights(prior.get_weights())
+        weight.assign(weight + 3 * change)
+        same = np.array_equal(changed(**given), none)
+        assert same != moves_null
+        # With label and position known, null does not matter.
+        known = {**given, "label": label, "slice_position": position}
+        same = np.array_equal(changed(**known), prior(**known))
+        assert same == moves_null
+
+
+def test_training_drops_conditions_for_null():
+    """Prevents: a null that training does not reach, or inference uses."""
+    prior = tiny_prior(**(CONTEXT | {"condition_dropout": 0.99}))
+    perturb_prior(prior)
+    batch = prior_batch(prior, 8)
+    nothing = prior(batch["indices"]).numpy()
+    trained = prior(**batch, training=True).numpy()
+    same = np.isclose(trained, nothing, atol=1e-5).all(axis=(1, 2, 3))
+    assert same.sum() >= 6
+    known = prior(**batch).numpy()
+    assert not np.isclose(known, nothing, atol=1e-5).all(axis=(1, 2, 3)).any()
 
 
 def test_position_features_reach_the_logits(prior):
     """Prevents: place features that are computed and not used."""
-    indices = prior_batch(prior, 2)["indices"]
     if not prior.position_features:
         assert not prior.use_context
         return
+    batch = prior_batch(prior, 2)
     blind = type(prior).from_config(prior.get_config())
     blind.set_weights(prior.get_weights())
     kernel = blind.context.place.kernel
     kernel.assign(np.zeros(kernel.shape))
-    change = np.abs(blind(indices).numpy() - prior(indices).numpy())
+    change = np.abs(blind(**batch).numpy() - prior(**batch).numpy())
     assert np.all(change.max(axis=(0, 3)) > 1e-4)  # at every place
 
 
@@ -1416,10 +2019,10 @@ def test_position_features_break_translation():
     assert spread[0] < 1e-5 < 1e-2 < spread[1]  # 1e-5: rounding
 
 
-@pytest.mark.parametrize("cls", PRIOR_CLASSES)
-def test_codebook_hash_survives_saving(cls, tmp_path):
+@pytest.mark.parametrize("network", modules.PRIORS)
+def test_codebook_hash_survives_saving(network, tmp_path):
     """Prevents: a prior that accepts the codebook of another VQ-VAE."""
-    marked = tiny_prior(cls, codebook_sha256="0f" * 32)
+    marked = tiny_prior(network, codebook_sha256="0f" * 32)
     opened = reload(marked, tmp_path / "prior.keras")
     assert opened.codebook_sha256 == "0f" * 32
     assert opened.latent_grid == (3, 5)
@@ -1434,15 +2037,73 @@ def test_codebook_hash_survives_saving(cls, tmp_path):
         ("channels", 0),
         ("blocks", -1),
         ("kernel_size", 4),
+        ("kernel_size", 65),
         ("head_layers", -1),
         ("dropout", 1.0),
         ("dropout", float("nan")),
+        ("condition_dropout", 1.0),
+        ("condition_dropout", -0.1),
+        ("upper_grids", ((2, 2),)),
+        ("upper_grids", ((3, 5),)),
     ],
 )
 def test_prior_refuses(name, value):
     """Prevents: a network other than the one asked for."""
     with pytest.raises(ValueError, match=f"{name}.*: expected .*, found"):
         tiny_prior(**{name: value})
+
+
+def test_upper_grids_halve_from_the_nearest():
+    """Prevents: grids above in the wrong order, or with one left out."""
+    tiny_prior(latent_grid=(4, 8), upper_grids=[[2, 4], [1, 2]])
+    for grids in (((1, 2), (2, 4)), ((1, 2),), ((2, 4), (2, 4)), ((4, 2),)):
+        with pytest.raises(ValueError, match="^upper_grids: expected"):
+            tiny_prior(latent_grid=(4, 8), upper_grids=grids)
+
+
+@pytest.mark.parametrize(
+    "channels, heads, name",
+    [(12, 8, "channels"), (8, 3, "channels"), (8, 0, "heads")],
+)
+def test_channels_divide_by_heads(channels, heads, name):
+    """Prevents: heads of unequal size, or an error far away."""
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        modules.PixelSNAIL(5, (2, 2), channels, blocks=1, heads=heads)
+
+
+REFUSED = [
+    ({"label": "MCI"}, "^label: expected one of NC, AD; found 'MCI'"),
+    ({"label": ["AD", "MCI"]}, "^label: .* NC, AD; found 'MCI'"),
+    ({"label": ["AD"]}, "^label: expected 2, found 1"),
+    ({"label": ["AD"] * 3}, "^label: expected 2, found 3"),
+    ({"upper": None}, "^upper: expected grids of shape"),
+    ({"upper": ()}, "^upper: expected grids of shape"),
+    ({"upper": [np.zeros((2, 2, 4))]}, "^upper: expected grids of shape"),
+    ({"upper": [np.zeros((2, 1, 2))]}, "^upper: expected grids of shape"),
+    ({"upper": [np.zeros((1, 2, 4)), np.zeros((1, 1, 2))]}, "^upper: "),
+    ({"upper": [np.zeros((2, 4, 2)), np.zeros((2, 1, 2))]}, "^upper: "),
+    ({"upper": [np.zeros((2, 1, 2)), np.zeros((2, 2, 4))]}, "^upper: "),
+]
+
+
+@pytest.mark.parametrize("asked, message", REFUSED)
+def test_sample_refuses_conditions(asked, message):
+    """Prevents: images of another condition than the one asked for."""
+    prior = trained_prior("pixelcnn", "lower")
+    upper = conditions(prior, 2)["upper"]
+    with pytest.raises(ValueError, match=message):
+        prior.sample(2, **({"upper": upper} | asked))
+
+
+def test_sample_refuses_what_the_prior_lacks():
+    """Prevents: a label or guidance that changes nothing."""
+    prior = trained_prior("pixelcnn", "alone")
+    with pytest.raises(ValueError, match="^label: .* none, .* found 'AD'"):
+        prior.sample(2, label="AD")
+    with pytest.raises(ValueError, match="^guidance: "):
+        prior.sample(2, guidance=2.0)
+    with pytest.raises(ValueError, match="^upper: expected .* \\[\\], found"):
+        prior.sample(2, upper=[np.zeros((2, 1, 2))])
 
 
 # Drawing a code
@@ -1557,7 +2218,8 @@ def observe(model):
         batch = prior_batch(model, 4, seed=9)
         found = {"logits": model(**batch)}
         found["compiled_nats"] = model.log_prob(**batch)
-        found["samples"] = model.sample(4, seed=3, **request_for(model, 4))
+        asked = request(model, conditions(model, 4))
+        found["samples"] = model.sample(4, seed=3, **asked)
     found["iterations"] = model.optimizer.iterations
     found = {name: np.asarray(value) for name, value in found.items()}
 
@@ -1581,8 +2243,8 @@ def reopened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     models = {"vqvae": tiny_vqvae(levels=2)}
     train(models["vqvae"], [blocky_images(4)], repeat=3, run_eagerly=True)
-    for cls in PRIOR_CLASSES:
-        models[cls.__name__] = trained_prior(cls, True)
+    for network in modules.PRIORS:
+        models[network] = trained_prior(network, "lower")
     here = {}
     for name, model in models.items():
         model.save(folder / f"{name}.keras")
@@ -1598,9 +2260,7 @@ def reopened(tmp_path_factory):
     return here, there
 
 
-@pytest.mark.parametrize(
-    "name", ["vqvae", *[cls.__name__ for cls in PRIOR_CLASSES]]
-)
+@pytest.mark.parametrize("name", ["vqvae", *modules.PRIORS])
 def test_reopened_in_a_new_process(reopened, name):
     """Prevents: a saved model that differs, or forgets its optimizer."""
     here, there = reopened[0][name], reopened[1][name]
@@ -1681,11 +2341,81 @@ def test_generate():
 
 
 def test_generate_from_two_levels():
-    """Prevents: levels handed to the decoder in the wrong order."""
+    """Prevents: levels, or their conditions, in the wrong order."""
     vqvae = tiny_vqvae(levels=2, downsampling=4, num_embeddings=5)
     perturb(vqvae)
-    priors = [tiny_prior(latent_grid=grid) for grid in vqvae.latent_grids]
-    images, indices = modules.generate(vqvae, priors, 2)
-    assert [grid.shape for grid in indices] == [(2, 4, 4), (2, 2, 2)]
+    grids = vqvae.latent_grids
+    priors = [
+        tiny_prior(
+            blocks=1,
+            latent_grid=grid,
+            upper_grids=grids[level + 1 :],
+            labels=LABELS,
+        )
+        for level, grid in enumerate(grids)
+    ]
+    for prior in priors:
+        perturb_prior(prior)
+    images, indices = modules.generate(vqvae, priors, 10, seed=2, first=3)
+    assert [grid.shape for grid in indices] == [(10, 4, 4), (10, 2, 2)]
+    options = {"label": ["NC"] * 5 + ["AD"] * 5, "seed": 2, "first": 3}
+    above = priors[1].sample(10, **options)
+    np.testing.assert_array_equal(indices[1], above)
+    below = priors[0].sample(10, upper=[above], **options)
+    np.testing.assert_array_equal(indices[0], below)
+    # 1e-6: the decoder may round otherwise in batches of another size.
     expected = vqvae.decode_indices(indices)[..., 0]
-    np.testing.assert_array_equal(images, expected)
+    np.testing.assert_allclose(images, expected, atol=1e-6)
+
+    _, same = modules.generate(vqvae, priors, 2, 2, 11, label="AD")
+    np.testing.assert_array_equal(same[0], indices[0][8:])
+    _, other = modules.generate(vqvae, priors, 2, 2, 11, label=["NC"] * 2)
+    assert np.any(other[1] != same[1]) and np.any(other[0] != same[0])
+
+
+def test_alternate_labels():
+    """Prevents: a label that depends on the request."""
+    labels = modules.alternate_labels(LABELS, 20)
+    assert labels == ["NC"] * 8 + ["AD"] * 8 + ["NC"] * 4
+    assert modules.alternate_labels(LABELS, 5, 6) == labels[6:11]
+    assert modules.alternate_labels((), 5) is None
+
+
+@pytest.mark.parametrize(
+    "size, levels, downsampling, networks",
+    [
+        ((240, 256), 3, 4, ["pixelcnn", "pixelsnail-local", "pixelsnail"]),
+        ((256, 128), 2, 8, ["gated", "pixelsnail"]),
+    ],
+    ids=["240x256-3", "256x128-2"],
+)
+def test_chain_at_the_sizes_of_the_data(size, levels, downsampling, networks):
+    """Prevents: height and width mixed up where they differ."""
+    vqvae = tiny_vqvae(size, levels=levels, downsampling=downsampling)
+    images = blocky_images(2, *size)
+    loss = train(vqvae, [images], run_eagerly=True)["loss"]
+    assert np.isfinite(loss).all()
+    height, width = size[0] // downsampling, size[1] // downsampling
+    grids = [(height >> level, width >> level) for level in range(levels)]
+    indices = vqvae.encode(images)
+    assert [tuple(found.shape) for found in indices] == [(2, *g) for g in grids]
+    assert vqvae.decode_indices(indices).shape == images.shape
+
+    priors = [
+        tiny_prior(
+            network,
+            num_embeddings=8,
+            latent_grid=grid,
+            blocks=1,
+            kernel_size=3,
+            upper_grids=grids[level + 1 :],
+        )
+        for level, (network, grid) in enumerate(
+            zip(networks, grids, strict=True)
+        )
+    ]
+    drawn, indices = modules.generate(vqvae, priors, 2)
+    assert drawn.shape == (2, *size) and drawn.dtype == np.float32
+    assert 0 <= drawn.min() < drawn.max() <= 1
+    assert [found.shape for found in indices] == [(2, *grid) for grid in grids]
+    assert np.any(drawn[0] != drawn[1])

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -156,13 +158,13 @@ def test_generate_options_reach_the_sampler(run, monkeypatch):
     call("generate", run.path, "-n", "3", "--top-k", "1")
     flags = "--temperature 0.5 --top-p 0.9 --slice-position 0.25".split()
     call("generate", run.path, "-n", "18", "--seed", "7", *flags)
-    (_, greedy), (one, first), (two, second) = seen
+    (_, greedy), *chunks = seen
     assert (greedy["top_k"], greedy["slice_position"]) == (1, None)
-    assert (one[2:], two[2:]) == ((16, 7), (2, 7))
-    assert (first["first"], second["first"]) == (0, 16)
-    for options in (first, second):
+    assert [args[2:] for args, _ in chunks] == [(8, 7), (8, 7), (2, 7)]
+    assert [options["first"] for _, options in chunks] == [0, 8, 16]
+    for (_, _, count, _), options in chunks:
         assert (options["temperature"], options["top_p"]) == (0.5, 0.9)
-    assert list(second["slice_position"]) == [0.25, 0.25]
+        assert list(options["slice_position"]) == [0.25] * count
     # Other options, other files: no folder mixes them unseen.
     names = set(samples_of(run))
     assert "seed0_top-k1_000000.png" in names
@@ -184,6 +186,104 @@ def test_generate_needs_a_prior(vqvae_run, capsys):
     error = refused(4, capsys, "generate", vqvae_run.path)
     assert "this run has no prior" in error and "--stage prior" in error
     assert files(vqvae_run.path) == before
+
+
+# Labels, guidance and two levels
+
+
+def test_generate_a_label_with_guidance(levels_run, tmp_path, monkeypatch):
+    run = copy_run(levels_run, tmp_path)
+    seen = []
+    original = modules.generate
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(modules, "generate", spy)
+    flags = "--label AD --guidance 2 -n 3".split()
+    call("generate", run.path, *flags)
+    [options] = seen
+    assert (options["label"], options["guidance"]) == ("AD", 2.0)
+    images = samples_of(run)
+    names = [f"seed0_guidance2_labelAD_{k:06d}.png" for k in range(3)]
+    assert list(images) == names
+    assert all(image.shape == (SIZE, SIZE) for image in images.values())
+    check_figures(run.figures_path, FIGURES | {"samples"})
+
+
+def test_labels_that_a_run_does_not_know(levels_run, tiny_run, capsys):
+    for run, label, known in (
+        (levels_run, "MCI", "(AD, NC)"),
+        (levels_run, "", "(AD, NC)"),
+        (tiny_run, "AD", "(none: no --condition label in training)"),
+    ):
+        before = files(run.path)
+        argv = ["generate", run.path, "--label", label]
+        error = refused(2, capsys, *argv)
+        assert error.startswith("error: --label: expected one of those of ")
+        assert f"{run.path} {known}, found {label!r}" in error
+        assert files(run.path) == before
+
+
+@pytest.mark.parametrize(
+    "labels, positions, guidance, fine",
+    [
+        (("AD",), False, 2.0, True),
+        ((), True, 2.0, True),
+        ((), False, 1.0, True),
+        ((), False, 2.0, False),
+        ((), False, 0.0, False),
+    ],
+)
+def test_guidance_needs_a_condition(labels, positions, guidance, fine):
+    prior = types.SimpleNamespace(labels=labels, slice_condition=positions)
+    run = types.SimpleNamespace(path="runs/one")
+    options = predict.Generate(guidance=guidance)
+    if fine:
+        predict.check_conditions(run, [prior], options)
+    else:
+        message = "--guidance: runs/one was trained without --condition"
+        with pytest.raises(utils.FlagError, match=message):
+            predict.check_conditions(run, [prior], options)
+
+
+def test_bare_command_on_two_levels(levels_run, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "runs" / "one"
+    shutil.copytree(levels_run.path, path)
+    shutil.rmtree(path / "figures")
+    monkeypatch.chdir(tmp_path)
+    predict.main([])
+    check_figures(path / "figures", ["reconstructions", "samples"])
+    names = {file.name for file in (path / "samples").iterdir()}
+    assert names == {f"seed0_{k:06d}.png" for k in range(64)}
+    text = capsys.readouterr().out
+    assert text.count("bits per code") == 2 and "label" in text
+
+
+def test_inspect_shows_the_priors_of_two_levels(levels_run, capsys):
+    call("inspect", levels_run.path)
+    text = capsys.readouterr().out
+    for part in (
+        "data       adni, real, 12 train, 4 validate, 8 test",
+        "level 1    grid 8x8, K=16, D=4",
+        "level 2    grid 4x4, K=16, D=4",
+        "quantizer_2 ",
+        "\nprior_bottom.keras: PixelSNAIL, ",
+        "\nprior_top.keras: PixelSNAIL, ",
+        "attentions[0] ",
+        "context ",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize("name", ["prior_bottom.keras", "prior_top.keras"])
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "inspect"])
+def test_one_prior_of_two_is_missing(name, verb, levels_run, tmp_path, capsys):
+    run = copy_run(levels_run, tmp_path)
+    (run.path / name).unlink()
+    error = refused(4, capsys, verb, run.path)
+    assert f"{run.path / name}: " in error and "--stage prior" in error
 
 
 # Evaluate
@@ -247,8 +347,8 @@ def test_evaluate_a_run_without_prior(vqvae_run, tmp_path):
     assert after == before
 
 
-def test_evaluate_a_smoke_run(smoke_folder, tmp_path):
-    source = utils.Run.newest(smoke_folder / "runs")
+def test_evaluate_a_smoke_run(smoke_run, tmp_path):
+    source = smoke_run("quickstart")
     run = copy_run(source, tmp_path)
     call("evaluate", run.path)
     before, after = (
@@ -323,6 +423,7 @@ def test_missing_run(tmp_path, capsys):
         ("generate --top-p 1.5", "--top-p: expected"),
         ("generate -n 0", "--number: expected a whole number in [1"),
         ("generate --temp 1", "--temp: unknown argument"),
+        ("generate --guidance -1", "--guidance: expected a number in [0, 100]"),
         ("reconstruct --split all", "--split: expected one of train"),
         ("evaluate --dataset oasis", "--dataset: goes with --data-dir only"),
         ("paint", "VERB: invalid choice: 'paint'"),
@@ -339,12 +440,30 @@ def test_truncated_model(run, verb, capsys):
     assert f"{run.vqvae_path}: truncated" in error
 
 
-def test_prior_of_another_codebook(run, smoke_folder, capsys):
-    other = utils.Run.newest(smoke_folder / "runs")
-    shutil.copy(other.prior_path, run.prior_path)
+@pytest.mark.parametrize("name", ["vqvae.keras", "prior.keras"])
+def test_model_whose_settings_do_not_fit_its_weights(name, run, capsys):
+    """Never the weights of 16 code vectors in a codebook of 8."""
+    path = run.path / name
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    text = members["config.json"]
+    members["config.json"] = text.replace(
+        b'"num_embeddings": 16', b'"num_embeddings": 8'
+    )
+    assert members["config.json"] != text
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in members.items():
+            archive.writestr(member, data)
+    error = refused(4, capsys, "generate", run.path)
+    assert f"{path}: cannot be loaded" in error
+
+
+def test_prior_of_another_codebook(run, levels_run, capsys):
+    path = run.path / "prior.keras"
+    shutil.copy(levels_run.path / "prior_top.keras", path)
     for verb in ("generate", "evaluate", "inspect"):
         error = refused(4, capsys, verb, run.path)
-        assert f"{run.prior_path}: trained on another codebook" in error
+        assert f"{path}: trained on another codebook" in error
 
 
 @pytest.mark.parametrize(

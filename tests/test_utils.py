@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -206,6 +207,8 @@ def test_bad_flag_exits_2_in_one_line_naming_it(argv, message, capsys):
 def test_real_data_needs_a_folder(capsys):
     assert exit_of(utils.resolve, ["--dataset", "oasis"]) == 2
     assert "--data-dir is required" in capsys.readouterr().err
+    config = utils.resolve(["--dataset", "oasis", "--smoke"])
+    assert config.smoke and config.data_dir is None
 
 
 def test_stray_argument_is_refused():
@@ -242,6 +245,8 @@ def test_values_are_read_by_type():
     assert config.ssim_weight == 1.0 and config.run_dir == "r"
     assert config.conditions == ("slice",)
     assert utils.Config().conditions == ()
+    config = utils.resolve(["--condition", "label, slice"])
+    assert config.conditions == ("label", "slice")
 
 
 def test_defaults_are_a_valid_configuration():
@@ -288,7 +293,19 @@ def test_every_recipe_is_valid_and_listed(name):
 
 def test_list_recipes_flag_prints_and_ends(capsys):
     assert exit_of(utils.resolve, ["--list-recipes"]) == 0
-    assert capsys.readouterr().out == utils.list_recipes() + "\n"
+    text = capsys.readouterr().out
+    assert text == utils.list_recipes() + "\n"
+    names = [line.split()[0] for line in text.splitlines()]
+    assert names == [
+        "recipe",
+        "quickstart",
+        "adni-vqvae-pixelcnn",
+        "adni-vqvae-tuned",
+        "oasis-vqvae2-pixelsnail",
+        "hipmri-vqvae-pixelcnn",
+        "oasis-vqvae-pixelcnn",
+    ]
+    assert "/4 and /8, K=512" in text and "pixelsnail 64 ch" in text
 
 
 def test_smoked_shrinks_but_keeps_the_architecture():
@@ -436,37 +453,61 @@ def test_sha256(tmp_path):
 # Run folder
 
 
+def create(config):
+    """A new run that is not in use."""
+    run = utils.Run.create(config)
+    run.unlock()
+    return run
+
+
 @pytest.fixture
 def run(tmp_path):
-    config = utils.Config(
-        run_dir=str(tmp_path / "run"), image_size=(32, 48), seed=3
+    return create(
+        utils.Config(run_dir=str(tmp_path / "run"), image_size=(32, 48), seed=3)
     )
-    return utils.Run.create(config)
 
 
 def test_run_round_trip(run):
     run.update(image_size=[32, 48], latent_grids=[[8, 12]])
     again = utils.Run.open(run.path)
     assert again.config == run.config
-    assert again.info == run.info
+    assert again.info == json.loads(json.dumps(run.info))
     assert again.info["latent_grids"] == [[8, 12]]
     assert again.info["versions"]["tensorflow"]
     document = json.loads(run.config_path.read_text())
-    assert document["format"] == 1 and document["settings"]["seed"] == 3
+    assert document["format"] == utils.FORMAT
+    assert document["settings"]["seed"] == 3
     assert [p.name for p in (run.vqvae_path, run.figures_path)] == [
         "vqvae.keras",
         "figures",
     ]
 
 
+@pytest.mark.parametrize(
+    "levels, names",
+    [
+        (1, ["prior"]),
+        (2, ["prior_bottom", "prior_top"]),
+        (3, ["prior_bottom", "prior_middle", "prior_top"]),
+    ],
+)
+def test_a_prior_file_for_each_level(run, levels, names):
+    run.config = dataclasses.replace(run.config, levels=levels)
+    assert run.prior_names == names and not run.has_priors
+    assert run.prior_paths == [run.path / f"{name}.keras" for name in names]
+    for path in run.prior_paths:
+        path.write_text("x")
+    assert run.has_priors
+
+
 def test_default_folder_is_named_for_recipe_and_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = utils.Run.create(utils.Config())
+    run = create(utils.Config())
     assert run.path.match("runs/quickstart-*-*")
 
 
 def test_create_refuses_what_is_there_but_not_a_run_that_never_began(run):
-    again = utils.Run.create(dataclasses.replace(run.config, seed=4))
+    again = create(dataclasses.replace(run.config, seed=4))
     assert utils.Run.open(again.path).config.seed == 4
     run.vqvae_path.write_text("x")
     with pytest.raises(utils.RunError, match="not empty"):
@@ -502,12 +543,12 @@ def test_create_needs_a_folder_it_can_write(tmp_path, monkeypatch):
         (None, "no config.json"),
         ("{", "not readable"),
         ("[]", "not readable"),
-        ('{"format": 1}', "not readable"),
-        ('{"format": "1", "settings": {}}', "not readable"),
-        ('{"format": 2, "settings": {}}', "newer"),
-        ('{"format": 1, "settings": {"depth": 3}}', "unfit setting.*depth"),
-        ('{"format": 1, "settings": {"epochs": -1}}', "unfit.*--epochs"),
-        ('{"format": 1, "settings": [1]}', "unfit"),
+        ('{"format": 2}', "not readable"),
+        ('{"format": "2", "settings": {}}', "not readable"),
+        ('{"format": 3, "settings": {}}', "newer"),
+        ('{"format": 2, "settings": {"depth": 3}}', "unfit setting.*depth"),
+        ('{"format": 2, "settings": {"epochs": -1}}', "unfit.*--epochs"),
+        ('{"format": 2, "settings": [1]}', "unfit"),
     ],
 )
 def test_open_refuses_in_one_line(tmp_path, text, message):
@@ -527,7 +568,7 @@ def test_newest_is_the_last_with_a_model(tmp_path):
         utils.Run.newest(tmp_path)
     for age, name in enumerate(["b", "a", "c"]):
         config = utils.Config(run_dir=str(tmp_path / name))
-        run = utils.Run.create(config)
+        run = create(config)
         if name != "c":
             run.vqvae_path.write_text("x")
             os.utime(run.vqvae_path, (age, age))
@@ -834,3 +875,75 @@ def test_summary_table_tolerates_missing_parts():
         assert part in text
     assert "counts" not in text and "psnr" not in text
     assert utils.summary_table({}) == "nothing evaluated yet"
+
+
+# Evaluation
+
+
+def evaluate_two_labels(simulated=True, slice_condition=True):
+    """Return what is found of AD and NC, and how `generate` was called."""
+    import pandas as pd
+
+    positions = [0.6, 0.7, 0.6, 0.1]
+    frame = pd.DataFrame(
+        {"label": ["AD", "NC", "AD", "AD"], "position": positions}
+    )
+    config = utils.Config(num_samples=3, seed=5)
+    run = utils.Run("run", config, {"simulated": simulated})
+    prior = types.SimpleNamespace(
+        labels=("AD", "NC", "MCI"), slice_condition=slice_condition
+    )
+    asked = []
+
+    def generate(vqvae, priors, n, seed, **options):
+        asked.append((vqvae, priors, n, seed, options))
+        level = {"AD": 0.9, "NC": 0.3, "MCI": 0.5}[options["label"]]
+        return np.full((n, 4, 4), level, "float32"), []
+
+    def ventricles(images, positions):
+        areas = np.asarray(images).reshape(len(images), -1).mean(1)
+        return np.where(np.asarray(positions) < 0.5, np.nan, 10 * areas)
+
+    images = np.arange(1, 5, dtype="float32")[:, None, None, None] / 10
+    images = utils.tf.constant(np.tile(images, (1, 4, 4, 1)))
+    entries = utils.evaluate_labels(
+        run,
+        "vqvae",
+        [prior],
+        frame,
+        [images[:3], images[3:]],
+        generate,
+        ventricles,
+    )
+    return entries, asked
+
+
+def test_labels_of_simulated_brains_are_told_by_ventricles():
+    entries, asked = evaluate_two_labels()
+    assert [entry["label"] for entry in entries] == ["AD", "NC", "MCI"]
+    assert [entry["test_images"] for entry in entries] == [3, 1, 0]
+    assert [entry["images_drawn"] for entry in entries] == [3, 3, 3]
+    areas = [entry["ventricle_area"] for entry in entries]
+    # The fourth image, AD too, is of a plane without ventricles.
+    assert areas[0] == pytest.approx({"real": 2.0, "generated": 9.0})
+    assert areas[1] == pytest.approx({"real": 2.0, "generated": 3.0})
+    assert areas[2]["real"] is None
+    assert areas[2]["generated"] == pytest.approx(5.0)
+    json.dumps(entries, allow_nan=False)
+    for vqvae, priors, n, seed, options in asked:
+        assert (vqvae, len(priors), n, seed) == ("vqvae", 1, 3, 5)
+        assert set(options) == {"label", "slice_position"}
+        positions = options["slice_position"]
+        assert len(positions) == 3 and 0.5 <= min(positions)
+        assert max(positions) <= 0.8
+    text = utils.summary_table({"labels": entries})
+    assert "real 2, generated 9 pixels" in text and "MCI" in text
+
+
+@pytest.mark.parametrize(
+    "options", [{"simulated": False}, {"slice_condition": False}]
+)
+def test_labels_of_other_images_are_only_counted(options):
+    entries, asked = evaluate_two_labels(**options)
+    assert not asked
+    assert entries[0] == {"label": "AD", "test_images": 3}
