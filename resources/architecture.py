@@ -271,10 +271,15 @@ def draw_prior(page, image, codebook):
     page.arrow((1.9, y), (2.3, y))
 
     page.box(2.32, y - 0.62, 1.75, 1.24, PRIOR, PRIOR_EDGE)
-    page.text(3.2, y, "masked\nconvolutions", zorder=5)
+    page.text(3.2, y, "masked\nconvolutions,\nattention", zorder=5)
     page.arrow((3.2, y - 1.02), (3.2, y - 0.66))
     page.text(
-        3.2, y - 1.08, "optional: slice\nand grid position", 13, SOFT, va="top"
+        3.2,
+        y - 1.08,
+        "optional: label, slice and\ngrid position, level above",
+        13,
+        SOFT,
+        va="top",
     )
     page.arrow((4.09, y), (4.49, y))
     draw_probabilities(page, 5.35, y)

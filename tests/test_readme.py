@@ -108,6 +108,9 @@ def test_flags_exist():
     names = {f.name for c in SETTINGS for f in dataclasses.fields(c)}
     known = {"--" + name.replace("_", "-") for name in names}
     known |= {"--help", "--list-recipes"}
+    for path in (ROOT / "tests" / "benchmarks").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', text))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert mentioned - known == set()
 
