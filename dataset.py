@@ -24,6 +24,7 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -757,7 +758,7 @@ def _note_twins(checked):
         _warn(f"{copies} files repeat others of their split")
 
 
-def _listed(rejected, total):
+def _listed(rejected, total, advice=" (--skip-bad leaves them out)"):
     """Return one line for one file, else a count and the first lines."""
     rows = rejected.itertuples()
     lines = [f"{_show(row.path)}: {row.reason}" for row in rows]
@@ -765,10 +766,7 @@ def _listed(rejected, total):
         return lines[0]
     more = len(lines) - MOST_LISTED
     return "\n".join(
-        [
-            f"{len(lines)} of {total} files are unfit "
-            "(--skip-bad leaves them out)"
-        ]
+        [f"{len(lines)} of {total} files are unfit{advice}"]
         + lines[:MOST_LISTED]
         + ([f"... and {more} more"] if more > 0 else [])
     )
@@ -783,9 +781,8 @@ def _without(checked, rejected):
     for split, part in checked.groupby("split"):
         if part.index.isin(rejected.index).all():
             lost = rejected.loc[part.index]
-            raise DataError(
-                f"{split}: every file is unfit; {_listed(lost, len(part))}"
-            )
+            listed = _listed(lost, len(part), advice="")
+            raise DataError(f"{split}: no file is left; {listed}")
     kinds = {"height": int, "width": int, "low": float, "high": float}
     kept = kept.astype(kinds)
     # Last: pandas cannot `astype` or `concat` with a table among the attrs.
@@ -916,6 +913,21 @@ def steps_per_epoch(count, batch_size):
     return -(-count // batch_size)
 
 
+def divisible_batch_size(count, batch_size, parts):
+    """Return the largest batch size up to this one that makes `parts` parts.
+
+    None of them empty, also of the last batch of an epoch of `count` images,
+    which may be smaller. 0 if there are fewer images than parts.
+
+    >>> divisible_batch_size(33, 16, 2)
+    15
+    """
+    for size in range(batch_size, parts - 1, -1):
+        if count % size == 0 or count % size >= parts:
+            return size
+    return 0
+
+
 def make_dataset(
     index,
     image_size,
@@ -924,6 +936,7 @@ def make_dataset(
     seed=None,
     epochs=1,
     start_step=0,
+    parts=(0, 1, 1),
     resize=False,
     cache=False,
 ):
@@ -939,6 +952,9 @@ def make_dataset(
         seed: int >= 0, None for the order of the index.
         epochs: int >= 0, passes over the index.
         start_step: int >= 0, batches left out, counted over all epochs.
+        parts: (first, last, count): parts `first` to `last` - 1 of each batch,
+            one after the other, of `count` parts that are as large as each
+            other, or one image larger.
         resize: bool, scale images instead of only padding and cropping.
         cache: bool, hold all images in memory, rounded to 1/255.
 
@@ -947,7 +963,7 @@ def make_dataset(
         ResourceError: if a cache would take half of the free memory.
     """
     size = tuple(int(n) for n in image_size)
-    order = _batches(len(index), batch_size, seed, epochs, start_step)
+    order = _batches(len(index), batch_size, seed, epochs, start_step, parts)
     if cache:
         images = _decode_all(index, size, resize)
 
@@ -966,17 +982,39 @@ def make_dataset(
     return order.map(load, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
 
-def array_batches(arrays, batch_size, *, seed=None, epochs=1, start_step=0):
+def array_batches(
+    arrays, batch_size, *, seed=None, epochs=1, start_step=0, parts=(0, 1, 1)
+):
     """Return batches of a structure of arrays, ordered as `make_dataset`."""
     with tf.device("CPU"):
         arrays = tf.nest.map_structure(tf.constant, arrays)
     count = len(tf.nest.flatten(arrays)[0])
-    order = _batches(count, batch_size, seed, epochs, start_step)
+    order = _batches(count, batch_size, seed, epochs, start_step, parts)
 
     def load(rows):
         return tf.nest.map_structure(lambda a: tf.gather(a, rows), arrays)
 
     return order.map(load, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+
+
+def distributed(strategy, batches):
+    """Return batches of which each replica gets its part.
+
+    Args:
+        strategy: of `tf.distribute`.
+        batches: function that returns a `tf.data.Dataset`; it takes `parts`,
+            see `make_dataset`.
+    """
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return batches()
+
+    def of_worker(context):
+        own = replicas // context.num_input_pipelines
+        first = own * context.input_pipeline_id
+        return batches(parts=(first, first + own, replicas))
+
+    return strategy.distribute_datasets_from_function(of_worker)
 
 
 def jitter(images, seed, numbers, shift=4, gain=0.1):
@@ -1035,8 +1073,8 @@ def _uniforms():
     return tf.function(draw, input_signature=signature, autograph=False)
 
 
-def _batches(count, batch_size, seed, epochs, start_step):
-    """Return a Dataset of batches of row numbers."""
+def _batches(count, batch_size, seed, epochs, start_step, parts):
+    """Return a Dataset of batches of row numbers, or of parts of each."""
     if count == 0:
         raise DataError("no images, expected at least one")
     steps = steps_per_epoch(count, batch_size)
@@ -1051,6 +1089,18 @@ def _batches(count, batch_size, seed, epochs, start_step):
     order = tf.data.Dataset.range(first, max(first, epochs))
     order = order.flat_map(epoch_batches)
     left = max(0, steps * epochs - start_step)
+    begin, end, total = parts
+    if total > 1:
+        numbers = tf.range(begin, end)
+
+        def cut(rows):
+            size = tf.size(rows)
+            return tf.data.Dataset.from_tensor_slices(numbers).map(
+                lambda k: rows[size * k // total : size * (k + 1) // total]
+            )
+
+        order = order.flat_map(cut)
+        left *= end - begin
     return order.apply(tf.data.experimental.assert_cardinality(left))
 
 
@@ -1400,14 +1450,21 @@ def simulate(
     about = _about(settings)
     if _holds(dest, about):
         return dest
-    temporary = dest.with_name(f"{dest.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(
+        tempfile.mkdtemp(prefix=f"{dest.name}.tmp-", dir=dest.parent)
+    )
+    temporary.chmod(0o755)  # as of any folder, not as of a secret one
     try:
         _simulate_all(temporary, settings, workers or os.cpu_count() or 1)
         utils.write_json(temporary / MARKER, about)
-        if dest.exists():
-            dest.rmdir()
-        os.rename(temporary, dest)
+        try:
+            if dest.exists():
+                dest.rmdir()
+            os.rename(temporary, dest)
+        except OSError:  # unless another process was faster
+            if not _holds(dest, about):
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return dest

@@ -10,8 +10,14 @@ Dimension letters: B batch, H W image, h w latent grid, C channels,
 D length of a code vector, K number of code vectors.
 """
 
+import concurrent.futures
+import functools
+import itertools
 import math
+import os
+import signal
 import time
+import typing
 from pathlib import Path
 
 import keras
@@ -74,25 +80,116 @@ class Configurable:
 class TrainableModel(Configurable, keras.Model):
     """Model with a custom `train_step` and `test_step` over one loss.
 
-    A subclass gives `_batch_loss(batch, training)`, which returns the loss
-    and updates every tracker in `metrics`: what an epoch logs is what these
-    average, not Keras's own loss tracker.
+    A subclass gives `_batch_loss(batch, training)`, which returns the mean
+    loss over the images of a batch and updates every tracker in `metrics`:
+    what an epoch logs is what these average, not Keras's own loss tracker.
+
+    Under a strategy of `tf.distribute` each replica trains on its part of the
+    batch, and the step is that of the whole batch (`batch_parts` in
+    dataset.py cuts it).
+
+    Attributes:
+        accumulation_steps: int >= 1. Parts that a replica takes its batch in,
+            one after the other: a step then needs the memory of one part. An
+            EMA codebook moves with each part.
     """
 
+    accumulation_steps = 1
+
     def train_step(self, batch):
-        with tf.GradientTape() as tape:
-            loss = self._batch_loss(batch, training=True)
-            scaled = self.optimizer.scale_loss(loss)
+        gradients, images = self._accumulated_gradients(batch)
         variables = self.trainable_variables
-        gradients = tape.gradient(scaled, variables)
+        gradients, norm = self._over_replicas(gradients, images)
         self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         # Of this step, not means. A NaN voxel can leave the loss finite, for
         # a fused ReLU turns it into 0, and then the weights are all that
         # tells: these two are what `FiniteCheck` needs besides the loss.
-        return self.get_metrics_result() | {
-            "gradient_norm": tf.linalg.global_norm(gradients),
-            "parameter_norm": tf.linalg.global_norm(self.float_weights),
-        }
+        return self._logged(
+            self.get_metrics_result()
+            | {
+                "gradient_norm": norm,
+                "parameter_norm": tf.linalg.global_norm(self.float_weights),
+            }
+        )
+
+    def _accumulated_gradients(self, batch):
+        """Gradients of the mean loss over a batch, and its images."""
+        gradients = None
+        for part, share in self._parts(batch):
+            # A part begins when the one before has let go of its memory.
+            with tf.control_dependencies(gradients or []):
+                with tf.GradientTape() as tape:
+                    loss = share * self._batch_loss(part, training=True)
+                    loss = self.optimizer.scale_loss(loss)
+                added = tape.gradient(loss, self.trainable_variables)
+                # Dense: a norm over slices would not add up those of a row.
+                added = [tf.convert_to_tensor(gradient) for gradient in added]
+            if gradients:
+                added = [a + b for a, b in zip(gradients, added, strict=True)]
+            gradients = added
+        return gradients, tf.shape(tf.nest.flatten(batch)[0])[0]
+
+    def _parts(self, batch):
+        """Parts of a batch, and the share of its images that each has."""
+        count = self.accumulation_steps
+        if count == 1:
+            return [(batch, 1.0)]
+        images = tf.shape(tf.nest.flatten(batch)[0])[0]
+        bounds = [images * k // count for k in range(count + 1)]
+        return [
+            (
+                _rows(batch, first, last),
+                tf.cast((last - first) / images, tf.float32),
+            )
+            for first, last in itertools.pairwise(bounds)
+        ]
+
+    def _over_replicas(self, gradients, images):
+        """Gradients to apply, and the norm of those of the whole batch.
+
+        The optimizer clips the gradients of each replica, then adds them up.
+        So that the whole batch is what is clipped, they are added up and
+        clipped here, and each replica applies its share.
+        """
+        replicas = tf.distribute.get_replica_context()
+        count = replicas.num_replicas_in_sync
+        if count == 1:
+            return gradients, tf.linalg.global_norm(gradients)
+        weight = tf.cast(images, tf.float32)
+        weight /= replicas.all_reduce("SUM", weight)
+        gradients = replicas.all_reduce("SUM", [weight * g for g in gradients])
+        norm = tf.linalg.global_norm(gradients)
+        scale = 1 / count
+        if limit := self.optimizer.global_clipnorm:
+            scale *= tf.minimum(1.0, limit / norm)
+        return [scale * g for g in gradients], norm
+
+    def _logged(self, values):
+        """Values of a step in the form that Keras takes the mean of.
+
+        Of several workers it reduces the first axis, of replicas none.
+        """
+        if not utils.is_multi_worker(self.distribute_strategy):
+            return values
+        return {name: tf.reshape(v, (1,)) for name, v in values.items()}
+
+    def _get_metrics_result_or_logs(self, logs):
+        """Metrics of an epoch, over all replicas, and the norms of its end.
+
+        Keras would take the logs of the last step if they hold more than
+        metrics do; these are of one replica.
+        """
+        return {**logs, **self.get_metrics_result()}
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Build the optimizer only: the model is built when it is made.
+
+        Keras would trace it on a batch, which fails where each replica has a
+        batch of its own (github.com/keras-team/keras/issues/20585).
+        """
+        if self.optimizer and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
 
     @property
     def float_weights(self):
@@ -105,7 +202,12 @@ class TrainableModel(Configurable, keras.Model):
 
     def test_step(self, batch):
         self._batch_loss(batch, training=False)
-        return self.get_metrics_result()
+        return self._logged(self.get_metrics_result())
+
+
+def _rows(batch, first, last):
+    """Images `first` to `last` - 1 of a structure of tensors."""
+    return tf.nest.map_structure(lambda x: x[first:last], batch)
 
 
 # === Callbacks ===
@@ -207,8 +309,6 @@ class Checkpoint(keras.callbacks.Callback):
         return self.current_epoch == self.epoch and batch < self.step
 
     def on_train_begin(self, logs=None):
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
         if self.state:
             self._restore(("model", "optimizer"))
             if self.stopping:
@@ -224,14 +324,19 @@ class Checkpoint(keras.callbacks.Callback):
         if self.was_done(batch):
             return
         wait = time.monotonic() - self.saved
-        if (
-            (self.signals and self.signals.received)
+        stop = bool(self.signals and self.signals.received)
+        due = (
+            stop
             or (self.minutes and wait >= 60 * self.minutes)
             or (self.steps and (batch + 1) % self.steps == 0)
-        ):
+        )
+        # Workers save and stop together: reading a metric needs all of them.
+        strategy = self.model.distribute_strategy
+        due, stop = utils.any_worker(strategy, [due, stop])
+        if due:
             self._save(batch + 1, logs)
-        if self.signals:
-            self.signals.stop()
+        if stop:
+            raise utils.Stopped(self.signals.received or signal.SIGTERM)
 
     def _variables(self):
         return {
@@ -304,6 +409,39 @@ class Checkpoint(keras.callbacks.Callback):
 # === Vector quantizer ===
 
 
+class Quantized(typing.NamedTuple):
+    """What a `VectorQuantizer` makes of latents `(B, ..., D)`.
+
+    Attributes:
+        vectors: `(B, ..., D)` float32, the nearest code vectors.
+        indices: `(B, ...)` int32 in [0, K).
+        loss: float32, see `VectorQuantizer`.
+        latents: `(N, D)` float32 as they were compared, without gradient.
+        errors: `(N,)` float32, squared distances to the code vectors.
+    """
+
+    vectors: tf.Tensor
+    indices: tf.Tensor
+    loss: tf.Tensor
+    latents: tf.Tensor
+    errors: tf.Tensor
+
+
+def count_codes(indices, num_embeddings):
+    """How often each code occurs, `(K,)` float32; XLA has no `bincount`."""
+    indices = tf.reshape(indices, (-1,))
+    ones = tf.ones_like(indices, tf.float32)
+    return tf.math.unsorted_segment_sum(ones, indices, num_embeddings)
+
+
+def gathered(tensor):
+    """Rows of `tensor` of all replicas, in their order."""
+    replicas = tf.distribute.get_replica_context()
+    if replicas.num_replicas_in_sync == 1:
+        return tensor
+    return replicas.all_gather(tensor, axis=0)
+
+
 @register
 class VectorQuantizer(Configurable, keras.layers.Layer):
     """Replace each latent vector by its nearest code vector.
@@ -363,6 +501,9 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         "restart_threshold",
         "seed",
     )
+    # That latents are compared in: of a piece, the scores of all codes stay
+    # in the processor's cache.
+    PIECES = 16
 
     def __init__(
         self,
@@ -407,11 +548,14 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
             f"found {input_shape[-1]}",
         )
         shape = (self.num_embeddings, self.embedding_dim)
+        # All replicas assign the same to these; float32 wherever they are used.
+        same = {"aggregation": "only_first_replica", "autocast": False}
         self.codebook = self.add_weight(
             name="codebook",
             shape=shape,
             initializer=keras.initializers.RandomUniform(seed=self.seed),
             trainable=self.codebook_update == "gradient",
+            **same,
         )
         # Counts of one and sums equal to the codebook: with zero counts the
         # first update would send unused codes far away or to zero.
@@ -420,12 +564,14 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
             shape=shape[:1],
             initializer="ones",
             trainable=False,
+            **same,
         )
         self.ema_sum = self.add_weight(
             name="ema_sum",
             shape=shape,
             initializer=lambda *_, **__: tf.identity(self.codebook.value),
             trainable=False,
+            **same,
         )
         self.step = self.add_weight(
             name="step",
@@ -433,38 +579,53 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
             dtype="int32",
             initializer="zeros",
             trainable=False,
+            **same,
         )
 
     def call(self, inputs, training=False):
-        latents = tf.reshape(inputs, (-1, self.embedding_dim))  # (B*h*w, D)
-        latents = self._scaled(latents)
-        distances = self.distances(latents)  # (B*h*w, K)
-        indices = tf.argmin(distances, axis=1, output_type=tf.int32)
-        quantized = self.lookup(indices)  # (B*h*w, D)
-        self._add_losses(latents, quantized)
+        result = self.nearest(inputs)
+        self.add_loss(result.loss)
         if training:
-            errors = tf.reduce_min(distances, axis=1)
-            self._update(tf.stop_gradient(latents), indices, errors)
+            self.update(result)
+        return result.vectors, result.indices
+
+    def nearest(self, inputs):
+        """The inputs as `Quantized`; changes nothing."""
+        latents = tf.cast(inputs, tf.float32)
+        latents = tf.reshape(latents, (-1, self.embedding_dim))  # (B*h*w, D)
+        latents = self._scaled(latents)
+        indices = self._nearest_codes(tf.stop_gradient(latents))
+        quantized = self.lookup(indices)  # (B*h*w, D)
         passed = latents + tf.stop_gradient(quantized - latents)
-        return (
-            tf.reshape(passed, tf.shape(inputs)),
-            tf.reshape(indices, tf.shape(inputs)[:-1]),
+        return Quantized(
+            vectors=tf.reshape(passed, tf.shape(inputs)),
+            indices=tf.reshape(indices, tf.shape(inputs)[:-1]),
+            loss=self._loss(latents, quantized),
+            latents=tf.stop_gradient(latents),
+            errors=tf.reduce_sum(tf.stop_gradient(latents - quantized) ** 2, 1),
         )
 
-    def distances(self, latents):
-        """Squared distances `(N, K)` of `(N, D)` latents to the codebook.
+    def _nearest_codes(self, latents):
+        """Index `(N,)` of the code vector nearest to each of `(N, D)` latents.
 
-        On vectors of length 1 they are 2 - 2 cosine: the same order.
+        By |e|^2 - 2 z.e, which orders the code vectors as |z - e|^2 does; on
+        vectors of length 1, as the cosine does.
         """
-        codebook = tf.convert_to_tensor(self.codebook)
-        codebook = tf.stop_gradient(self._scaled(codebook))
-        # |z|^2 - 2 z.e + |e|^2 cancels badly far from the origin: move it.
+        codebook = self._scaled(tf.convert_to_tensor(self.codebook))
+        # Far from the origin the two terms would cancel badly: move it.
         origin = tf.reduce_mean(codebook, axis=0)
-        latents = tf.stop_gradient(latents) - origin
-        codebook = codebook - origin
-        products = tf.matmul(latents, codebook, transpose_b=True)
-        squares = tf.reduce_sum(latents**2, axis=1, keepdims=True)
-        return squares - 2 * products + tf.reduce_sum(codebook**2, axis=1)
+        codebook -= origin
+        squares = tf.reduce_sum(codebook**2, axis=1)
+        latents -= origin
+        count, found = tf.shape(latents)[0], []
+        for k in range(self.PIECES):
+            rows = slice(
+                count * k // self.PIECES, count * (k + 1) // self.PIECES
+            )
+            products = tf.matmul(latents[rows], -2 * codebook, transpose_b=True)
+            scores = tf.nn.bias_add(products, squares)  # (N / PIECES, K)
+            found.append(tf.argmin(scores, axis=1, output_type=tf.int32))
+        return tf.concat(found, axis=0)
 
     def lookup(self, indices):
         """Code vectors `(..., D)` of integer `indices` `(...)`."""
@@ -477,30 +638,33 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         # An epsilon that keeps the gradient at a latent of zeros small.
         return tf.math.l2_normalize(vectors, axis=-1, epsilon=1e-8)
 
-    def _add_losses(self, latents, quantized):
+    def _loss(self, latents, quantized):
         commitment = tf.reduce_mean(
             (tf.stop_gradient(quantized) - latents) ** 2
         )
-        self.add_loss(self.commitment_cost * commitment)
+        loss = self.commitment_cost * commitment
         if self.codebook_update == "gradient":
             fixed = tf.stop_gradient(latents)
-            self.add_loss(tf.reduce_mean((quantized - fixed) ** 2))
+            loss += tf.reduce_mean((quantized - fixed) ** 2)
+        return loss
 
-    def _update(self, latents, indices, errors):
+    def update(self, result):
         """Move averages, then the codebook; restart what is dead.
 
+        Over the latents of all replicas, so that their codebooks stay equal.
         `tf.where` rather than `tf.cond`: a variable may not be assigned in a
         branch under `tf.distribute`.
+
+        Args:
+            result: `Quantized` of a training batch.
         """
-        counts = tf.math.bincount(
-            indices,
-            minlength=self.num_embeddings,
-            maxlength=self.num_embeddings,
-            dtype=tf.float32,
-        )  # (K,)
+        indices = tf.reshape(result.indices, (-1,))
+        counts = count_codes(indices, self.num_embeddings)  # (K,)
         sums = tf.math.unsorted_segment_sum(
-            latents, indices, self.num_embeddings
+            result.latents, indices, self.num_embeddings
         )  # (K, D)
+        replicas = tf.distribute.get_replica_context()
+        counts, sums = replicas.all_reduce("SUM", [counts, sums])
         # Latents move fast at first: average over fewer steps then.
         step = tf.cast(self.step, tf.float32)
         rate = 1 - tf.minimum(self.decay, (1 + step) / (10 + step))
@@ -517,7 +681,8 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         fresh_count = tf.maximum(5 * level, 0.1 * mean_use)
         # The first draws to the dead: later ones prefer large errors less.
         rank = tf.cumsum(tf.cast(dead, tf.int32), exclusive=True)
-        fresh = tf.gather(self._draw(latents, errors), rank)  # (K, D)
+        drawn = self._draw(result.latents, result.errors)
+        fresh = tf.gather(drawn, rank)  # (K, D)
         codes = tf.where(dead[:, None], fresh, codes)
         self.ema_count.assign(tf.where(dead, fresh_count, count))
         self.ema_sum.assign(tf.where(dead[:, None], fresh * fresh_count, total))
@@ -535,17 +700,26 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         """K latents, drawn with probability proportional to `errors`.
 
         Without replacement (Gumbel top-k) while there are K of them; with
-        fewer, they repeat.
+        fewer, they repeat. Of several replicas each proposes its best, and
+        all draw the same from these: what one would draw from the whole batch.
         """
+        replicas = tf.distribute.get_replica_context()
+        own = tf.shape(errors)[0]
+        counts = gathered(own[None])  # (R,)
+        before = tf.reduce_sum(counts[: replicas.replica_id_in_sync_group])
         seed = [self.seed, tf.convert_to_tensor(self.step)]
-        uniform = tf.random.stateless_uniform(tf.shape(errors), seed, 1e-9, 1.0)
+        uniform = tf.random.stateless_uniform(
+            [tf.reduce_sum(counts)], seed, 1e-9, 1.0
+        )[before : before + own]
         scores = tf.math.log(tf.maximum(errors, 1e-12)) - tf.math.log(
             -tf.math.log(uniform)
         )
-        available = tf.shape(errors)[0]
-        _, order = tf.math.top_k(
-            scores, tf.minimum(self.num_embeddings, available)
+        best, order = tf.math.top_k(
+            scores, tf.minimum(self.num_embeddings, own)
         )
+        best, latents = gathered(best), gathered(tf.gather(latents, order))
+        available = tf.minimum(self.num_embeddings, tf.shape(best)[0])
+        _, order = tf.math.top_k(best, available)
         picks = tf.gather(order, tf.range(self.num_embeddings) % available)
         return tf.gather(latents, picks)
 
@@ -724,20 +898,13 @@ class CodebookUsage(keras.metrics.Metric):
         )
 
     def update_state(self, indices):
-        self.counts.assign_add(
-            tf.math.bincount(
-                tf.reshape(indices, (-1,)),
-                minlength=self.num_embeddings,
-                maxlength=self.num_embeddings,
-                dtype=tf.float32,
-            )
-        )
+        self.counts.assign_add(count_codes(indices, self.num_embeddings))
 
     def result(self):
-        total = tf.maximum(tf.reduce_sum(self.counts), 1.0)
-        share = self.counts / total
+        counts = tf.convert_to_tensor(self.counts)
+        share = counts / tf.maximum(tf.reduce_sum(counts), 1.0)
         entropy = -tf.reduce_sum(tf.math.xlogy(share, share))
-        used = tf.reduce_mean(tf.cast(self.counts > 0, tf.float32))
+        used = tf.reduce_mean(tf.cast(counts > 0, tf.float32))
         return {
             f"codebook_usage{self.suffix}": used,
             f"perplexity{self.suffix}": tf.exp(entropy),
@@ -899,6 +1066,7 @@ class VQVAE(TrainableModel):
             parts["preview"] = keras.layers.Conv2D(
                 1, 1, dtype="float32", name="preview"
             )
+        parts["quantizer"].build((None, self.embedding_dim))
         for name, part in parts.items():
             setattr(self, f"{name}_{level}", part)
 
@@ -916,29 +1084,36 @@ class VQVAE(TrainableModel):
         return [tuple(side // f for side in self.image_size) for f in factors]
 
     def call(self, images, training=False):
-        return self._forward(images, training)[0]
+        output, quantized, _ = self._forward(images)
+        for result in quantized:
+            self.add_loss(result.loss)
+        if training:
+            self._update_codebooks(quantized)
+        return output
 
-    def _forward(self, images, training=False):
-        """Reconstruction `(B, H, W, 1)`; indices of each level; previews.
+    def _forward(self, images):
+        """Reconstruction `(B, H, W, 1)`; `Quantized` of each level; previews.
 
         Both lists are bottom first. A preview `(B, h, w, 1)` is the image as
         an upper level alone shows it, on the grid of the level below.
         """
         features = self._features(images)
-        indices, previews, decoded = [], [], None
+        results, previews, decoded = [], [], None
         for level in range(self.levels, 0, -1):
             x = features[level - 1]
             if decoded is not None:
                 x = tf.concat([x, decoded], axis=-1)
             latents = self.part("projection", level)(x)
-            quantized, found = self.part("quantizer", level)(
-                latents, training=training
-            )
-            indices.insert(0, found)
-            decoded = self._decode_level(level, quantized, decoded)
+            result = self.part("quantizer", level).nearest(latents)
+            results.insert(0, result)
+            decoded = self._decode_level(level, result.vectors, decoded)
             if level > 1:
                 previews.insert(0, self.part("preview", level)(decoded))
-        return tf.cast(decoded, tf.float32), indices, previews
+        return tf.cast(decoded, tf.float32), results, previews
+
+    def _update_codebooks(self, quantized):
+        for level, result in enumerate(quantized, start=1):
+            self.part("quantizer", level).update(result)
 
     def _features(self, images):
         features = []
@@ -960,7 +1135,8 @@ class VQVAE(TrainableModel):
         Args:
             images: `(B, H, W, 1)` in [0, 1].
         """
-        return self._forward(tf.cast(images, self.compute_dtype))[1]
+        _, quantized, _ = self._forward(tf.cast(images, self.compute_dtype))
+        return [result.indices for result in quantized]
 
     @tf.function(reduce_retracing=True)
     def decode_indices(self, indices):
@@ -988,15 +1164,16 @@ class VQVAE(TrainableModel):
 
     def _batch_loss(self, images, training):
         """Total loss of a batch; updates every metric."""
-        output, indices, previews = self._forward(
-            tf.cast(images, self.compute_dtype), training
+        output, quantized, previews = self._forward(
+            tf.cast(images, self.compute_dtype)
         )
         error = tf.reduce_mean((images - output) ** 2)
-        ssim = tf.reduce_mean(utils.ssim(images, output))
+        with tf.name_scope("ssim"):  # to be told apart in a profile
+            ssim = tf.reduce_mean(utils.ssim(images, output))
         reconstruction = error / self.data_variance
         if self.ssim_weight:
             reconstruction += self.ssim_weight * (1 - ssim)
-        commitment = tf.add_n(self.losses)
+        commitment = tf.add_n([result.loss for result in quantized])
         loss = reconstruction + commitment
         values = [loss, reconstruction, commitment, ssim]
         if previews:
@@ -1005,8 +1182,10 @@ class VQVAE(TrainableModel):
             values = [loss, *values[1:], upper]
         for tracker, value in zip(self._trackers.values(), values, strict=True):
             tracker.update_state(value, sample_weight=tf.shape(images)[0])
-        for level, found in enumerate(indices, start=1):
-            self.part("usage", level).update_state(found)
+        for level, result in enumerate(quantized, start=1):
+            self.part("usage", level).update_state(result.indices)
+        if training:
+            self._update_codebooks(quantized)
         return loss
 
     def _preview_error(self, images, previews):
@@ -1075,13 +1254,14 @@ class CausalConv2D(Configurable, keras.layers.Layer):
         super().__init__(**kwargs)
         self.keep(locals())
         self.side = kernel_size // 2
+        # Columns of the last row that are not hidden.
+        taps = {"A": self.side, "B": self.side + 1, "row": kernel_size}
+        self.taps = taps[mask_type]
 
     def build(self, input_shape):
         self.channels = input_shape[-1]
         self.mask = np.ones((self.rows, self.kernel_size, 1, 1), "float32")
-        hidden = {"A": self.side, "B": self.side + 1, "row": None}
-        if hidden[self.mask_type] is not None:
-            self.mask[-1, hidden[self.mask_type] :] = 0
+        self.mask[-1, self.taps :] = 0
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.rows, self.kernel_size, self.channels, self.filters),
@@ -1099,29 +1279,10 @@ class CausalConv2D(Configurable, keras.layers.Layer):
         margins = [[0, 0], [self.rows - 1, 0], [self.side, self.side], [0, 0]]
         return tf.nn.conv2d(tf.pad(x, margins), kernel, 1, "VALID") + self.bias
 
-    def init_cache(self, batch, width):
-        """The last `rows` rows seen, zeros outside the grid."""
+    def init_rows(self, batch, width):
+        """Cache of `step_row`: the last rows seen, zeros outside the grid."""
         shape = (batch, self.rows, width + 2 * self.side, self.channels)
         return tf.zeros(shape)
-
-    def start_row(self, cache):
-        return tf.concat([cache[:, 1:], tf.zeros_like(cache[:, :1])], axis=1)
-
-    def write(self, x, cache, column):
-        """Put `x` `(B, C)` at `column` of the current row."""
-        start = [0, self.rows - 1, self.side + column, 0]
-        return keras.ops.slice_update(cache, start, x[:, None, None])
-
-    def read(self, cache, column):
-        """Output `(B, filters)` at `column` of the current row."""
-        shape = (cache.shape[0], self.rows, self.kernel_size, self.channels)
-        window = tf.slice(cache, [0, 0, column, 0], shape)
-        kernel = tf.reshape(self.kernel * self.mask, (-1, self.filters))
-        return tf.matmul(tf.reshape(window, (shape[0], -1)), kernel) + self.bias
-
-    def step(self, x, cache, column):
-        cache = self.write(x, cache, column)
-        return self.read(cache, column), cache
 
     def step_row(self, x, cache):
         """Output `(B, w, filters)` of a whole row `x` `(B, w, C)`."""
@@ -1130,6 +1291,51 @@ class CausalConv2D(Configurable, keras.layers.Layer):
         kernel = self.kernel * self.mask
         y = tf.nn.conv2d(cache, kernel, 1, "VALID")[:, 0] + self.bias
         return y, cache
+
+    def init_cache(self, batch, width):
+        """Cache of `step`: row so far, rows before, what these add to it.
+
+        What the rows before add is computed once a row, for all of its
+        columns, so that a position costs its own row only.
+        """
+        wide = (width + 2 * self.side, self.channels)
+        return [
+            tf.zeros((batch, *wide)),
+            tf.zeros((batch, self.rows - 1, *wide)),
+            tf.zeros((batch, width, self.filters)),
+        ]
+
+    def start_row(self, cache):
+        row, before, added = cache
+        if self.rows > 1:
+            before = tf.concat([before[:, 1:], row[:, None]], axis=1)
+            added = tf.nn.conv2d(before, self.kernel[:-1], 1, "VALID")[:, 0]
+        return [tf.zeros_like(row), before, added]
+
+    def write(self, x, cache, column):
+        """Put `x` `(B, C)` at `column` of the row."""
+        row, before, added = cache
+        start = [0, self.side + column, 0]
+        return [keras.ops.slice_update(row, start, x[:, None]), before, added]
+
+    def read(self, cache, column):
+        """Output `(B, filters)` at `column` of the row."""
+        row, _, added = cache
+        batch, taps = row.shape[0], self.taps
+        window = tf.slice(row, [0, column, 0], (batch, taps, self.channels))
+        window = tf.reshape(window, (batch, taps * self.channels))
+        kernel = tf.reshape(
+            self.kernel[-1, :taps], (taps * self.channels, self.filters)
+        )
+        y = tf.matmul(window, kernel) + self.bias
+        if self.rows > 1:
+            size = (batch, 1, self.filters)
+            y += tf.slice(added, [0, column, 0], size)[:, 0]
+        return y
+
+    def step(self, x, cache, column):
+        cache = self.write(x, cache, column)
+        return self.read(cache, column), cache
 
 
 @register
@@ -1385,8 +1591,13 @@ class AutoregressivePrior(TrainableModel):
     Output shape: `(B, h, w, K)` float32 logits.
     Raises:
         ValueError: if an argument is out of range.
+
+    Attributes:
+        recompute: bool. Compute each block again for its gradients instead of
+            keeping what is inside, which saves memory and costs time.
     """
 
+    recompute = False
     ARGUMENTS = (
         "num_embeddings",
         "latent_grid",
@@ -1404,10 +1615,6 @@ class AutoregressivePrior(TrainableModel):
         "codebook_sha256",
     )
     CONTEXT_CHANNELS = 64
-    # Images sampled by one run of the compiled loop. Fixed, and image k is
-    # always number k % 8 of its run, so that it does not depend on how many
-    # are asked for: matrix products round differently at other sizes.
-    SAMPLE_CHUNK = 8
 
     def __init__(
         self,
@@ -1480,6 +1687,7 @@ class AutoregressivePrior(TrainableModel):
         self._sampler = tf.function(
             self._sample_chunk, jit_compile=True, autograph=False
         )
+        self.sample_chunk, self.sample_threads = sampling_chunks()
         self(  # makes the weights
             tf.zeros((1, *self.latent_grid), tf.int32),
             upper=tuple(tf.zeros((1, *g), tf.int32) for g in upper_grids),
@@ -1511,6 +1719,14 @@ class AutoregressivePrior(TrainableModel):
             )
         codes = self.embedding(indices)
         return self._predict_codes(self._hidden(codes, context, training))
+
+    def _run(self, layer, *inputs, training):
+        """Outputs of a layer, in training recomputed if that is asked for."""
+        call = functools.partial(layer, training=training)
+        if self.recompute and training:
+            require(not self.dropout, "recompute: would drop other features")
+            call = tf.recompute_grad(call)
+        return call(*(x for x in inputs if x is not None))
 
     def _predict_codes(self, hidden):
         """Head and logits on what `_hidden` returns."""
@@ -1618,12 +1834,13 @@ class AutoregressivePrior(TrainableModel):
         )
         conditions = self._conditions(n, upper, label, slice_position)
         numbers = np.arange(first, first + n)
-        chunks = np.unique(numbers // self.SAMPLE_CHUNK)
+        chunks = np.unique(numbers // self.sample_chunk)
         grids = np.zeros((n, *self.latent_grid), "int32")
         log_probs = np.zeros(n, "float32")
-        for chunk in progress(chunks) if progress else chunks:
-            rows = np.flatnonzero(numbers // self.SAMPLE_CHUNK == chunk)
-            slots = numbers[rows] % self.SAMPLE_CHUNK
+
+        def draw(chunk):
+            rows = np.flatnonzero(numbers // self.sample_chunk == chunk)
+            slots = numbers[rows] % self.sample_chunk
             indices, log_prob = self._sampler(
                 self._uniforms(seed, int(chunk)),
                 self._chunk_context(conditions, rows, slots, guidance != 1),
@@ -1634,6 +1851,11 @@ class AutoregressivePrior(TrainableModel):
             )
             grids[rows] = indices.numpy()[slots]
             log_probs[rows] = log_prob.numpy()[slots]
+
+        with concurrent.futures.ThreadPoolExecutor(self.sample_threads) as pool:
+            drawn = pool.map(draw, chunks)
+            for _ in progress(chunks) if progress else chunks:
+                next(drawn)
         return (grids, log_probs) if return_log_prob else grids
 
     def _conditions(self, n, upper, label, slice_position):
@@ -1687,7 +1909,7 @@ class AutoregressivePrior(TrainableModel):
             return None
 
         def place(values):
-            filled = np.zeros((self.SAMPLE_CHUNK, *values.shape[1:]), "int32")
+            filled = np.zeros((self.sample_chunk, *values.shape[1:]), "int32")
             filled = filled.astype(values.dtype)
             filled[slots] = values[rows]
             return tf.constant(filled)
@@ -1710,12 +1932,12 @@ class AutoregressivePrior(TrainableModel):
 
         Each level draws numbers of its own.
         """
-        first = chunk * self.SAMPLE_CHUNK
+        first = chunk * self.sample_chunk
         shape = (len(self.upper_grids) + 1, *self.latent_grid)
         return tf.stack(
             [
                 tf.random.stateless_uniform(shape, [seed, k], alg="philox")[-1]
-                for k in range(first, first + self.SAMPLE_CHUNK)
+                for k in range(first, first + self.sample_chunk)
             ]
         )
 
@@ -1775,6 +1997,20 @@ class AutoregressivePrior(TrainableModel):
             lambda row, *_: row < height, draw_row, start
         )
         return grid, log_prob
+
+
+def sampling_chunks() -> tuple[int, int]:
+    """Images that one run of the compiled loop draws, and runs at a time.
+
+    Image k is always number k % images of its run, and the runs have one
+    size on a machine, so that it does not depend on how many are asked for:
+    matrix products round differently at other sizes. A run is a chain of
+    small steps that keeps one core busy; a GPU is better off with one large
+    run.
+    """
+    if tf.config.list_physical_devices("GPU"):
+        return 32, 1
+    return 4, os.cpu_count() or 1
 
 
 def check_upper_grids(grid, upper_grids):
@@ -1872,7 +2108,7 @@ class PixelCNN(AutoregressivePrior):
     def _hidden(self, x, context, training):
         x = self.stem(x)
         for block in self.residual:
-            x = block(x, context, training=training)
+            x = self._run(block, x, context, training=training)
         return x
 
     def _init_caches(self, batch, width):
@@ -1976,7 +2212,7 @@ class GatedBlock(Configurable, keras.layers.Layer):
     def init_cache(self, batch, width):
         """Rows of the vertical stack, the row so far, the link from above."""
         return [
-            self.vertical.init_cache(batch, width),
+            self.vertical.init_rows(batch, width),
             self.horizontal.init_cache(batch, width),
             tf.zeros((batch, width, 2 * self.channels)),
         ]
@@ -2177,10 +2413,12 @@ class GatedPixelCNN(AutoregressivePrior):
         vertical = horizontal = codes
         for layer in self._layers_in_order():
             if isinstance(layer, CausalAttention):
-                horizontal = layer(horizontal, codes, training=training)
+                horizontal = self._run(
+                    layer, horizontal, codes, training=training
+                )
             else:
-                vertical, horizontal = layer(
-                    vertical, horizontal, context, training=training
+                vertical, horizontal = self._run(
+                    layer, vertical, horizontal, context, training=training
                 )
         return horizontal
 
@@ -2334,9 +2572,12 @@ def generate(
             **sampling,
         )
         indices.insert(0, grids)
-    step = AutoregressivePrior.SAMPLE_CHUNK
+    # Whole chunks, as drawn: a batch of another size rounds differently.
+    step = priors[0].sample_chunk
+    count = -(-n // step) * step
+    filled = [np.resize(grid, (count, *grid.shape[1:])) for grid in indices]
     images = [
-        vqvae.decode_indices([grid[k : k + step] for grid in indices])
-        for k in range(0, n, step)
+        vqvae.decode_indices([grid[k : k + step] for grid in filled])
+        for k in range(0, count, step)
     ]
-    return np.concatenate(images)[..., 0], indices
+    return np.concatenate(images)[:n, ..., 0], indices

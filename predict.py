@@ -3,6 +3,7 @@
     python predict.py                          newest run: both, with figures
     python predict.py reconstruct RUN [--images PATH ...] [--split test]
     python predict.py generate RUN -n 64 [--seed 0] [--temperature 1.0]
+    python predict.py generate RUN -n 100000 --format npz --shard 0/4
     python predict.py evaluate RUN [--data-dir DIR]
     python predict.py inspect RUN
 
@@ -12,7 +13,12 @@ RUN/evaluation-NAME.json and RUN/figures/NAME, NAME the last part of DIR.
 """
 
 import dataclasses
+import functools
+import hashlib
+import re
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +28,19 @@ import utils
 
 modules = utils.lazy_import("modules")
 
-SHOWN = 64  # images in the grid
+# Images drawn at a time, of an npz file, and in the grid: the first chunk. A
+# multiple of `sample_chunk`; a few MB, and seconds of work that a kill loses.
+CHUNK = 64
+# What Pillow and NumPy raise over a file that is missing or damaged.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 SAMPLING = (
     "temperature",
     "top_k",
@@ -58,7 +76,11 @@ class Reconstruct(OfRun):
 
 @dataclasses.dataclass(frozen=True)
 class Generate(OfRun):
-    """Draw new images: each as a PNG, and all of them in a grid."""
+    """Draw new images as files, and the first 64 of them in a grid.
+
+    What is there already is not drawn again: a request that was killed goes
+    on. Shards may run at once, also on several machines that share the run.
+    """
 
     number: int = utils.flag(64, "images", 1, 1_000_000, short="-n")
     seed: int = utils.flag(0, "image k follows from seed and k", 0, 2**31 - 1)
@@ -78,6 +100,31 @@ class Generate(OfRun):
     slice_position: float | None = utils.flag(
         None, "0 first slice of a head, 1 last; spread evenly without it", 0, 1
     )
+    format: str = utils.flag(
+        "png",
+        "a PNG an image, or an npz every 64, with their indices",
+        choices=("png", "npz"),
+    )
+    shard: str = utils.flag(
+        "0/1",
+        "of the images, 64 by 64, every n-th part from part i on: i/n",
+        metavar="I/N",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.shard)
+        if not match or int(match[1]) >= int(match[2]):
+            raise utils.FlagError(
+                "--shard: expected I/N with 0 <= I < N, such as 0/4, found "
+                f"{self.shard!r}"
+            )
+
+    @property
+    def chunks(self):
+        """Number of the first image of each chunk of the shard."""
+        shard, shards = map(int, self.shard.split("/"))
+        return range(shard * CHUNK, self.number, shards * CHUNK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +133,7 @@ class Evaluate(OfRun):
 
     Of another data set, with --data-dir, every image is a test image, and the
     results go to `evaluation-NAME.json` and `figures/NAME` in the run folder,
-    NAME the last part of DIR.
+    NAME the last part of DIR. Nothing is then generated.
     """
 
     data_dir: str | None = utils.flag(
@@ -95,11 +142,31 @@ class Evaluate(OfRun):
     dataset: str = utils.flag(
         "auto", "layout of --data-dir", choices=("auto", *utils.REAL_DATASETS)
     )
+    num_samples: int | None = utils.flag(
+        None,
+        "images generated, up to one a test image; as in training without it",
+        1,
+        5_000,
+    )
+    features: str = utils.flag(
+        "hog",
+        "that generated and real images are compared by; inception downloads "
+        "ImageNet weights",
+        choices=tuple(utils.FEATURES),
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.dataset != "auto" and self.data_dir is None:
             raise utils.FlagError("--dataset: goes with --data-dir only")
+        if self.data_dir is None:
+            return
+        for name, default in (("num_samples", None), ("features", "hog")):
+            if getattr(self, name) != default:
+                raise utils.FlagError(
+                    f"--{name.replace('_', '-')}: does not go with --data-dir, "
+                    "for which nothing is generated"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,24 +234,95 @@ def reconstruct(run, options):
 
 
 def generate(run, options):
-    """Write `samples/*.png` and the grid `figures/samples.png`."""
+    """Write files in `samples/`, and shard 0 the grid `figures/samples.png`.
+
+    Chunk by chunk, so that memory does not grow with the number of images.
+    """
     vqvae = utils.load_model(run.vqvae_path)
     priors = utils.load_priors(run, vqvae)
     check_conditions(run, priors, options)
-    folder = run.path / "samples"
-    folder.mkdir(exist_ok=True)
-    shown = []
-    chunk = modules.AutoregressivePrior.SAMPLE_CHUNK
-    starts = range(0, options.number, chunk)
-    for first in utils.progress_bar("sampling", "chunk")(starts):
-        count = min(chunk, options.number - first)
-        images = draw(vqvae, priors, options, first, count)
-        for k, image in enumerate(images, start=first):
-            utils.write_png(folder / sample_name(options, k), image)
-        shown.extend(images[: SHOWN - len(shown)])
+    folder = sample_folder(run)
+    remove_leftovers(folder, options)
+    drawn = found = 0
+    for first in utils.progress_bar("sampling", "chunk")(options.chunks):
+        count = min(CHUNK, options.number - first)
+        files = sample_files(folder, options, first, count)
+        if len(read_images(files)) >= count:
+            found += count
+        else:
+            write_chunk(files, draw(vqvae, priors, options, first, count))
+            drawn += count
+    print(f"{drawn} images drawn, {found} there already, in {folder}")
+    if 0 in options.chunks:
+        draw_grid(run, folder, options)
+
+
+def draw_grid(run, folder, options):
+    """Figure of the first chunk, from its files."""
+    count = min(CHUNK, options.number)
+    images = read_images(sample_files(folder, options, 0, count))[:count]
     path = run.figures_path / "samples.png"
-    utils.draw_samples(path, np.stack(shown), options.seed, options.temperature)
-    print(f"{options.number} images in {folder}, grid in {path}")
+    utils.draw_samples(path, images / 255, options.seed, options.temperature)
+    print(f"grid of the first {count} in {path}")
+
+
+def sample_folder(run):
+    """Folder of what the models of a run draw: `samples/` and their hash.
+
+    Files of an earlier prior stay in a folder of their own: they are never
+    taken for new ones, and no process clears away what another writes. The
+    hash is that of `cat vqvae.keras prior.keras`.
+    """
+    digest = hashlib.sha256()
+    for path in (run.vqvae_path, *run.prior_paths):
+        digest.update(path.read_bytes())
+    return run.path / "samples" / digest.hexdigest()[:8]
+
+
+def sample_files(folder, options, first, count):
+    """Files of a chunk: one for each image, or one npz for all."""
+    step = count if options.format == "npz" else 1
+    return [
+        folder / f"{sample_name(options)}_{k:06d}.{options.format}"
+        for k in range(first, first + count, step)
+    ]
+
+
+def remove_leftovers(folder, options):
+    """Remove what killed processes of this shard were about to write.
+
+    Not those of other shards: they may be alive, on another machine.
+    """
+    pattern = rf"{re.escape(sample_name(options))}_(\d+)\.\w+\.tmp-"
+    for path in folder.glob("*.tmp-*"):
+        match = re.match(pattern, path.name)
+        if match and int(match[1]) // CHUNK * CHUNK in options.chunks:
+            utils.remove_temporary_files([path])
+
+
+def write_chunk(files, chunk):
+    """Write what `draw` returns to `sample_files`, each whole or not at all."""
+    if files[0].suffix == ".npz":
+        write = functools.partial(np.savez_compressed, **chunk)
+        utils.write_atomic(files[0], write)
+    else:
+        for path, pixels in zip(files, chunk["images"], strict=True):
+            write = functools.partial(utils.write_png, pixels=pixels)
+            utils.write_atomic(path, write)
+
+
+def read_images(files):
+    """Images of `sample_files`, `(N, H, W)`; none if one is not there whole.
+
+    An npz of a smaller request holds fewer than a chunk.
+    """
+    try:
+        if files[0].suffix == ".png":
+            return np.stack([utils.read_png(path) for path in files])
+        with open(files[0], "rb") as opened, np.load(opened) as chunk:
+            return chunk["images"]
+    except UNREADABLE:
+        return ()
 
 
 def check_conditions(run, priors, options):
@@ -203,35 +341,58 @@ def check_conditions(run, priors, options):
 
 
 def draw(vqvae, priors, options, first, count):
-    """Images `first` to `first + count` of a request, `(count, H, W)`."""
-    position = options.slice_position
-    if position is not None:
-        position = np.full(count, position)
-    images, _ = modules.generate(
+    """Images `first` to `first + count` of a request, with what they are of.
+
+    Returns: dict of `images` `(count, H, W)` uint8, `number` `(count,)`,
+        `indices_1`, ... of each level, bottom first, `(count, h, w)`, and
+        `label` and `slice_position` `(count,)` of priors that are told them.
+    """
+    # Whole runs of the sampler, also at the end: the decoder's convolutions
+    # round otherwise in a smaller batch.
+    run = priors[0].sample_chunk
+    whole = -(-count // run) * run
+    labels = modules.alternate_labels(priors[0].labels, whole, first)
+    if options.label is not None:
+        labels = [options.label] * whole
+    positions = modules.slice_positions(whole, first)
+    if options.slice_position is not None:
+        positions[:] = options.slice_position
+    images, indices = modules.generate(
         vqvae,
         priors,
-        count,
+        whole,
         options.seed,
         first=first,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         guidance=options.guidance,
-        label=options.label,
-        slice_position=position,
+        label=labels,
+        slice_position=positions,
+        progress=utils.progress_bar("chunk", "run"),
     )
-    return images
+    chunk = {
+        "images": utils.to_pixels(images),
+        "number": np.arange(first, first + whole),
+        **{f"indices_{k}": grid for k, grid in enumerate(indices, start=1)},
+    }
+    if labels:
+        chunk["label"] = np.array(labels)
+    if priors[0].slice_condition:
+        chunk["slice_position"] = positions
+    return {name: values[:count] for name, values in chunk.items()}
 
 
-def sample_name(options, number):
-    """File of an image: the seed, what differs from the default, its number."""
+def sample_name(options):
+    """Name of a request: its seed, and what differs from the default."""
     parts = [f"seed{options.seed}"]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name in SAMPLING and value != field.default:
-            value = value if isinstance(value, str) else f"{value:g}"
+            if not isinstance(value, str):  # all digits, but 2 for 2.0
+                value = str(value).removesuffix(".0")
             parts.append(field.name.replace("_", "-") + value)
-    return "_".join([*parts, f"{number:06d}.png"])
+    return "_".join(parts)
 
 
 def evaluate(run, options):
@@ -241,16 +402,20 @@ def evaluate(run, options):
     if options.data_dir:
         evaluation, figures = evaluate_other(run, vqvae, priors, options)
     else:
-        splits = utils.read_splits(run, ["test"])
+        # Samples are compared with the training images too.
+        needed = ["train", "test"] if priors else ["test"]
+        splits = utils.read_splits(run, needed)
         with dataset.naming_files():
             evaluation = utils.evaluate(
                 run,
                 vqvae,
                 priors,
                 splits,
-                image_batches(run, splits["test"]),
+                functools.partial(image_batches, run),
                 modules.generate,
                 dataset.ventricle_areas,
+                options.features,
+                options.num_samples,
             )
         figures = run.figures_path
     print(utils.summary_table(evaluation))

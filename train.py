@@ -14,8 +14,14 @@ The steps: images -> VQ-VAE -> indices -> prior -> samples -> evaluation. All
 results go to one run folder.
 """
 
+import contextlib
+import dataclasses
 import functools
+import os
+import shutil
 import sys
+import tempfile
+import typing
 
 import numpy as np
 
@@ -28,6 +34,7 @@ tf = utils.lazy_import("tensorflow")
 pd = utils.lazy_import("pandas")
 
 GRADIENT_NORM = 1.0  # longest gradient; longer ones are scaled down to it
+NOT_COPIED = shutil.ignore_patterns("run.lock", "figures", "samples", "*.tmp-*")
 
 
 def main(argv):
@@ -35,10 +42,16 @@ def main(argv):
     config = utils.resolve(argv, description=__doc__)
     if config.smoke:
         config = config.smoked()
-    with utils.StopSignals() as signals:
-        run, splits = start(config)
+    # Before the signals: several workers come with a handler of SIGTERM.
+    strategy = utils.choose_strategy(config.strategy)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(utils.StopSignals())
+        if not utils.is_chief(strategy):
+            config = stack.enter_context(beside_the_chief(config))
+        utils.wait_for_workers(strategy)
+        run, splits = start(config, strategy)
         try:
-            train(run, splits, signals)
+            train(run, splits, strategy, signals)
         except utils.Stopped:
             print(f"go on with: python train.py --resume {run.path}")
             raise
@@ -46,30 +59,107 @@ def main(argv):
             run.unlock()
 
 
-def start(config):
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a stage trains on, or validates with.
+
+    Attributes:
+        count: int, images.
+        batches: function of the batch size that returns a dataset; see
+            `dataset.make_dataset` for its options.
+    """
+
+    count: int
+    batches: typing.Callable
+
+
+@contextlib.contextmanager
+def beside_the_chief(config):
+    """Settings of a worker that is not the chief, while it works.
+
+    It does as the chief does, without a word, in a folder that it removes at
+    the end: only the chief writes the run folder.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        name = "resume" if config.resume else "run_dir"
+        own = os.path.join(folder, "run")
+        if earlier := config.resume or (
+            config.stage == "prior" and config.run_dir
+        ):
+            shutil.copytree(earlier, own, ignore=NOT_COPIED)
+        yield dataclasses.replace(config, **{name: own})
+
+
+def start(config, strategy):
     """The run folder, locked, and the splits; a refused start leaves none.
 
     Returns: `Run`; dict of DataFrames, `train`, `validate`, `test`.
     """
     if config.resume:
-        return resume(config)
+        return resume(config, strategy)
     if config.stage == "prior":
         run = utils.Run.open(config.run_dir)
         utils.check_keras_file(run.vqvae_path)
         splits = utils.read_splits(run)
         run.info |= conditions(config, splits["train"], run.split_path)
+        check_parts(config, splits, strategy)
         run.lock()
         run.begin(config)
         return run, splits
     run = utils.Run.create(config)
     try:
-        return run, load_splits(run)
+        return run, load_splits(run, strategy)
     except BaseException:
         run.discard()
         raise
 
 
-def resume(config):
+def check_parts(config, splits, strategy):
+    """Refuse what replicas cannot do, and a batch with an empty part."""
+    replicas = strategy.num_replicas_in_sync
+    parts = replicas * config.accumulation_steps
+    # Keras scales the loss, or compiles, around the replicas.
+    for flag, refused in (
+        ("--precision mixed_float16", config.precision == "mixed_float16"),
+        ("--jit", config.jit),
+    ):
+        if refused and replicas > 1:
+            raise utils.FlagError(
+                f"{flag}: goes with one device only, found {replicas}; leave "
+                "it out or use --strategy none"
+            )
+    if parts == 1:
+        return
+    images = len(splits["train"])
+    grids = images * (1 + config.prior_augment)
+    stages = [
+        ("prior", "batch-size", images, config.batch_size),
+        ("vqvae", "prior-batch-size", grids, config.prior_batch_size),
+    ]
+    for without, name, count, asked in stages:
+        if config.stage == without:
+            continue
+        size = min(count, asked)
+        fits = dataset.divisible_batch_size(count, size, parts)
+        if fits != size:
+            advice = f"use {fits}" if fits else "use fewer parts"
+            raise utils.FlagError(
+                f"--{name}: {asked} of {count} images cannot be cut into "
+                f"{replicas} replicas x {config.accumulation_steps} "
+                f"accumulation steps in every step of an epoch; {advice}"
+            )
+    if 0 < len(splits["validate"]) < replicas:
+        raise utils.FlagError(
+            f"--strategy: {replicas} replicas, but the validation split has "
+            f"only {len(splits['validate'])} images"
+        )
+
+
+def resume(config, strategy):
     """The run whose training goes on, locked, and its splits."""
     run = utils.Run.open(config.resume)
     run.config = config
@@ -80,21 +170,29 @@ def resume(config):
             f"--resume: the training of {run.path} is complete; start another "
             "run, or another prior with --stage prior --run-dir"
         )
-    if run.split_path.exists():
-        return run, utils.read_splits(run)
-    return run, load_splits(run)  # stopped before it had read the data
+    try:
+        if not run.split_path.exists():  # had not read the data yet
+            return run, load_splits(run, strategy)
+        splits = utils.read_splits(run)
+        check_parts(config, splits, strategy)
+        return run, splits
+    except BaseException:
+        run.unlock()
+        raise
 
 
-def train(run, splits, signals):
+def train(run, splits, strategy, signals):
     """What is left to do of a run: VQ-VAE, indices, priors, evaluation."""
     config = run.config
     policy, reason = utils.choose_precision(config.precision)
     print(f"run folder {run.path}, precision {policy} ({reason})")
     keras.config.set_dtype_policy(policy)
+    if strategy.num_replicas_in_sync > 1:
+        print(f"{strategy.num_replicas_in_sync} replicas share each batch")
     with dataset.naming_files():
         if not run.is_done("vqvae"):
             with signals.deferred():
-                train_vqvae(run, splits, signals)
+                train_vqvae(run, splits, strategy, signals)
         vqvae = utils.load_model(run.vqvae_path)
         indices = encode_splits(run, vqvae, splits)
         collapsed = collapsed_levels(vqvae, indices["train"])
@@ -106,14 +204,16 @@ def train(run, splits, signals):
                     "draw one image again and again: train the VQ-VAE longer "
                     "or with another --learning-rate, or insist with --force"
                 )
-            train_priors(run, vqvae, indices, splits, signals)
+            train_priors(run, vqvae, indices, splits, strategy, signals)
             if all(path.exists() for path in run.prior_paths):
                 priors = utils.load_priors(run, vqvae)
-        finish(run, vqvae, priors, splits)
+        if utils.is_chief(strategy):
+            finish(run, vqvae, priors, splits)
+        utils.wait_for_workers(strategy)  # the chief takes one gone for dead
     run.complete()
 
 
-def load_splits(run):
+def load_splits(run, strategy):
     """Index of the slices of each split, checked; written to `split.csv`."""
     config = run.config
     root, layout = config.data_dir, config.dataset
@@ -141,6 +241,8 @@ def load_splits(run):
         # A few spread over the split: of several subjects and heights.
         stride = np.ceil(count / utils.SMOKE_IMAGES)
         index = index[number % stride == 0]
+    splits = {name: index[index["split"] == name] for name in dataset.SPLITS}
+    check_parts(config, splits, strategy)
     run.update(
         image_size=size,
         simulated=index.attrs["simulated"],
@@ -151,7 +253,7 @@ def load_splits(run):
     if len(rejected):
         utils.write_csv(run.rejected_path, rejected)
     utils.write_csv(run.split_path, index)
-    return {name: index[index["split"] == name] for name in dataset.SPLITS}
+    return splits
 
 
 def conditions(config, frame, source):
@@ -181,22 +283,44 @@ def image_batches(run, frame, batch_size, **options):
     )
 
 
-def train_vqvae(run, splits, signals):
+def train_vqvae(run, splits, strategy, signals):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
     config = run.config
     utils.set_seed(config.seed)
-    batch_size = min(config.batch_size, len(splits["train"]))
-    images = functools.partial(
-        image_batches,
+    variance = data_variance(run, splits["train"])
+    with strategy.scope():
+        model = new_vqvae(config, run.info["image_size"], variance)
+    run.update(latent_grids=model.latent_grids)
+    print(f"VQ-VAE: {model.count_params():,} weights, grids", end=" ")
+    print(", ".join(utils.size_text(grid) for grid in model.latent_grids))
+    sources = [
+        Source(
+            len(splits[name]),
+            functools.partial(
+                image_batches, run, splits[name], cache=config.cache
+            ),
+        )
+        for name in ("train", "validate")
+    ]
+    fit(
         run,
-        splits["train"],
-        batch_size,
-        seed=config.seed,
+        "vqvae",
+        model,
+        *sources,
+        strategy,
+        signals,
         epochs=config.epochs,
-        cache=config.cache,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
     )
-    model = modules.VQVAE(
-        image_size=run.info["image_size"],
+    utils.save_model(model, run.vqvae_path)
+    run.note_done("vqvae")
+
+
+def new_vqvae(config, image_size, data_variance):
+    """An untrained VQ-VAE."""
+    return modules.VQVAE(
+        image_size=image_size,
         levels=config.levels,
         downsampling=config.downsampling,
         channels=config.channels,
@@ -211,29 +335,9 @@ def train_vqvae(run, splits, signals):
         restart_threshold=0.02 if config.restart else 0.0,
         ssim_weight=config.ssim_weight,
         upper_weight=config.upper_weight,
-        data_variance=data_variance(run, splits["train"]),
+        data_variance=data_variance,
         seed=config.seed,
     )
-    run.update(latent_grids=model.latent_grids)
-    print(f"VQ-VAE: {model.count_params():,} weights, grids", end=" ")
-    print(", ".join(utils.size_text(grid) for grid in model.latent_grids))
-    validation = image_batches(
-        run, splits["validate"], batch_size, cache=config.cache
-    )
-    fit(
-        run,
-        "vqvae",
-        model,
-        images,
-        validation,
-        epochs=config.epochs,
-        images=len(splits["train"]),
-        batch_size=batch_size,
-        learning_rate=config.learning_rate,
-        signals=signals,
-    )
-    utils.save_model(model, run.vqvae_path)
-    run.note_done("vqvae")
 
 
 def data_variance(run, frame, most=512):
@@ -285,7 +389,7 @@ def collapsed_levels(vqvae, indices):
     return text
 
 
-def train_priors(run, vqvae, indices, splits, signals):
+def train_priors(run, vqvae, indices, splits, strategy, signals):
     """Train the prior of each level and save it, `prior.keras` if only one.
 
     The same whether the VQ-VAE was trained just before or in an earlier run.
@@ -300,14 +404,16 @@ def train_priors(run, vqvae, indices, splits, signals):
         if config.prior_level not in (None, level) or run.is_done(name):
             continue
         utils.set_seed(config.seed)
-        prior = new_prior(run, vqvae, level)
+        with strategy.scope():
+            prior = new_prior(run, vqvae, level)
+        prior.recompute = config.recompute
         print(f"{name}: {config.prior}, {prior.count_params():,} weights")
         data = {
             split: utils.prior_inputs(prior, grids, frames[split])
             for split, grids in indices.items()
         }
         with signals.deferred():
-            train_prior(run, name, prior, data, signals)
+            train_prior(run, name, prior, data, strategy, signals)
             utils.save_model(prior, run.path / f"{name}.keras")
             run.note_done(name)
     if config.stage == "prior":
@@ -361,33 +467,28 @@ def with_jittered_copies(run, vqvae, indices, frame):
     return levels, pd.concat([frame] * len(parts), ignore_index=True)
 
 
-def train_prior(run, name, prior, data, signals):
+def train_prior(run, name, prior, data, strategy, signals):
     """Train one prior on a dict of arrays for each split."""
     config = run.config
-    images = len(data["train"]["indices"])
-    batch_size = min(config.prior_batch_size, images)
-    validation = None
-    if "validate" in data:
-        validation = dataset.array_batches(data["validate"], batch_size)
+    sources = [
+        Source(
+            len(data[split]["indices"]) if split in data else 0,
+            functools.partial(dataset.array_batches, data.get(split)),
+        )
+        for split in ("train", "validate")
+    ]
     fit(
         run,
         name,
         prior,
-        functools.partial(
-            dataset.array_batches,
-            data["train"],
-            batch_size,
-            seed=config.seed,
-            epochs=config.prior_epochs,
-        ),
-        validation,
+        *sources,
+        strategy,
+        signals,
         epochs=config.prior_epochs,
-        images=images,
-        batch_size=batch_size,
+        batch_size=config.prior_batch_size,
         learning_rate=config.prior_learning_rate,
         ema_momentum=config.prior_ema_momentum,
-        best="val_bits_per_code" if validation else None,
-        signals=signals,
+        best="val_bits_per_code",
     )
 
 
@@ -395,44 +496,46 @@ def fit(
     run,
     stage,
     model,
-    batches,
+    training,
     validation,
+    strategy,
+    signals,
     *,
     epochs,
-    images,
     batch_size,
     learning_rate,
     ema_momentum=0.0,
     best=None,
-    signals,
 ):
     """Keras `fit` with the schedule, the history and the end of our runs.
 
     Args:
-        batches: function of `start_step` that returns the dataset of the
-            batches of all epochs from that one on.
-        validation: dataset of one pass, or None.
-        images: how many an epoch has.
+        training, validation: `Source`; of no images to go without validation.
+        strategy: of `tf.distribute`, under which the model was made.
+        signals: `utils.StopSignals` that end the training.
+        batch_size: images a step, of all replicas together.
         ema_momentum: validate and keep the moving average of the weights
             over steps, with this factor; 0 the weights themselves.
-        best: name of a metric; the weights of the epoch where it was least
-            are restored at the end.
-        signals: `utils.StopSignals` that end the training.
+        best: name of a metric of the validation; the weights of the epoch
+            where it was least are restored at the end.
     """
     config = run.config
-    steps = dataset.steps_per_epoch(images, batch_size)
+    batch_size = min(batch_size, training.count)
+    steps = dataset.steps_per_epoch(training.count, batch_size)
     if config.smoke:
         steps = min(steps, utils.SMOKE_STEPS)
-    model.compile(
-        optimizer=keras.optimizers.Adam(
-            schedule(config, learning_rate, epochs * steps),
-            global_clipnorm=GRADIENT_NORM,
-            use_ema=ema_momentum > 0,
-            ema_momentum=ema_momentum,
-        ),
-        jit_compile=False,
-    )
-    stopping = best and keras.callbacks.EarlyStopping(
+    with strategy.scope():
+        model.compile(
+            optimizer=keras.optimizers.Adam(
+                schedule(config, learning_rate, epochs * steps),
+                global_clipnorm=GRADIENT_NORM,
+                use_ema=ema_momentum > 0,
+                ema_momentum=ema_momentum,
+            ),
+            jit_compile=config.jit,
+        )
+    model.accumulation_steps = config.accumulation_steps
+    stopping = (best and validation.count) and keras.callbacks.EarlyStopping(
         best, mode="min", patience=config.patience, restore_best_weights=True
     )
     checkpoint = modules.Checkpoint(
@@ -442,7 +545,7 @@ def fit(
         stopping,
         signals,
     )
-    images = min(images, steps * batch_size)
+    images = min(training.count, steps * batch_size)
     callbacks = [
         # First, so that the others find the average.
         ema_momentum and keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
@@ -454,18 +557,45 @@ def fit(
     print(f"training the {stage}: {epochs} epochs of {steps} steps", end="")
     done = checkpoint.steps_done(steps)
     print(f", {done} of them done" if done else "")
-    model.fit(
+
+    def batches(**parts):
+        ordered = training.batches(
+            batch_size,
+            seed=config.seed,
+            epochs=epochs,
+            start_step=done,
+            **parts,
+        )
         # Keras counts the steps done as well, so that it would take data of
         # known length for too short; nothing is ever repeated.
-        batches(start_step=done).repeat(),
+        return ordered.repeat()
+
+    model.fit(
+        dataset.distributed(strategy, batches),
         initial_epoch=checkpoint.epoch,
         epochs=epochs,
         steps_per_epoch=steps,
-        validation_data=validation,
+        **validation_batches(validation, batch_size, strategy),
         callbacks=list(filter(None, callbacks)),
         shuffle=False,
         verbose=utils.fit_verbosity(),
     )
+
+
+def validation_batches(source, batch_size, strategy):
+    """Arguments of `fit` to validate on `source`; none without images."""
+    if not source.count:
+        return {}
+    size = dataset.divisible_batch_size(
+        source.count, batch_size, strategy.num_replicas_in_sync
+    )
+    size = size or source.count  # tiny batches may leave a remainder
+    return {
+        "validation_data": dataset.distributed(
+            strategy, lambda **parts: source.batches(size, **parts).repeat()
+        ),
+        "validation_steps": dataset.steps_per_epoch(source.count, size),
+    }
 
 
 def schedule(config, learning_rate, steps):
@@ -501,13 +631,12 @@ def history_log(run, stage, steps, images, checkpoint):
 
 def finish(run, vqvae, priors, splits):
     """Evaluate on the test subjects, draw the figures, print the summary."""
-    images = image_batches(run, splits["test"], 32)
     evaluation = utils.evaluate(
         run,
         vqvae,
         priors,
         splits,
-        images,
+        functools.partial(image_batches, run, batch_size=32),
         modules.generate,
         dataset.ventricle_areas,
     )

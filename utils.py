@@ -4,8 +4,8 @@
 2. Flags        a dataclass field is a flag: `flag`, `positional`, `parse`
 3. Settings     `Config`, the recipes, `resolve`
 4. Run folder   `Run`, atomic writes, model files
-5. Seeds        `set_seed`, `choose_precision`, `peak_memory_mb`
-6. Metrics      SSIM and relatives, bootstrap by subject, codebook statistics
+5. Seeds        `set_seed`, `choose_precision`, `choose_strategy`, workers
+6. Metrics      SSIM and relatives, codebook statistics, sets of images, copies
 7. Figures      every picture of a run, and its summary as text
 8. Evaluation   `evaluation.json` of a run, its figures, loading its priors
 
@@ -181,6 +181,14 @@ def _as_user_error(error):
     if "No space left on device" in text:
         advice = RESOURCE_ERRNOS[errno.ENOSPC]
         return ResourceError(f"No space left on device; {advice}")
+    lost = type(error).__name__ in ("UnavailableError", "AbortedError")
+    if lost or "Collective ops is aborted" in text:
+        found = re.search(r"/job:worker/(?:replica:\d+/)?task:(\d+)", text)
+        worker = f"worker {found[1]}" if found else "a worker"
+        return ResourceError(
+            f"{worker} died or cannot be reached; once all workers are there, "
+            "go on from the last checkpoint with --resume"
+        )
     exhausted = type(error).__name__ == "ResourceExhaustedError"
     if exhausted or isinstance(error, MemoryError):
         return ResourceError(f"out of memory; {MEMORY_ADVICE}")
@@ -882,8 +890,26 @@ class Config:
         "dtype of the arithmetic",
         choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
     )
+    strategy: str = flag(
+        "auto",
+        "devices to train on: mirrored, all GPUs of this machine; "
+        "multiworker, the machines in TF_CONFIG",
+        choices=("auto", "none", "mirrored", "multiworker"),
+    )
+    accumulation_steps: int = flag(
+        1,
+        "parts that a batch is taken in, one after the other, to save memory",
+        1,
+        65_536,
+    )
+    recompute: bool = flag(
+        False, "compute a prior's blocks again for gradients, to save memory"
+    )
+    jit: bool = flag(False, "compile training steps with XLA")
     seed: int = flag(0, "seed of every random choice", 0, 2**31 - 1)
-    num_samples: int = flag(64, "images generated at the end", 1, 1_000_000)
+    num_samples: int = flag(
+        256, "images generated at the end, to be measured", 1, 5_000
+    )
     temperature: float = flag(1.0, "of sampling", above=0, high=10)
     force: bool = flag(False, "train a prior even over a collapsed codebook")
     smoke: bool = flag(False, "a few steps on a few images, to see it connect")
@@ -910,6 +936,12 @@ class Config:
             raise FlagError(
                 f"--prior-channels: expected a multiple of {ATTENTION_HEADS} "
                 f"for pixelsnail, found {self.prior_channels}"
+            )
+        if self.recompute and self.prior_dropout:
+            # The second computation would drop other features.
+            raise FlagError(
+                "--recompute: expected --prior-dropout 0, found "
+                f"{self.prior_dropout:g}"
             )
         self._check_data()
 
@@ -1034,6 +1066,7 @@ _OF_COMMAND = (
     "resume",
     "checkpoint_minutes",
     "checkpoint_steps",
+    "strategy",
     "force",
     "debug",
 )
@@ -1137,6 +1170,14 @@ def write_atomic(path, write, previous=None):
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(paths):
+    """Remove those that `write_atomic` of a killed process left."""
+    for path in paths:
+        number = re.search(r"\.tmp-(\d+)", path.name)
+        if number and not _is_alive(int(number[1])):
+            path.unlink(missing_ok=True)
 
 
 def _sync(path):
@@ -1314,20 +1355,18 @@ class Run:
             RunError: if another process holds it.
         """
         self._lock = FileLock(self.lock_path)
-        self._remove_temporary_files()
+        samples = self.path / "samples"  # maybe of another machine
+        remove_temporary_files(
+            path
+            for path in self.path.rglob("*.tmp-*")
+            if samples not in path.parents
+        )
 
     def unlock(self):
         """Let other trainings into the folder again."""
         if self._lock:
             self._lock.release()
             self._lock = None
-
-    def _remove_temporary_files(self):
-        """Remove what a killed training was about to write."""
-        for path in self.path.rglob("*.tmp-*"):
-            number = re.search(r"\.tmp-(\d+)", path.name)
-            if number and not _is_alive(int(number[1])):
-                path.unlink(missing_ok=True)
 
     def begin(self, config):
         """Note that a training with these settings is under way.
@@ -1480,6 +1519,17 @@ class FileLock:
                     f"{self.path.parent}: in use by {owner}; wait for its end, "
                     "or choose another folder"
                 ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                owner = self._owner() or "none that is known"
+                print(
+                    f"warning: {self.path.parent}: a file system without locks "
+                    f"({error.strerror}); take care that no other training "
+                    f"uses this folder (last owner: {owner})",
+                    file=sys.stderr,
+                )
+                self._file.truncate(0)
             # Its last owner may have removed it since we opened it.
             if self.path.exists() and os.path.samestat(
                 os.fstat(self._file.fileno()), os.stat(self.path)
@@ -1631,6 +1681,80 @@ def choose_precision(precision="auto"):
     if flags & {"avx512_bf16", "amx_bf16"}:
         return "mixed_bfloat16", "the CPU computes bfloat16"
     return "float32", "the CPU does not compute bfloat16"
+
+
+def choose_strategy(name="auto"):
+    """Return the `tf.distribute` strategy to train with.
+
+    Several workers are those of the variable `TF_CONFIG`. To be called before
+    TensorFlow computes anything.
+
+    Raises:
+        FlagError: if several workers are asked for and none are configured.
+    """
+    workers = _workers()
+    if name == "auto":
+        gpus = len(tf.config.list_physical_devices("GPU"))
+        name = "mirrored" if gpus > 1 else "none"
+        name = "multiworker" if workers else name
+    if name == "mirrored":
+        return tf.distribute.MirroredStrategy()
+    if name == "none":
+        return tf.distribute.get_strategy()
+    if not workers:
+        raise FlagError(
+            "--strategy: multiworker needs the workers in the variable "
+            "TF_CONFIG; see README"
+        )
+    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=workers)
+
+
+def _workers():
+    """Cluster of several workers in `TF_CONFIG`, or None."""
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    try:
+        jobs = resolver.cluster_spec().as_dict()
+    except ValueError as error:
+        raise FlagError(f"TF_CONFIG: expected JSON ({error})") from error
+    workers = sum(len(jobs.get(name, ())) for name in ("chief", "worker"))
+    return resolver if workers > 1 else None
+
+
+def is_chief(strategy):
+    """Whether this process is the one that writes the run folder."""
+    return strategy.extended.should_checkpoint
+
+
+def is_multi_worker(strategy):
+    """Whether a `tf.distribute` strategy spans several processes."""
+    several = tf.distribute.MultiWorkerMirroredStrategy
+    return isinstance(strategy, several) and bool(
+        strategy.cluster_resolver.cluster_spec()
+    )
+
+
+@functools.cache
+def _sum_of_workers(strategy):
+    """A compiled call that adds up a tensor over all replicas."""
+
+    def total(numbers):
+        own = strategy.run(tf.identity, args=(numbers,))
+        return strategy.reduce("SUM", own, axis=None)
+
+    return tf.function(total)
+
+
+def any_worker(strategy, flags):
+    """Which of the `flags` any worker has set; each worker must call this."""
+    if not is_multi_worker(strategy):
+        return list(flags)
+    totals = _sum_of_workers(strategy)(tf.constant(flags, tf.int32))
+    return [bool(total) for total in totals]
+
+
+def wait_for_workers(strategy):
+    """Return when every worker has come this far."""
+    any_worker(strategy, [False])
 
 
 def peak_memory_mb():
@@ -1818,6 +1942,329 @@ def unigram_bits(train_indices, test_indices, num_embeddings):
     return float(test @ -np.log2(train / train.sum()) / test.sum())
 
 
+# Sets of images are compared in a feature space: an image is a row of (N, F).
+
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+PCA_SHARE = 8  # images of a set for each principal component
+MOST_COMPONENTS = 64
+HOG_ORIENTATIONS = 9
+HOG_CELLS = 12  # along the short side
+TINY = 1e-12  # so that no ratio divides by 0
+
+
+def hog_cell(height, width):
+    """Return the side of a HOG cell: a 12th of the short side, 4 or more."""
+    return max(4, round(min(height, width) / HOG_CELLS))
+
+
+def hog_features(images):
+    """Return histograms of oriented gradients (N, F) of images (N, H, W).
+
+    Blocks are normalised, so that the invisible noise of a background would
+    count like an edge: intensities up to `FOREGROUND` are set to 0.
+
+    Reference: Dalal and Triggs, 2005, doi:10.1109/CVPR.2005.177.
+    """
+    hog = importlib.import_module("skimage.feature").hog
+    cell = hog_cell(*images.shape[1:])
+    rows = [
+        hog(
+            np.where(image > FOREGROUND, image, 0),
+            orientations=HOG_ORIENTATIONS,
+            pixels_per_cell=(cell, cell),
+            cells_per_block=(2, 2),
+        )
+        for image in images
+    ]
+    return np.array(rows, np.float32)
+
+
+def inception_features(images):
+    """Return ImageNet Inception v3 features (N, 2048) of images (N, H, W)."""
+    model = _inception()
+    batch = tf.image.resize(images[..., None], model.input_shape[1:3])
+    batch = tf.repeat(2 * batch - 1, 3, axis=-1)
+    return model(batch, training=False).numpy()
+
+
+@functools.cache
+def _inception():
+    try:
+        return keras.applications.InceptionV3(
+            include_top=False,
+            pooling="avg",
+            input_shape=(299, 299, 3),
+            dtype="float32",
+        )
+    except Exception as error:  # Keras: any kind, or a plain Exception
+        raise ResourceError(
+            "--features inception: the ImageNet weights cannot be had "
+            f"({error}); try again with a network, or --features hog"
+        ) from error
+
+
+FEATURES = {"hog": hog_features, "inception": inception_features}
+
+
+def describe_features(name, image_size):
+    """Return a feature space in words, with its parameters."""
+    if name == "inception":
+        return "ImageNet Inception v3, average pool"
+    cell = hog_cell(*image_size)
+    return (
+        f"HOG of {HOG_ORIENTATIONS} orientations, {cell}x{cell}-pixel cells, "
+        "2x2-cell blocks"
+    )
+
+
+def principal_components(fit, n):
+    """Return the projection to principal components of the features `fit`.
+
+    A covariance of n images has no more than n - 1 dimensions, and a Fréchet
+    distance in more of them measures n. There are n / 8 components, 64 at
+    most; they are scaled to a mean variance of 1 over `fit`.
+    """
+    count = min(n // PCA_SHARE, MOST_COMPONENTS, *fit.shape)
+    pca = importlib.import_module("sklearn.decomposition").PCA
+    pca = pca(count, random_state=0).fit(fit)
+    scale = math.sqrt(pca.explained_variance_.mean()) or 1.0
+    return lambda features: pca.transform(features) / scale
+
+
+def frechet_distance(x, y):
+    """Return the Fréchet distance of Gaussians fitted to (N, F) and (M, F).
+
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), in squared units of the
+    features. Reference: Heusel et al., 2017, arXiv:1706.08500.
+    """
+    difference = x.mean(0) - y.mean(0)
+    cov_x, cov_y = np.atleast_2d(np.cov(x.T)), np.atleast_2d(np.cov(y.T))
+    values, vectors = np.linalg.eigh(cov_x)
+    root = vectors * np.sqrt(np.maximum(values, 0))  # root @ root.T is cov_x
+    shared = np.linalg.eigvalsh(root.T @ cov_y @ root)
+    overlap = np.sqrt(np.maximum(shared, 0)).sum()
+    spread = np.trace(cov_x) + np.trace(cov_y) - 2 * overlap
+    return float(max(difference @ difference + spread, 0))
+
+
+def kernel_distance(x, y, subjects_x, subjects_y, n=2000, seed=0):
+    """Return the kernel distance (KID) of features (N, F) and (M, F).
+
+    The unbiased squared maximum mean discrepancy of the kernel
+    (a b / F + 1)^3: 0 on average, so at times below, for sets of one kind.
+    Images of a subject are alike, so within a set only pairs of different
+    subjects are compared; the interval resamples the subjects of both sets.
+    None if a set has fewer than two.
+
+    Reference: Binkowski et al., 2018, arXiv:1801.01401.
+    """
+    kernel = importlib.import_module("sklearn.metrics").pairwise
+    blocks_x, blocks_y = _one_hot(subjects_x), _one_hot(subjects_y)
+    if min(len(blocks_x), len(blocks_y)) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    draws = [
+        np.vstack([np.ones(len(b)), _resample(rng, len(b), n)])
+        for b in (blocks_x, blocks_y)
+    ]
+
+    def mean(a, b):
+        """Mean kernel over pairs of two sets, of each draw of subjects."""
+        (rows, left, u), (columns, right, v) = a, b
+        sums = left @ kernel.polynomial_kernel(rows, columns) @ right.T
+        pairs = np.outer(left.sum(1), right.sum(1))
+        if a is b:
+            np.fill_diagonal(sums, 0)
+            np.fill_diagonal(pairs, 0)
+        with np.errstate(invalid="ignore"):  # one subject alone was drawn
+            return ((u @ sums) * v).sum(1) / ((u @ pairs) * v).sum(1)
+
+    a, b = (x, blocks_x, draws[0]), (y, blocks_y, draws[1])
+    values = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return {"mean": float(values[0]), "ci95": [float(low), float(high)]}
+
+
+def _one_hot(subjects):
+    """Return which image is of which subject, (subjects, images) of 0 or 1."""
+    names, owner = np.unique(np.asarray(subjects), return_inverse=True)
+    return (owner == np.arange(len(names))[:, None]).astype(np.float64)
+
+
+def _resample(rng, count, n):
+    """Return how often each of `count` is drawn, `count` at a time, n times."""
+    return rng.multinomial(count, np.full(count, 1 / count), n)
+
+
+def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
+    """Return precision, recall, density and coverage, a value an image.
+
+    An image has a ball that reaches to its k-th neighbour in its own set, of
+    other subjects: with slices of one's own the balls of real images would be
+    too small for anyone else's. Precision: is a fake image in the ball of a
+    real one; density: in how many, over k. Recall: is a real image in the ball
+    of a fake one; coverage: is a fake image in its own ball.
+
+    Args:
+        fake, real: (N, F) and (M, F).
+
+    Returns: dict of float64 (N,) for precision and density, (M,) for recall
+        and coverage; None if an image has fewer than k others.
+
+    Reference: Kynkaanniemi et al., 2019, arXiv:1904.06991; Naeem et al., 2020,
+        arXiv:2002.09797.
+    """
+    distances = importlib.import_module("sklearn.metrics").pairwise_distances
+
+    def radii(rows, subjects):
+        apart, subjects = distances(rows), np.asarray(subjects)
+        apart[subjects[:, None] == subjects] = np.inf
+        if len(rows) <= k:
+            return np.array([np.inf])
+        return np.partition(apart, k - 1, axis=1)[:, k - 1]
+
+    real_radii = radii(real, real_subjects)
+    fake_radii = radii(fake, fake_subjects)
+    if np.isinf([*real_radii, *fake_radii]).any():
+        return None
+    apart = distances(real, fake)  # (M, N)
+    in_real = apart <= real_radii[:, None]
+    in_fake = apart <= fake_radii
+    scores = {
+        "precision": in_real.any(0),
+        "recall": in_fake.any(1),
+        "density": in_real.sum(0) / k,
+        "coverage": in_real.any(1),
+    }
+    return {name: value.astype(np.float64) for name, value in scores.items()}
+
+
+def jackknife_ratio(ratio, subjects):
+    """Return the 95 % interval of a positive ratio over subjects.
+
+    One subject at a time is left out, and the logarithms compared: with whole
+    subjects repeated, as a bootstrap does, a covariance loses dimensions.
+
+    Args:
+        ratio: function of a mask (N,) of the images to take.
+        subjects: (N,) of whom they are.
+    """
+    subjects = np.asarray(subjects)
+    names, counts = np.unique(subjects, return_counts=True)
+    if len(subjects) - counts.max() < 2:
+        return None
+    logs = np.log([ratio(subjects != name) for name in names])
+    error = math.sqrt((len(names) - 1) * logs.var())
+    middle = math.log(ratio(np.full(len(subjects), True)))
+    return [math.exp(middle + side * 1.96 * error) for side in (-1, 1)]
+
+
+def nearest_images(queries, batches, spaces):
+    """Return the nearest of many images to each query, in several spaces.
+
+    Args:
+        queries: (N, H, W).
+        batches: iterable of (B, H, W, 1), read once.
+        spaces: {name: function of images (B, H, W) to features (B, F)}.
+
+    Returns: {name: (row number (N,), distance (N,))}. The distance is the
+        Euclidean one over the length of the query's features, so that small
+        and large heads compare; NaN for a blank query.
+    """
+    features = {name: space(queries) for name, space in spaces.items()}
+    power = {name: (rows**2).sum(1) for name, rows in features.items()}
+    rows = {name: np.zeros(len(queries), int) for name in spaces}
+    best = {name: np.full(len(queries), np.inf) for name in spaces}
+    first = 0
+    for batch in batches:
+        batch = np.asarray(batch)[..., 0]
+        for name, space in spaces.items():
+            others = space(batch)
+            # |a - b|^2 but for |a|^2, by one fast product
+            apart = (others**2).sum(1) - 2 * features[name] @ others.T
+            row, apart = apart.argmin(1), apart.min(1)
+            nearer = apart < best[name]
+            rows[name][nearer] = first + row[nearer]
+            best[name][nearer] = apart[nearer]
+        first += len(batch)
+    result = {}
+    for name in spaces:
+        share = best[name] + power[name]
+        share /= np.where(power[name] > 0, power[name], np.nan)
+        result[name] = rows[name], np.sqrt(np.maximum(share, 0))
+    return result
+
+
+def pixels(images):
+    """Return images (N, H, W) as rows (N, H W)."""
+    return np.reshape(images, (len(images), -1))
+
+
+SPACES = {"pixels": pixels, "hog": hog_features}
+LEAST_UNSEEN = 100  # images, for their 1st percentile to be one of them
+MOST_COPIES = 0.02  # of the generated images, and one at least
+
+
+def audit(generated, unseen, subjects, n=1000, seed=0):
+    """Judge whether generated images are copies of training images.
+
+    A generated image counts as a copy if it is closer to a training image than
+    the 1st percentile of the unseen images, in either space, and the nearest
+    training image is the same one in both. The first happens to about 2 in 100
+    images of anybody, the second to few of these: more than 2 % of copies, and
+    more than one, raise the alarm.
+
+    Args:
+        generated, unseen: of `nearest_images` with `SPACES`, the same training
+            images for both.
+        subjects: of the unseen images.
+
+    Returns: dict for `evaluation.json`; mask (N,) of the copies, None with
+        fewer than 100 unseen images.
+    """
+    found, close = {}, {}
+    for name in SPACES:
+        near, far = generated[name][1], unseen[name][1]
+        found[name] = _compare_distances(near, far, subjects, n, seed)
+        limit = found[name]["first_percentile"]
+        close[name] = near < (np.nan if limit is None else limit)
+    copies = None
+    if all(part["first_percentile"] is not None for part in found.values()):
+        same = generated["pixels"][0] == generated["hog"][0]
+        copies = (close["pixels"] | close["hog"]) & same
+    count = None if copies is None else int(copies.sum())
+    alarm = None if copies is None else count > max(1, MOST_COPIES * len(same))
+    return {**found, "copies": count, "alarm": alarm}, copies
+
+
+def _compare_distances(near, far, subjects, n, seed):
+    """Compare distances of generated and of unseen images; blanks left out."""
+    kept = ~np.isnan(far)
+    _, owner = np.unique(np.asarray(subjects)[kept], return_inverse=True)
+    near, far = near[~np.isnan(near)], far[kept]
+    names = ("ratio_of_medians", "share_closer", "first_percentile")
+    if not len(near) or not len(far):
+        return dict.fromkeys(names)
+
+    def values(near, far):
+        limit = np.percentile(far, 1)
+        ratio = np.median(near) / max(np.median(far), TINY)
+        return ratio, np.mean(near < limit), limit
+
+    rng, drawn = np.random.default_rng(seed), []
+    for counts in _resample(rng, owner.max() + 1, n):
+        again = near[rng.integers(len(near), size=len(near))]
+        drawn.append(values(again, np.repeat(far, counts[owner])))
+    bounds = np.percentile(drawn, [2.5, 97.5], axis=0).T
+    result = {}
+    for k, value in enumerate(values(near, far)):
+        known = k == 0 or len(far) >= LEAST_UNSEEN
+        result[names[k]] = float(value) if known else None
+        if known:
+            result[names[k] + "_ci95"] = bounds[k].tolist()
+    return result
+
+
 # -------------------------------------------------------------- 7. Figures
 
 DPI = 150
@@ -1941,6 +2388,30 @@ def _columns(count, aspect):
     return min(choices, key=lambda c: (-count % c, abs(c - ideal)))
 
 
+def figure_memorization(path, generated, nearest, captions, title):
+    """Draw generated images above their nearest training images, and both
+    subtracted.
+
+    Args:
+        captions: list of texts, what is below each pair.
+    """
+    generated, nearest = _planes(generated), _planes(nearest)
+    count, height, width = generated.shape
+    figure, axes = _image_rows(3, count, height / width, title)
+    error = np.abs(generated - nearest)
+    for k in range(count):
+        axes[0, k].imshow(generated[k], cmap="gray", vmin=0, vmax=1)
+        axes[1, k].imshow(nearest[k], cmap="gray", vmin=0, vmax=1)
+        drawn = axes[2, k].imshow(error[k], cmap="magma", vmin=0, vmax=0.5)
+        axes[2, k].set_xlabel(captions[k], fontsize=8)
+    names = ("generated", "nearest\nin training", "|difference|")
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        ax.set_ylabel(name)
+    bar = figure.colorbar(drawn, ax=axes[2, :], fraction=0.02, pad=0.01)
+    bar.set_label("intensity")
+    _save_figure(figure, path)
+
+
 def figure_history(path, history_frame):
     """Draw the curves of `history.csv`, a row a stage, training and val."""
     stages = list(dict.fromkeys(history_frame["stage"]))
@@ -2017,6 +2488,7 @@ SECTIONS = (
     "labels",
     "speed",
 )
+OF_SAMPLES = ("generation", "memorization")  # null there: too few images
 UNITS = {
     "psnr": "dB",
     "bits_per_code": "bits",
@@ -2036,10 +2508,17 @@ def summary_table(evaluation):
         part = evaluation.get(section)
         for entry in part if isinstance(part, list) else [part]:
             heading = section
+            floor = (entry or {}).get("floor") or {}
             for key, value in (entry or {}).items():
-                if key == "counts" or value is None:
+                if key in ("counts", "floor"):
+                    continue
+                if value is None and section not in OF_SAMPLES:
                     continue
                 text = f"{_show(value)} {UNITS.get(key, '')}".rstrip()
+                if value is None:
+                    text = "n too small"
+                elif key in floor:
+                    text += f", floor {_show(floor[key])}"
                 rows.append((heading, key.replace("_", " "), text))
                 heading = ""
     return align(rows) if rows else "nothing evaluated yet"
@@ -2048,11 +2527,14 @@ def summary_table(evaluation):
 def _show(value):
     """Return a number, size, interval or group of them as short text."""
     if isinstance(value, dict) and "ci95" in value:
-        low, high = map(_show, value["ci95"])
-        return f"{_show(value['mean'])} [{low}, {high}]"
+        return _show(value["mean"]) + _show_interval(value["ci95"])
     if isinstance(value, dict):
-        pairs = (f"{k.replace('_', ' ')} {_show(v)}" for k, v in value.items())
-        return ", ".join(pairs)
+        return ", ".join(
+            f"{key.replace('_', ' ')} {_show(entry)}"
+            + _show_interval(value.get(f"{key}_ci95"))
+            for key, entry in value.items()
+            if not key.endswith("_ci95")
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -2062,9 +2544,18 @@ def _show(value):
     return "-" if value is None else str(value)
 
 
+def _show_interval(bounds):
+    return " [{}, {}]".format(*map(_show, bounds)) if bounds else ""
+
+
 # ------------------------------------------------------------ 8. Evaluation
 # Models and batches come from the caller: this file imports neither modules.py
 # nor dataset.py.
+
+SHOWN_SAMPLES = 64  # in samples.png, and of each label
+LEAST_IMAGES = 2 * PCA_SHARE  # for the comparison of sets
+FIT_IMAGES = 512  # training images that principal components are fitted to
+UNSEEN_IMAGES = 512  # test images that copies are compared with, at most
 
 METRICS = {
     "ssim": ssim,
@@ -2137,17 +2628,32 @@ def prior_inputs(prior, indices, frame):
     return inputs
 
 
-def evaluate(run, vqvae, priors, splits, images, generate, ventricles):
+def evaluate(
+    run,
+    vqvae,
+    priors,
+    splits,
+    read,
+    generate,
+    ventricles,
+    features="hog",
+    num_samples=None,
+):
     """Measure a run on images that no training step saw; draw its figures.
 
     Args:
         splits: dict of the index of each split.
-        images: dataset of the batches of the test split.
+        read: function of an index that returns a dataset of its batches.
         generate: `modules.generate`.
         ventricles: `dataset.ventricle_areas`.
+        features, num_samples: of `evaluate_samples`; by default as many
+            samples as the settings of the run say.
 
     Returns: what is written to `evaluation.json`.
     """
+    if features == "inception" and priors:
+        _inception()  # refused before anything is measured
+    images = read(splits["test"])
     about = {
         "dataset": run.config.dataset,
         "simulated": run.info["simulated"],
@@ -2157,6 +2663,9 @@ def evaluate(run, vqvae, priors, splits, images, generate, ventricles):
     speed |= speed_of_training(run)
     if priors:
         speed |= draw_new_samples(run, vqvae, priors, generate)
+        evaluation |= evaluate_samples(
+            run, vqvae, priors, splits, read, generate, features, num_samples
+        )
         if priors[0].labels:
             evaluation["labels"] = evaluate_labels(
                 run, vqvae, priors, splits["test"], images, generate, ventricles
@@ -2171,7 +2680,8 @@ def evaluate(run, vqvae, priors, splits, images, generate, ventricles):
 def evaluate_external(run, vqvae, priors, frame, images, **about):
     """Measure a run on another data set, all of it as test images.
 
-    Nothing of the run is replaced: see `Run.external_paths`.
+    Nothing of the run is replaced: see `Run.external_paths`. Samples are left
+    out: they are meant to look like the data of the run, not like these.
 
     Args:
         frame: index of the data set; `images`: dataset of its batches.
@@ -2348,10 +2858,253 @@ def draw_new_samples(run, vqvae, priors, generate):
     options = {"seed": config.seed, "temperature": config.temperature}
     generate(vqvae, priors, 1, **options)  # compiles
     started = time.perf_counter()
-    samples, _ = generate(vqvae, priors, config.num_samples, **options)
+    count = min(config.num_samples, SHOWN_SAMPLES)
+    samples, _ = generate(vqvae, priors, count, **options)
     seconds = time.perf_counter() - started
-    draw_samples(run.figures_path / "samples.png", samples[:64], **options)
-    return {"samples": config.num_samples, "seconds_for_samples": seconds}
+    draw_samples(run.figures_path / "samples.png", samples, **options)
+    return {"samples": count, "seconds_for_samples": seconds}
+
+
+def evaluate_samples(
+    run, vqvae, priors, splits, read, generate, features, num_samples
+):
+    """Compare new images with real ones: are they alike, are they copies?
+
+    They are asked for with the labels and slice positions of test images. As
+    many training images, as alike to these as there are, give the floor: what
+    real images of other people reach in place of the new ones.
+
+    Args:
+        features: key of `FEATURES`.
+        num_samples: images generated; no more than there are to compare with.
+
+    Returns: dict of the parts `generation` and `memorization`.
+    """
+    config = run.config
+    train, test = splits["train"], splits["test"]
+    wanted = num_samples or config.num_samples
+    rows, peers = match_images(test, train, priors[0], wanted, config.seed)
+    about = {
+        "n": len(rows),
+        "seed": config.seed,
+        "temperature": config.temperature,
+    }
+    images = draw_like(test.iloc[rows], run, vqvae, priors, generate)
+    audited, ssim_to_train = evaluate_memorization(
+        run.figures_path / "memorization.png", images, vqvae, train, test, read
+    )
+    sets = {
+        "generated": images,
+        "test": _gather(read(test.iloc[rows])),
+        "train": _gather(read(train.iloc[peers])),
+        "fit": _gather(read(train.iloc[_rows_to_fit(len(train), peers)])),
+    }
+    sets["rebuilt"] = _rebuild(vqvae, read(train.iloc[peers]))
+    name = describe_features(features, vqvae.image_size)
+    scores = compare_sets(
+        sets,
+        FEATURES[features],
+        name,
+        train["subject"].iloc[peers],
+        test["subject"].iloc[rows],
+    )
+    new, floor = ssim_to_train
+    scores["floor"]["ssim_to_nearest_train"] = floor
+    generation = {**about, "ssim_to_nearest_train": new, **scores}
+    return {"generation": generation, "memorization": audited}
+
+
+def match_images(test, train, prior, count, seed):
+    """Choose test images, and for each a training image of like condition.
+
+    Like are the label and the slice position, as far as the prior knows them;
+    each training image is taken once.
+
+    Returns: row numbers of both, (n,), n <= count.
+    """
+    rng = np.random.default_rng(seed)
+    count = min(count, len(test), len(train))
+    rows = np.sort(rng.permutation(len(test))[:count])
+    order = rng.permutation(len(train))  # of equals, the first is taken
+    label = train["label"].to_numpy()[order]
+    position = train["position"].to_numpy()[order]
+    cost, peers = np.zeros(len(train)), []
+    for wanted in test.iloc[rows].itertuples():
+        unlike = cost.copy()
+        if prior.labels:
+            unlike += 2 * (label != wanted.label)
+        if prior.slice_condition:
+            unlike += np.abs(position - wanted.position)
+        best = int(np.argmin(unlike))
+        cost[best] = np.inf
+        peers.append(order[best])
+    return rows, np.array(peers)
+
+
+def draw_like(frame, run, vqvae, priors, generate):
+    """New images (N, H, W) with the labels and positions of an index."""
+    known = priors[0].labels and frame["label"].isin(priors[0].labels).all()
+    images, _ = generate(
+        vqvae,
+        priors,
+        len(frame),
+        run.config.seed,
+        temperature=run.config.temperature,
+        label=list(frame["label"]) if known else None,
+        slice_position=frame["position"].to_numpy("float32"),
+        progress=progress_bar("sampling", "chunk"),
+    )
+    return np.asarray(images)
+
+
+def _gather(batches):
+    """Images (N, H, W) of a dataset."""
+    return np.concatenate([np.asarray(batch)[..., 0] for batch in batches])
+
+
+def _rebuild(vqvae, batches):
+    """Images (N, H, W) of a dataset, encoded and decoded."""
+    return _gather(vqvae.reconstruct(batch) for batch in batches)
+
+
+def _rows_to_fit(total, taken):
+    """Row numbers of training images that are compared with nothing.
+
+    All of them where few are left.
+    """
+    rest = np.setdiff1d(np.arange(total), taken)
+    rest = rest if 2 * len(rest) > len(taken) else np.arange(total)
+    return rest[spread(len(rest), FIT_IMAGES)]
+
+
+def compare_sets(sets, extract, name, train_subjects, test_subjects):
+    """Compare generated and training images with test images.
+
+    Args:
+        sets: {name: images (N, H, W)}: `generated`, `train`, `rebuilt` (the
+            same encoded and decoded) and `test`, equally many; `fit`, other
+            training images for the principal components.
+        extract: function of images to features (N, F); `name` says which.
+
+    Returns: dict for `evaluation.json`; None where images are too few.
+    """
+    n = len(sets["generated"])
+    names = ("frechet", "kid", "precision", "recall", "density", "coverage")
+    if n < LEAST_IMAGES:
+        return {"features": name, **dict.fromkeys(names), "floor": {}}
+    features = {key: extract(images) for key, images in sets.items()}
+    fit = features.pop("fit")
+    project = principal_components(fit, n)
+    features = {key: project(rows) for key, rows in features.items()}
+    real, size = features["test"], len(project(fit[:1])[0])
+    scores = {
+        key: score_set(features[key], real, subjects, test_subjects)
+        for key, subjects in (
+            # Images of no one: as many as there are.
+            ("generated", np.arange(n)),
+            ("train", train_subjects),
+        )
+    }
+
+    def ratio(kept):
+        distances = [
+            max(frechet_distance(features[key], real[kept]), TINY)
+            for key in ("generated", "train")
+        ]
+        return distances[0] / distances[1]
+
+    return {
+        "features": f"{name}, {size} principal components of {len(fit)} "
+        "training images",
+        "frechet": {
+            "generated_vs_test": frechet_distance(features["generated"], real),
+            "train_vs_test": frechet_distance(features["train"], real),
+            "rebuilt_train_vs_test": frechet_distance(
+                features["rebuilt"], real
+            ),
+            "ratio": ratio(np.full(n, True)),
+            "ratio_ci95": jackknife_ratio(ratio, test_subjects),
+        },
+        **scores["generated"],
+        "floor": scores["train"],
+    }
+
+
+def score_set(fake, real, fake_subjects, real_subjects):
+    """KID, precision, recall, density and coverage, with intervals."""
+    subjects = fake_subjects, real_subjects
+    scores = {"kid": kernel_distance(fake, real, *subjects)}
+    values = manifold_scores(fake, real, *subjects)
+    for key in ("precision", "recall", "density", "coverage"):
+        owners = subjects[key in ("recall", "coverage")]
+        scores[key] = values and bootstrap_by_subject(values[key], owners)
+    return scores
+
+
+def evaluate_memorization(path, images, vqvae, train, test, read):
+    """Look for copies of training images; draw the pairs most alike.
+
+    New images come out of a decoder, which blurs, and blurred images are
+    closer to all others: so the unseen ones are encoded and decoded too.
+
+    Returns: the part `memorization`; the SSIM to the nearest training image
+        (of pixels) of the new images, and of the unseen ones.
+    """
+    shown = np.random.default_rng(0).permutation(len(test))[:UNSEEN_IMAGES]
+    test = test.iloc[np.sort(shown)]
+    unseen = _rebuild(vqvae, read(test))
+    batches = progress_bar("looking for copies", "batch")(read(train))
+    found = nearest_images(np.concatenate([images, unseen]), batches, SPACES)
+    n = len(images)
+    new = {key: (row[:n], apart[:n]) for key, (row, apart) in found.items()}
+    old = {key: (row[n:], apart[n:]) for key, (row, apart) in found.items()}
+    audited, copies = audit(new, old, test["subject"])
+
+    result = []
+    for some, pairs, owners in (
+        (images, new, np.arange(n)),
+        (unseen, old, test["subject"]),
+    ):
+        first, values = 0, []
+        for batch in read(train.iloc[pairs["pixels"][0]]):
+            own = some[first : first + len(batch)]
+            values.append(ssim(own[..., None], batch))
+            first += len(batch)
+        result.append(bootstrap_by_subject(np.concatenate(values), owners))
+    draw_nearest(path, images, new, train, read, audited, copies)
+    about = {
+        "n": n,
+        "test_images": len(test),
+        "train_images": len(train),
+    }
+    return {**about, **audited}, result
+
+
+def draw_nearest(path, images, found, train, read, audited, copies, count=8):
+    """Draw the new images nearest to a training image, copies first."""
+    distance = {key: apart for key, (_, apart) in found.items()}
+    order = np.argsort(distance["pixels"])  # NaN, of blank images, last
+    if copies is not None:
+        order = order[np.argsort(~copies[order], kind="stable")]
+    order = order[:count]
+    nearest = _gather(read(train.iloc[found["pixels"][0][order]]))
+    captions = [
+        "\n".join(f"{key} {distance[key][k]:.2f}" for key in SPACES)
+        + ("\ncopy" if copies is not None and copies[k] else "")
+        for k in order
+    ]
+    title = f"Of {len(images)} generated images those nearest to training"
+    if copies is None:
+        title += "\ntoo few unseen images to tell copies"
+    else:
+        limits = [audited[key]["first_percentile"] for key in SPACES]
+        title += "\n1 % of unseen images are nearer than " + ", ".join(
+            f"{key} {limit:.2f}"
+            for key, limit in zip(SPACES, limits, strict=True)
+        )
+        title += f"\n{audited['copies']} copies: "
+        title += "ALARM" if audited["alarm"] else "no alarm"
+    figure_memorization(path, images[order], nearest, captions, title)
 
 
 def evaluate_labels(run, vqvae, priors, frame, images, generate, ventricles):
@@ -2361,7 +3114,9 @@ def evaluate_labels(run, vqvae, priors, frame, images, generate, ventricles):
     planes cut them, and in as many generated ones as a run draws, at the
     heights of such test images.
     """
-    config, positions = run.config, np.empty(0)
+    positions = np.empty(0)
+    seed = run.config.seed
+    count = min(run.config.num_samples, SHOWN_SAMPLES)
     if run.info["simulated"] and priors[0].slice_condition:
         real = np.concatenate([batch.numpy() for batch in images])
         real = ventricles(real, frame["position"])
@@ -2371,16 +3126,16 @@ def evaluate_labels(run, vqvae, priors, frame, images, generate, ventricles):
         own = (frame["label"] == label).to_numpy()
         entry = {"label": label, "test_images": int(own.sum())}
         if len(positions):
-            asked = np.resize(positions, config.num_samples)
+            asked = np.resize(positions, count)
             drawn, _ = generate(
                 vqvae,
                 priors,
-                config.num_samples,
-                config.seed,
+                count,
+                seed,
                 label=label,
                 slice_position=asked,
             )
-            entry["images_drawn"] = config.num_samples
+            entry["images_drawn"] = count
             entry["ventricle_area"] = {
                 "real": _mean(real[own]),
                 "generated": _mean(ventricles(drawn, asked)),
@@ -2516,12 +3271,24 @@ def read_splits(run, needed=("train", "validate", "test")):
     return splits
 
 
-def write_png(path, image):
-    """Write one image in [0, 1], `(H, W)`, as an 8-bit grey PNG."""
+def to_pixels(images):
+    """Images in [0, 1] as 8-bit grey levels, uint8."""
+    return np.round(np.clip(images, 0, 1) * 255).astype("uint8")
+
+
+def write_png(path, pixels):
+    """Write one image, `(H, W)` uint8, as a grey PNG."""
     from PIL import Image
 
-    pixels = np.round(np.clip(image, 0, 1) * 255).astype("uint8")
     Image.fromarray(pixels).save(path)
+
+
+def read_png(path):
+    """Read what `write_png` wrote."""
+    from PIL import Image
+
+    with Image.open(path, formats=["PNG"]) as image:
+        return np.asarray(image)
 
 
 def progress_bar(name, unit):

@@ -1480,7 +1480,7 @@ def small(network, kind, **settings):
 def small_uniforms(kind):
     """`_uniforms` of grids of 2x2, drawn once for all of the priors."""
     prior = small("pixelcnn", kind)
-    prior.SAMPLE_CHUNK = 200
+    prior.sample_chunk = 200
     return functools.cache(prior._uniforms)
 
 
@@ -1491,7 +1491,7 @@ def small_prior(request):
     prior = small(network, kind)
     perturb_prior(prior, scale=0.4)
     # In large chunks: a run of the sampler costs more than a grid.
-    prior.SAMPLE_CHUNK = 200
+    prior.sample_chunk = 200
     prior._uniforms = small_uniforms(kind)
     return prior
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import modules
 import predict
 import utils
 from tests.conftest import SIZE, SLICES, copy_run
-from tests.test_train import FIGURES, check_figures, files
+from tests.test_train import FIGURES, SAMPLES, check_figures, files
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def refused(code, capsys, *argv):
 def samples_of(run, pattern="*"):
     """Return {name: pixels} of the generated images."""
     found = {}
-    for path in sorted((run.path / "samples").glob(pattern)):
+    for path in sorted(predict.sample_folder(run).glob(pattern)):
         with Image.open(path) as image:
             assert (image.format, image.mode) == ("PNG", "L")
             found[path.name] = np.asarray(image)
@@ -72,7 +73,7 @@ def test_bare_command_takes_the_newest_run_and_draws_both_figures(
     predict.main([])
     check_figures(Path("runs/a-new/figures"), ["reconstructions", "samples"])
     assert not Path("runs/b-old/figures").exists()
-    assert len(list(Path("runs/a-new/samples").glob("*.png"))) == 64
+    assert len(samples_of(utils.Run.open("runs/a-new"), "*.png")) == 64
     text = capsys.readouterr().out
     assert len(rows(text)) == SLICES
     assert "bits per code" in text and "ssim foreground" in text
@@ -116,7 +117,7 @@ def test_reconstruct_images(run, adni_dir, tmp_path, capsys):
         value = tf.image.ssim(image, vqvae.reconstruct(image), max_val=1.0)
         assert found[path.name] == pytest.approx(value.numpy()[0], abs=1e-4)
     check_figures(
-        run.figures_path, FIGURES | {"samples", "reconstructed_images"}
+        run.figures_path, FIGURES | SAMPLES | {"reconstructed_images"}
     )
 
 
@@ -130,7 +131,7 @@ def test_generate_writes_the_same_image_k_in_any_request(run, capsys):
     assert all(image.shape == (SIZE, SIZE) for image in first.values())
     written = files(run.path / "samples")
 
-    call("generate", run.path, "-n", "18")  # more than are drawn at once
+    call("generate", run.path, "-n", "18")  # more than are sampled at once
     more = files(run.path / "samples")
     assert len(more) == 18 and written.items() <= more.items()
     assert len(set(more.values())) > 1
@@ -142,29 +143,52 @@ def test_generate_writes_the_same_image_k_in_any_request(run, capsys):
         np.any(other[f"seed1_{k:06d}.png"] != first[f"seed0_{k:06d}.png"])
         for k in range(2)
     )
-    check_figures(run.figures_path, FIGURES | {"samples"})
-    assert "18 images in" in capsys.readouterr().out
+    check_figures(run.figures_path, FIGURES | SAMPLES)
+    text = capsys.readouterr().out
+    assert "18 images drawn, 0 there already, in" in text
+    assert "grid of the first 18 in" in text
 
 
-def test_generate_options_reach_the_sampler(run, monkeypatch):
-    seen = []
-    original = modules.generate
+@pytest.fixture(scope="module")
+def compiled():
+    """Priors by the hash of their run: each is compiled once."""
+    return {}
 
-    def spy(*args, **kwargs):
-        seen.append((args, kwargs))
-        return original(*args, **kwargs)
+
+@pytest.fixture
+def draws(compiled, monkeypatch):
+    """What `modules.generate` is called with, in small chunks."""
+    seen, generate, load = [], modules.generate, utils.load_priors
+
+    def spy(vqvae, priors, n, seed, **options):
+        seen.append(types.SimpleNamespace(n=n, seed=seed, **options))
+        return generate(vqvae, priors, n, seed, **options)
+
+    def load_once(run, vqvae):
+        key = predict.sample_folder(run).name
+        if key not in compiled:
+            compiled[key] = load(run, vqvae)
+        return compiled[key]
 
     monkeypatch.setattr(modules, "generate", spy)
+    monkeypatch.setattr(utils, "load_priors", load_once)
+    monkeypatch.setattr(predict, "CHUNK", 16)
+    return seen
+
+
+def test_generate_options_reach_the_sampler(run, draws):
     call("generate", run.path, "-n", "3", "--top-k", "1")
     flags = "--temperature 0.5 --top-p 0.9 --slice-position 0.25".split()
     call("generate", run.path, "-n", "18", "--seed", "7", *flags)
-    (_, greedy), *chunks = seen
-    assert (greedy["top_k"], greedy["slice_position"]) == (1, None)
-    assert [args[2:] for args, _ in chunks] == [(8, 7), (8, 7), (2, 7)]
-    assert [options["first"] for _, options in chunks] == [0, 8, 16]
-    for (_, _, count, _), options in chunks:
-        assert (options["temperature"], options["top_p"]) == (0.5, 0.9)
-        assert list(options["slice_position"]) == [0.25] * count
+    greedy, *chunks = draws
+    assert (greedy.top_k, greedy.label) == (1, None)
+    positions = modules.slice_positions(8)
+    np.testing.assert_array_equal(greedy.slice_position, positions)
+    # Whole runs of the sampler, though only 18 are kept.
+    assert [(c.n, c.seed, c.first) for c in chunks] == [(16, 7, 0), (8, 7, 16)]
+    for chunk in chunks:
+        assert (chunk.temperature, chunk.top_p) == (0.5, 0.9)
+        assert list(chunk.slice_position) == [0.25] * chunk.n
     # Other options, other files: no folder mixes them unseen.
     names = set(samples_of(run))
     assert "seed0_top-k1_000000.png" in names
@@ -172,6 +196,16 @@ def test_generate_options_reach_the_sampler(run, monkeypatch):
         "seed7_temperature0.5_top-p0.9_slice-position0.25_000017.png" in names
     )
     assert len(names) == 3 + 18
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "slice_position"])
+def test_other_settings_have_other_names(name):
+    values = (0.1, 0.10000001, 0.2, 1.0)
+    names = {predict.sample_name(predict.Generate(**{name: v})) for v in values}
+    assert len(names) == len(values)
+    assert predict.sample_name(
+        predict.Generate(guidance=2.0, label="v1.0")
+    ) == ("seed0_guidance2_labelv1.0")
 
 
 def test_generate_greedily_is_the_same_for_every_seed(run):
@@ -188,28 +222,190 @@ def test_generate_needs_a_prior(vqvae_run, capsys):
     assert files(vqvae_run.path) == before
 
 
+# Many images: chunks, shards, going on
+
+
+def load(path):
+    """Arrays of an npz chunk."""
+    with np.load(path) as chunk:
+        return dict(chunk)
+
+
+def generated(run, *flags):
+    """Generate into the run; return {name: bytes} of all its samples."""
+    call("generate", run.path, *flags)
+    return files(predict.sample_folder(run))
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_shards_together_equal_one_request(kind, levels_run, tmp_path, draws):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ["-n", "53", "--format", kind]
+    expected = generated(copy_run(levels_run, whole), *flags)
+    assert [draw.first for draw in draws] == [0, 16, 32, 48]
+    assert len(expected) == {"png": 53, "npz": 4}[kind]
+
+    run, count = copy_run(levels_run, parts), 0
+    for shard, firsts in (("1/3", [16]), ("2/3", [32]), ("0/3", [0, 48])):
+        draws.clear()
+        found = generated(run, *flags, "--shard", shard)
+        assert [draw.first for draw in draws] == firsts
+        assert len(found) > count
+        count = len(found)
+    assert found == expected
+
+
+def test_npz_holds_the_images_and_what_they_are_of(levels_run, tmp_path, draws):
+    run = copy_run(levels_run, tmp_path)
+    generated(run, "-n", "21")
+    images = np.stack(list(samples_of(run).values()))
+    generated(run, "-n", "21", "--format", "npz")
+    folder = predict.sample_folder(run)
+    names = ["seed0_000000.npz", "seed0_000016.npz"]
+    assert sorted(p.name for p in folder.glob("*.npz")) == names
+    parts = [load(folder / name) for name in names]
+    chunk = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    assert set(chunk) == {
+        *("images", "number", "indices_1", "indices_2"),
+        *("label", "slice_position"),
+    }
+    assert chunk["images"].dtype == np.uint8
+    np.testing.assert_array_equal(chunk["images"], images)
+    assert list(chunk["number"]) == list(range(21))
+    assert list(chunk["label"]) == ["AD"] * 8 + ["NC"] * 8 + ["AD"] * 5
+    positions = modules.slice_positions(21)
+    np.testing.assert_array_equal(chunk["slice_position"], positions)
+    indices = [chunk["indices_1"], chunk["indices_2"]]
+    assert [grid.shape for grid in indices] == [(21, 8, 8), (21, 4, 4)]
+    vqvae = utils.load_model(run.vqvae_path)
+    decoded = vqvae.decode_indices(indices).numpy()[..., 0]
+    np.testing.assert_allclose(images / 255, decoded, atol=0.51 / 255)
+
+
+def test_npz_without_what_a_prior_is_not_told(run):
+    generated(run, "-n", "3", "--format", "npz")
+    chunk = load(predict.sample_folder(run) / "seed0_000000.npz")
+    assert set(chunk) == {"images", "number", "indices_1", "slice_position"}
+    assert {len(values) for values in chunk.values()} == {3}
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_a_killed_request_goes_on(kind, run, draws, capsys):
+    flags = ["-n", "70", "--format", kind]
+    expected = generated(run, *flags)
+    folder = predict.sample_folder(run)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    gone, cut = (folder / f"seed0_{k:06d}.{kind}" for k in (16, 48))
+    left = gone.with_name(f"{gone.name}.tmp-{process.pid}{gone.suffix}")
+    gone.rename(left)
+    cut.write_bytes(cut.read_bytes()[:-40])  # as no process leaves it
+
+    draws.clear()
+    capsys.readouterr()
+    assert generated(run, *flags) == expected
+    assert [draw.first for draw in draws] == [16, 48]
+    assert "32 images drawn, 38 there already, in" in capsys.readouterr().out
+    draws.clear()
+    assert generated(run, *flags) == expected
+    assert not draws
+
+
+def test_files_under_way_elsewhere_are_left_alone(run, draws):
+    """Other shards and requests may be alive on other machines."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    folder = predict.sample_folder(run)
+    folder.mkdir(parents=True)
+    names = [
+        f"seed0_000016.png.tmp-{process.pid}.png",  # of shard 1
+        f"seed0_000000.png.tmp-{os.getppid()}.png",  # alive
+        f"seed1_000000.png.tmp-{process.pid}.png",
+        f"seed0_top-k1_000000.png.tmp-{process.pid}.png",
+    ]
+    for name in names:
+        (folder / name).write_bytes(b"")
+    assert set(names) < set(generated(run, "-n", "20", "--shard", "0/2"))
+
+
+def test_an_npz_of_fewer_images_is_drawn_again(run, draws):
+    flags = ["--format", "npz", "-n"]
+    short = generated(run, *flags, "18")
+    more = generated(run, *flags, "27")
+    assert [draw.first for draw in draws] == [0, 16, 16]
+    assert set(short) == set(more)
+    assert short["seed0_000000.npz"] == more["seed0_000000.npz"]
+    chunk = load(predict.sample_folder(run) / "seed0_000016.npz")
+    assert list(chunk["number"]) == list(range(16, 27))
+    draws.clear()
+    assert generated(run, *flags, "20") == more  # those and others
+    assert not draws
+
+
+def test_samples_of_another_prior_are_not_taken_for_its_own(run, draws):
+    path = run.path / "prior.keras"
+    earlier, before = path.read_bytes(), generated(run, "-n", "20")
+    folder = predict.sample_folder(run)
+    prior = utils.load_model(path)
+    prior.logits.bias.assign_add(np.linspace(-2, 2, 16))
+    prior.save(path)
+    draws.clear()
+    after = generated(run, "-n", "18")
+    assert len(draws) == 2
+    assert len(after) == 18  # none of the others among them
+    assert any(after[name] != before[name] for name in after)
+    assert files(folder) == before
+
+    path.write_bytes(earlier)
+    draws.clear()
+    assert generated(run, "-n", "20") == before
+    assert not draws
+
+
+def test_a_shard_without_the_first_images_draws_no_grid(run, draws, capsys):
+    shutil.rmtree(run.figures_path)
+    for shard, count in (("1/2", 2), ("2/3", 0)):
+        capsys.readouterr()
+        call("generate", run.path, "-n", "18", "--shard", shard)
+        text = capsys.readouterr().out
+        assert f"{count} images drawn, 0 there" in text and "grid" not in text
+        assert not run.figures_path.exists()
+        shutil.rmtree(run.path / "samples", ignore_errors=True)
+    call("generate", run.path, "-n", "18", "--shard", "0/2")
+    assert "grid of the first 16 in" in capsys.readouterr().out
+    check_figures(run.figures_path, ["samples"])
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_generate_holds_one_chunk_at_a_time(kind, run, draws, monkeypatch):
+    held, alive = [], []
+    original = predict.draw
+
+    def draw(*args):
+        alive.append(sum(reference() is not None for reference in held))
+        chunk = original(*args)
+        held.append(weakref.ref(chunk["images"]))
+        return chunk
+
+    monkeypatch.setattr(predict, "draw", draw)
+    call("generate", run.path, "-n", "100", "--format", kind)
+    assert alive == [0] * 7
+
+
 # Labels, guidance and two levels
 
 
-def test_generate_a_label_with_guidance(levels_run, tmp_path, monkeypatch):
+def test_generate_a_label_with_guidance(levels_run, tmp_path, draws):
     run = copy_run(levels_run, tmp_path)
-    seen = []
-    original = modules.generate
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(modules, "generate", spy)
     flags = "--label AD --guidance 2 -n 3".split()
     call("generate", run.path, *flags)
-    [options] = seen
-    assert (options["label"], options["guidance"]) == ("AD", 2.0)
+    [options] = draws
+    assert (set(options.label), options.guidance) == ({"AD"}, 2.0)
     images = samples_of(run)
     names = [f"seed0_guidance2_labelAD_{k:06d}.png" for k in range(3)]
     assert list(images) == names
     assert all(image.shape == (SIZE, SIZE) for image in images.values())
-    check_figures(run.figures_path, FIGURES | {"samples"})
+    check_figures(run.figures_path, FIGURES | SAMPLES)
 
 
 def test_labels_that_a_run_does_not_know(levels_run, tiny_run, capsys):
@@ -255,7 +451,7 @@ def test_bare_command_on_two_levels(levels_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     predict.main([])
     check_figures(path / "figures", ["reconstructions", "samples"])
-    names = {file.name for file in (path / "samples").iterdir()}
+    names = set(samples_of(utils.Run.open(path)))
     assert names == {f"seed0_{k:06d}.png" for k in range(64)}
     text = capsys.readouterr().out
     assert text.count("bits per code") == 2 and "label" in text
@@ -297,7 +493,7 @@ def test_evaluate_finds_what_training_found(run):
     after = json.loads(run.evaluation_path.read_text())
     assert set(after.pop("speed")) == set(before.pop("speed"))
     assert after == before
-    check_figures(run.figures_path, FIGURES | {"samples"})
+    check_figures(run.figures_path, FIGURES | SAMPLES)
 
 
 def test_evaluate_other_data_takes_all_as_test_images(run, adni_dir, capsys):
@@ -424,6 +620,12 @@ def test_missing_run(tmp_path, capsys):
         ("generate -n 0", "--number: expected a whole number in [1"),
         ("generate --temp 1", "--temp: unknown argument"),
         ("generate --guidance -1", "--guidance: expected a number in [0, 100]"),
+        ("generate --format jpg", "--format: expected one of png, npz"),
+        *(
+            (f"generate --shard={shard}", f"expected I/N with 0 <= I < N, {x}")
+            for shard in ("4/4", "0/0", "-1/4", "1", "1/", "a/b", "1/2/3")
+            for x in [f"such as 0/4, found '{shard}'"]
+        ),
         ("reconstruct --split all", "--split: expected one of train"),
         ("evaluate --dataset oasis", "--dataset: goes with --data-dir only"),
         ("paint", "VERB: invalid choice: 'paint'"),

@@ -1,5 +1,6 @@
 """A training that is stopped, killed or broken off loses nothing."""
 
+import errno
 import json
 import os
 import resource
@@ -205,6 +206,17 @@ def test_a_run_in_use_is_refused(half_done, tmp_path, capsys):
     assert f"taken over from process {other.pid} on " in capsys.readouterr().out
     run.unlock()
     assert not run.lock_path.exists()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(utils.fcntl, "flock", refuse)
+    lock = utils.FileLock(tmp_path / "run.lock")
+    assert f"{tmp_path}: a file system without locks" in capsys.readouterr().err
+    lock.release()
+    assert not lock.path.exists()
 
 
 def test_files_half_written_by_a_killed_training_go(half_done, tmp_path):

@@ -30,6 +30,7 @@ from tests.conftest import (
 ROOT = Path(train.__file__).parent
 IMAGES = {"train": 4 * SLICES, "validate": SLICES, "test": SLICES}
 FIGURES = {"reconstructions", "indices", "codebook", "history"}
+SAMPLES = {"samples", "memorization"}  # where there is a prior
 FILES = {
     "config.json",
     "split.csv",
@@ -89,7 +90,7 @@ def read_test_images(oasis_dir):
 def test_run_holds_every_file_of_the_design_and_no_other(tiny_run):
     names = {path.name for path in tiny_run.path.iterdir()}
     assert names == FILES | {"prior.keras"}
-    check_figures(tiny_run.figures_path, FIGURES | {"samples"})
+    check_figures(tiny_run.figures_path, FIGURES | SAMPLES)
 
 
 def test_config_tells_how_to_repeat_the_run(tiny_run, oasis_dir):
@@ -165,6 +166,8 @@ def test_evaluation_has_every_number_in_its_range(tiny_run):
         "reconstruction",
         "codebook",
         "prior",
+        "generation",
+        "memorization",
         "speed",
     }
     assert evaluation["data"] == {
@@ -265,7 +268,7 @@ def test_two_levels_have_a_prior_each(levels_run):
     assert names == FILES | {"prior_bottom.keras", "prior_top.keras"}
     assert levels_run.prior_names == ["prior_bottom", "prior_top"]
     assert levels_run.has_priors
-    check_figures(levels_run.figures_path, FIGURES | {"samples"})
+    check_figures(levels_run.figures_path, FIGURES | SAMPLES)
     assert levels_run.info["latent_grids"] == [[8, 8], [4, 4]]
     shapes = {k: v.shape for k, v in indices_of(levels_run).items()}
     assert shapes == {
@@ -386,7 +389,7 @@ def test_three_levels(adni_dir, tmp_path):
     assert entries[0]["bits_per_image"] == pytest.approx(
         np.dot(bits, [64, 16, 4])
     )
-    check_figures(run.figures_path, FIGURES | {"samples"})
+    check_figures(run.figures_path, FIGURES | SAMPLES)
 
 
 # What a prior is trained on and how
@@ -425,7 +428,14 @@ def test_jittered_copies_double_the_training_grids_only(
     splits = utils.read_splits(run)
     for _ in range(2):
         run.begin(config)
-        train.train_priors(run, vqvae, indices, splits, utils.StopSignals())
+        train.train_priors(
+            run,
+            vqvae,
+            indices,
+            splits,
+            tf.distribute.get_strategy(),
+            utils.StopSignals(),
+        )
     (_, name, _, data, _), (*_, again, _) = seen
     assert name == "prior" and set(data) == set(dataset.SPLITS)
     tf.nest.map_structure(np.testing.assert_array_equal, data, again)
@@ -609,7 +619,7 @@ def test_smoke_connects_everything_on_simulated_data(recipe, smoke_run):
     assert len(numbers) > 40 and np.isfinite(numbers).all()
     entries = evaluation["prior"]
     assert len(entries) == settings.get("levels", 1)
-    check_figures(run.figures_path, FIGURES | {"samples"})
+    check_figures(run.figures_path, FIGURES | SAMPLES)
     stages = list(pd.read_csv(run.history_path)["stage"])
     assert stages == ["vqvae", *run.prior_names]
     # A few images of each split, spread over its subjects and their slices.

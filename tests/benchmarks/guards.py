@@ -133,9 +133,7 @@ def measure(name, steps, small):
 def interval_of_median(values, draws=2000):
     """95 % bootstrap interval of the median."""
     generator = np.random.default_rng(0)
-    medians = np.median(
-        generator.choice(values, (draws, len(values))), axis=1
-    )
+    medians = np.median(generator.choice(values, (draws, len(values))), axis=1)
     return [float(v) for v in np.percentile(medians, [2.5, 97.5])]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 import modules  # noqa: E402
 import train  # noqa: E402
@@ -38,7 +39,8 @@ def measure(run, level, kind, images):
         data[split] = utils.prior_inputs(prior, grids, frame)
     started = time.perf_counter()
     name = f"{kind}_{level}"
-    train.train_prior(run, name, prior, data, utils.StopSignals())
+    strategy = tf.distribute.get_strategy()
+    train.train_prior(run, name, prior, data, strategy, utils.StopSignals())
     minutes = (time.perf_counter() - started) / 60
     conditions = {
         name: values[:images]
