@@ -1,12 +1,14 @@
 """What the flags for small memories save, and what they cost in time.
 
     python tests/benchmarks/memory.py
+    python tests/benchmarks/memory.py --models vqvae2 --batch 64
 
 Training steps of the models of oasis-vqvae2-pixelsnail as they are, with
 `--accumulation-steps 4`, with `--recompute` (priors) and with `--jit`, each in
 a process of its own, without dropout. The memory is the most that the process
 held in steps, less what it held before the first: on a GPU by TensorFlow's
-account, on a CPU resident.
+account, on a CPU resident, which counts the compiled step as well; that of four
+parts is four times as large.
 """
 
 import functools
@@ -49,11 +51,18 @@ def peak_mb():
     return common.memory_mb("VmHWM")
 
 
-def measure(name, way, steps):
+def resized(batch, size):
+    """The images of a batch again and again."""
+    return tf.gather(batch, tf.range(size) % len(batch))
+
+
+def measure(name, way, batch_size, steps):
     """Memory and time of training steps, in this process."""
     policy, _ = utils.choose_precision()
     keras.config.set_dtype_policy(policy)
     model, batch = MODELS[name]()
+    if batch_size:
+        batch = tf.nest.map_structure(lambda x: resized(x, batch_size), batch)
     settings = dict(WAYS[way])
     jit = settings.pop("jit", False)
     for attribute, value in settings.items():
@@ -70,6 +79,7 @@ def measure(name, way, steps):
     return {
         "model": name,
         "way": way,
+        "batch": len(tf.nest.flatten(batch)[0]),
         "peak_mb": peak_mb() - before,
         "seconds_per_step": statistics.median(times[training.WARM_UP :]),
         "seconds_of_first_step": times[0],
@@ -81,6 +91,9 @@ def main(argv=None):
     models = [name for name in MODELS if name != "smoke"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=models)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
+    parser.add_argument(
+        "--batch", type=int, help="images a step (default that of the recipe)"
+    )
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args(argv)
     rows = []
@@ -88,13 +101,16 @@ def main(argv=None):
         for way in options.ways:
             if way == "--recompute" and name == "vqvae2":
                 continue
-            row = common.in_process(measure, name, way, options.steps)
+            row = common.in_process(
+                measure, name, way, options.batch, options.steps
+            )
             first = next(r for r in [*rows, row] if r["model"] == name)
             for key in ("peak_mb", "seconds_per_step"):
                 row[f"{key}_ratio"] = row[key] / first[key]
             rows.append(row)
     columns = {
         "model": ("model", ""),
+        "batch": ("batch", ""),
         "flags": ("way", ""),
         "MB": ("peak_mb", ",.0f"),
         "x": ("peak_mb_ratio", ".2f"),
