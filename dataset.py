@@ -1073,7 +1073,7 @@ def _uniforms():
     return tf.function(draw, input_signature=signature, autograph=False)
 
 
-def _batches(count, batch_size, seed, epochs, start_step, parts):
+def _batches(count, batch_size, seed, epochs, start_step, parts=(0, 1, 1)):
     """Return a Dataset of batches of row numbers, or of parts of each."""
     if count == 0:
         raise DataError("no images, expected at least one")

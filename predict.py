@@ -347,20 +347,16 @@ def draw(vqvae, priors, options, first, count):
         `indices_1`, ... of each level, bottom first, `(count, h, w)`, and
         `label` and `slice_position` `(count,)` of priors that are told them.
     """
-    # Whole runs of the sampler, also at the end: the decoder's convolutions
-    # round otherwise in a smaller batch.
-    run = priors[0].sample_chunk
-    whole = -(-count // run) * run
-    labels = modules.alternate_labels(priors[0].labels, whole, first)
+    labels = modules.alternate_labels(priors[0].labels, count, first)
     if options.label is not None:
-        labels = [options.label] * whole
-    positions = modules.slice_positions(whole, first)
+        labels = [options.label] * count
+    positions = modules.slice_positions(count, first)
     if options.slice_position is not None:
         positions[:] = options.slice_position
     images, indices = modules.generate(
         vqvae,
         priors,
-        whole,
+        count,
         options.seed,
         first=first,
         temperature=options.temperature,
@@ -373,14 +369,14 @@ def draw(vqvae, priors, options, first, count):
     )
     chunk = {
         "images": utils.to_pixels(images),
-        "number": np.arange(first, first + whole),
+        "number": np.arange(first, first + count),
         **{f"indices_{k}": grid for k, grid in enumerate(indices, start=1)},
     }
     if labels:
         chunk["label"] = np.array(labels)
     if priors[0].slice_condition:
         chunk["slice_position"] = positions
-    return {name: values[:count] for name, values in chunk.items()}
+    return chunk
 
 
 def sample_name(options):

@@ -182,10 +182,9 @@ def test_generate_options_reach_the_sampler(run, draws):
     call("generate", run.path, "-n", "18", "--seed", "7", *flags)
     greedy, *chunks = draws
     assert (greedy.top_k, greedy.label) == (1, None)
-    positions = modules.slice_positions(8)
+    positions = modules.slice_positions(3)
     np.testing.assert_array_equal(greedy.slice_position, positions)
-    # Whole runs of the sampler, though only 18 are kept.
-    assert [(c.n, c.seed, c.first) for c in chunks] == [(16, 7, 0), (8, 7, 16)]
+    assert [(c.n, c.seed, c.first) for c in chunks] == [(16, 7, 0), (2, 7, 16)]
     for chunk in chunks:
         assert (chunk.temperature, chunk.top_p) == (0.5, 0.9)
         assert list(chunk.slice_position) == [0.25] * chunk.n

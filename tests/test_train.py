@@ -436,7 +436,7 @@ def test_jittered_copies_double_the_training_grids_only(
             tf.distribute.get_strategy(),
             utils.StopSignals(),
         )
-    (_, name, _, data, _), (*_, again, _) = seen
+    (_, name, _, data, *_), (_, _, _, again, *_) = seen
     assert name == "prior" and set(data) == set(dataset.SPLITS)
     tf.nest.map_structure(np.testing.assert_array_equal, data, again)
     for name in ("validate", "test"):
@@ -636,7 +636,9 @@ def test_smoke_connects_everything_on_simulated_data(recipe, smoke_run):
 def test_another_prior_over_a_smoke_run_needs_no_data(smoke_run, tmp_path):
     run = copy_run(smoke_run("oasis-vqvae-pixelcnn"), tmp_path)
     argv = ["--stage", "prior", "--run-dir", str(run.path)]
-    again, splits = train.start(utils.resolve(argv))
+    again, splits = train.start(
+        utils.resolve(argv), tf.distribute.get_strategy()
+    )
     again.unlock()
     assert not again.config.smoke and again.config.data_dir is None
     for name, frame in utils.read_splits(run).items():
@@ -856,7 +858,7 @@ def test_mixed_sizes_are_counted_in_one_line(hipmri_dir, tmp_path, capsys):
         data_dir=str(hipmri_dir),
         run_dir=str(tmp_path / "run"),
     )
-    run, splits = train.start(config)
+    run, splits = train.start(config, tf.distribute.get_strategy())
     run.unlock()
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "32x36" in line] == [
