@@ -130,7 +130,7 @@ def test_start_of_pipeline():
 
 
 def test_memory(tmp_path):
-    ways = ("--ways", "as it is", "--recompute")
+    ways = ("--ways", "as it is", "recompute")
     flags = ("--models", "smoke", *ways, "--steps", 1)
     plain, again = cases(memory.main, tmp_path, *flags)
     assert plain["peak_mb_ratio"] == 1

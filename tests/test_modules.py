@@ -1831,13 +1831,13 @@ def test_image_k_is_the_same_in_any_request(prior):
 def test_levels_draw_different_numbers():
     """Prevents: grids of two levels that are drawn alike."""
     grids = [(4, 8), (2, 4), (1, 2)]
-    numbers = [
-        tiny_prior(
-            latent_grid=grid, blocks=0, upper_grids=grids[level + 1 :]
-        )._uniforms(3, 1)
+    priors = [
+        tiny_prior(latent_grid=grid, blocks=0, upper_grids=grids[level + 1 :])
         for level, grid in enumerate(grids)
     ]
-    assert [x.shape for x in numbers] == [(8, *grid) for grid in grids]
+    numbers = [prior._uniforms(3, 1) for prior in priors]
+    images = priors[0].sample_chunk
+    assert [x.shape for x in numbers] == [(images, *grid) for grid in grids]
     together = np.concatenate([x.numpy().ravel() for x in numbers])
     assert len(np.unique(together)) == together.size
     # Not those of the top of another study either.

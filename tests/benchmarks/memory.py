@@ -37,9 +37,9 @@ MODELS = {
 }
 WAYS = {
     "as it is": {},
-    "--accumulation-steps 4": {"accumulation_steps": 4},
-    "--recompute": {"recompute": True},
-    "--jit": {"jit": True},
+    "accumulation-steps 4": {"accumulation_steps": 4},
+    "recompute": {"recompute": True},
+    "jit": {"jit": True},
 }
 
 
@@ -99,7 +99,7 @@ def main(argv=None):
     rows = []
     for name in options.models:
         for way in options.ways:
-            if way == "--recompute" and name == "vqvae2":
+            if way == "recompute" and name == "vqvae2":
                 continue
             row = common.in_process(
                 measure, name, way, options.batch, options.steps
