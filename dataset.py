@@ -821,14 +821,17 @@ def load_index(root, dataset, skip_bad=False, image_size=None):
 
 
 def index_files(paths):
-    """Return a verified index of single files, all in the test split."""
+    """Return a verified index of single files, all in the test split.
+
+    Their label is "" and their position NaN: unknown.
+    """
     rows = [
         {
             "path": os.path.abspath(path),
             "subject": Path(path).name,
             "scan": Path(path).name,
             "slice": 0,
-            "position": 0.5,
+            "position": np.nan,
             "label": "",
             "split": "test",
         }
@@ -979,7 +982,7 @@ def make_dataset(
                 ..., None
             ]
 
-    return order.map(load, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+    return _loaded(order, load)
 
 
 def array_batches(
@@ -994,6 +997,13 @@ def array_batches(
     def load(rows):
         return tf.nest.map_structure(lambda a: tf.gather(a, rows), arrays)
 
+    return _loaded(order, load)
+
+
+def _loaded(order, load):
+    """Return the batches that `load` makes of those of row numbers."""
+    # It has no Python loop to convert, which would take most of the time.
+    load = tf.autograph.experimental.do_not_convert(load)
     return order.map(load, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
 
@@ -1080,6 +1090,7 @@ def _batches(count, batch_size, seed, epochs, start_step, parts=(0, 1, 1)):
     steps = steps_per_epoch(count, batch_size)
     first, skipped = divmod(start_step, steps)
 
+    @tf.autograph.experimental.do_not_convert
     def epoch_batches(epoch):
         rows = _order(count, seed, epoch)
         begin = tf.where(epoch == first, skipped * batch_size, 0)
@@ -1093,6 +1104,7 @@ def _batches(count, batch_size, seed, epochs, start_step, parts=(0, 1, 1)):
     if total > 1:
         numbers = tf.range(begin, end)
 
+        @tf.autograph.experimental.do_not_convert
         def cut(rows):
             size = tf.size(rows)
             return tf.data.Dataset.from_tensor_slices(numbers).map(
@@ -1137,7 +1149,8 @@ def _loader(index, size, resize):
         )
         with tf.control_dependencies([same]):
             data = tf.identity(data)
-        image = _rescale(decode(data), low[row], high[row])
+        image, _ = _decoder()(data)  # traced once, not for every dataset
+        image = _rescale(image, low[row], high[row])
         return tf.ensure_shape(fit_to(image, size, resize), size)
 
     return load
@@ -1208,6 +1221,8 @@ def _free_memory():
 # Lengths are in mm about the anterior commissure, axes (z, y, x) pointing up,
 # forward and right, as the planes are stacked.
 
+LESION_RADIUS = (0.04, 0.09)  # of the long side of the image
+LESION_CONTRAST = (0.25, 0.5)  # of the intensity range, up or down
 BRAIN_PLANES = {"oasis": 32, "adni": 20}
 PELVIS_PLANES = 20
 # Slice positions, 11 to 21 mm, where the bodies of the lateral ventricles lie
@@ -1385,16 +1400,23 @@ def ventricle_area(images):
 
 def _ventricle_area(image):
     image = image.reshape(image.shape[:2])
-    parts, count = ndimage.label(image > 0.08)
-    if not count:
+    depth = _depth(image)
+    if not depth.any():
         return 0.0
-    largest = 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    brain = ndimage.binary_fill_holes(parts == largest)
-    brain = np.pad(brain, 1)  # the frame's edge is an outline too
-    depth = ndimage.distance_transform_edt(brain)[1:-1, 1:-1]
-    bright = np.percentile(image[brain[1:-1, 1:-1]], 90)
+    bright = np.percentile(image[depth > 0], 90)
     dark = (image < bright / 2) & (depth > depth.max() / 2)
     return float(ndimage.binary_opening(dark).mean())
+
+
+def _depth(image):
+    """Return how many pixels each one is inside the head, (H, W)."""
+    parts, count = ndimage.label(image > 0.08)
+    if not count:
+        return np.zeros(image.shape)
+    largest = 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    head = ndimage.binary_fill_holes(parts == largest)
+    head = np.pad(head, 1)  # the frame's edge is an outline too
+    return ndimage.distance_transform_edt(head)[1:-1, 1:-1]
 
 
 def ventricle_areas(images, positions):
@@ -1417,6 +1439,37 @@ def ventricle_areas(images, positions):
     height, width = images.shape[1:3]
     areas[counts] = ventricle_area(images[counts]) * height * width
     return areas
+
+
+def add_lesion(image, seed):
+    """Add a simulated lesion: a round, soft, bright or dark blob in the head.
+
+    Its place, radius (`LESION_RADIUS`) and contrast (`LESION_CONTRAST`) are
+    random; brighter or darker wherever there is room for its contrast.
+
+    Args:
+        image: (H, W), intensities in [0, 1].
+        seed: int or sequence of int >= 0, of every random choice.
+
+    Returns: image (H, W) float32; mask (H, W) bool of the pixels that take at
+        least half of the contrast, none in a blank image.
+    """
+    rng = np.random.default_rng(seed)
+    radius = rng.uniform(*LESION_RADIUS) * max(image.shape)
+    contrast = rng.uniform(*LESION_CONTRAST)
+    depth = _depth(image)
+    inside = np.argwhere((depth > 0) & (depth >= min(radius, depth.max())))
+    if not len(inside):
+        return np.float32(image), np.full(image.shape, False)
+    centre = rng.choice(inside)
+    away = np.linalg.norm(np.argwhere(depth >= 0) - centre, axis=1)
+    blob = np.clip(2.5 - 2 * away.reshape(image.shape) / radius, 0, 1)
+    blob *= depth > 0
+    mask = blob >= 0.5
+    level = image[mask].mean()
+    signs = [s for s in (1, -1) if 0 <= level + s * contrast <= 1]
+    image = image + rng.choice(signs) * contrast * blob
+    return np.clip(image, 0, 1).astype(np.float32), mask
 
 
 def simulate(

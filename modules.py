@@ -406,6 +406,67 @@ class Checkpoint(keras.callbacks.Callback):
         self.model.train_function = skip
 
 
+class TensorBoardLog(keras.callbacks.Callback):
+    """Writes what TensorBoard shows of a training.
+
+    Numbers after every epoch, pictures after the first, the last and every
+    few between. Keras's own callback counts epochs from 0, logs validation
+    twice, and would log again what a resumed training repeats.
+
+    It draws no random number, so that weights are the same without it.
+
+    Args:
+        path: of a folder; in it `train`, `validate` and `pictures` hold a
+            file of events for each part of the training.
+        epoch: int, epochs done before. What is there of later ones, of which
+            a killed training saved nothing, is removed.
+        every: int. Epochs between pictures; 0: none.
+        draw: function without arguments that logs the pictures with
+            `tf.summary`, or None.
+    """
+
+    def __init__(self, path, epoch=0, every=0, draw=None):
+        super().__init__()
+        self.path, self.epoch = Path(path), epoch
+        self.every, self.draw = every if draw else 0, draw
+        self.writers = {}
+
+    def on_train_begin(self, logs=None):
+        utils.drop_events(self.path, self.epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epoch = epoch + 1
+        rate = float(self.model.optimizer.learning_rate)
+        for name, value in {**logs, "learning_rate": rate}.items():
+            part = "validate" if name.startswith("val_") else "train"
+            with self._writer(part):
+                tf.summary.scalar(name.removeprefix("val_"), value)
+        last = self.epoch == self.params["epochs"] or self.model.stop_training
+        if self.every and not last:
+            if epoch == 0 or self.epoch % self.every == 0:
+                self._draw()
+        # Before the next checkpoint, which counts this epoch as logged.
+        for writer in self.writers.values():
+            writer.flush()
+
+    def on_train_end(self, logs=None):
+        if self.every:  # by now with the best weights
+            self._draw()
+        for writer in self.writers.values():
+            writer.close()
+
+    def _draw(self):
+        with self._writer("pictures"):
+            self.draw()
+
+    def _writer(self, part):
+        """Context in which `tf.summary` writes to a part of the folder."""
+        if part not in self.writers:
+            folder = str(self.path / part)
+            self.writers[part] = tf.summary.create_file_writer(folder)
+        return self.writers[part].as_default(self.epoch)
+
+
 # === Vector quantizer ===
 
 
@@ -1128,7 +1189,7 @@ class VQVAE(TrainableModel):
             x = tf.concat([x, tf.cast(above, x.dtype)], axis=-1)
         return self.part("decoder", level)(x)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def encode(self, images):
         """Indices of each level, bottom first: list of `(B, h, w)` int32.
 
@@ -1138,7 +1199,7 @@ class VQVAE(TrainableModel):
         _, quantized, _ = self._forward(tf.cast(images, self.compute_dtype))
         return [result.indices for result in quantized]
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def decode_indices(self, indices):
         """Images `(B, H, W, 1)` in [0, 1] from the indices of each level.
 
@@ -1151,7 +1212,7 @@ class VQVAE(TrainableModel):
             decoded = self._decode_level(level, quantized, decoded)
         return tf.clip_by_value(tf.cast(decoded, tf.float32), 0.0, 1.0)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def reconstruct(self, images):
         """Images after encoding and decoding, clipped to [0, 1]."""
         images = tf.cast(images, self.compute_dtype)
@@ -1746,7 +1807,7 @@ class AutoregressivePrior(TrainableModel):
         """`tfd.Categorical` of every position given the indices before it."""
         return tfd().Categorical(logits=self(indices, **conditions))
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def log_prob(self, indices, upper=None, label=None, slice_position=None):
         """Log-probability in nats of each position, `(B, h, w)` float32.
 
@@ -1792,6 +1853,7 @@ class AutoregressivePrior(TrainableModel):
         label=None,
         slice_position=None,
         first=0,
+        known=None,
         return_log_prob=False,
         progress=None,
     ):
@@ -1812,10 +1874,14 @@ class AutoregressivePrior(TrainableModel):
                 without the slice position) towards those with it, this many
                 times the way. Ho & Salimans, 2022, arXiv:2207.12598.
             upper: `(n, h, w)` int arrays, one for each upper grid.
-            label: name of a label, or a sequence of `n` names; default null.
-            slice_position: `(n,)` float in [0, 1], or one for all; default
-                null.
+            label: name of a label, or a sequence of `n` names, None for null;
+                default null.
+            slice_position: `(n,)` float in [0, 1], or one for all, NaN for
+                null; default null.
             first: int >= 0. Number of the first image.
+            known: `(n, h, w)` int array of indices that are not drawn, -1
+                where unknown. What comes after them is drawn given them, what
+                comes before is not: weigh by `utils.known_log_prob`.
             return_log_prob: bool. Also return the log-probability in nats of
                 each grid under the model (temperature 1, all codes, no
                 guidance), accumulated while drawing.
@@ -1833,6 +1899,7 @@ class AutoregressivePrior(TrainableModel):
             "guidance: this prior has neither labels nor slice positions",
         )
         conditions = self._conditions(n, upper, label, slice_position)
+        known = self._known_indices(n, known)
         numbers = np.arange(first, first + n)
         chunks = np.unique(numbers // self.sample_chunk)
         grids = np.zeros((n, *self.latent_grid), "int32")
@@ -1841,13 +1908,18 @@ class AutoregressivePrior(TrainableModel):
         def draw(chunk):
             rows = np.flatnonzero(numbers // self.sample_chunk == chunk)
             slots = numbers[rows] % self.sample_chunk
-            indices, log_prob = self._sampler(
-                self._uniforms(seed, int(chunk)),
-                self._chunk_context(conditions, rows, slots, guidance != 1),
-                tf.constant(temperature, tf.float32),
-                tf.constant(guidance, tf.float32),
-                top_p=float(top_p),
-                top_k=int(top_k),
+            indices, log_prob = self.draw_chunk(
+                seed,
+                int(chunk),
+                tf.nest.map_structure(
+                    lambda values: self._in_slots(values, rows, slots),
+                    conditions,
+                ),
+                self._in_slots(known, rows, slots, -1),
+                temperature,
+                guidance,
+                top_p,
+                top_k,
             )
             grids[rows] = indices.numpy()[slots]
             log_probs[rows] = log_prob.numpy()[slots]
@@ -1857,6 +1929,45 @@ class AutoregressivePrior(TrainableModel):
             for _ in progress(chunks) if progress else chunks:
                 next(drawn)
         return (grids, log_probs) if return_log_prob else grids
+
+    def draw_chunk(
+        self,
+        seed,
+        chunk,
+        conditions,
+        known=None,
+        temperature=1.0,
+        guidance=1.0,
+        top_p=1.0,
+        top_k=0,
+    ):
+        """Draw the `sample_chunk` images of one chunk, B; also in a graph.
+
+        All that `sample` draws comes from here.
+
+        Args:
+            seed, chunk: int, or int32 scalars: image i of the chunk is number
+                `chunk * sample_chunk + i`.
+            conditions: dict of `label` `(B,)` int32 and `slice_position`
+                `(B,)` float32, negative for null, and of `upper`, a tuple of
+                `(B, h, w)` int32 for each upper grid.
+            known: `(B, h, w)` int32, -1 where unknown; default all unknown.
+            temperature, guidance, top_p, top_k: see `sample`; numbers, of
+                which the first may be a float32 scalar.
+
+        Returns: indices `(B, h, w)` int32; log-probability in nats `(B,)`.
+        """
+        if known is None:
+            known = tf.fill((self.sample_chunk, *self.latent_grid), -1)
+        return self._sampler(
+            self._uniforms(seed, chunk),
+            self._chunk_context(conditions, guidance != 1),
+            tf.convert_to_tensor(known),
+            tf.convert_to_tensor(temperature, tf.float32),
+            tf.convert_to_tensor(guidance, tf.float32),
+            top_p=float(top_p),
+            top_k=int(top_k),
+        )
 
     def _conditions(self, n, upper, label, slice_position):
         """What `n` images are conditioned on, as checked arrays."""
@@ -1877,9 +1988,9 @@ class AutoregressivePrior(TrainableModel):
                 given.shape in ((), (n,)),
                 f"slice_position: expected shape ({n},), found {given.shape}",
             )
-            for number in (given.min(), given.max()):
+            for number in given[~np.isnan(given)]:
                 within(0, 1, slice_position=number)
-            position[:] = given
+            position[:] = np.where(np.isnan(given), -1, given)
         return {
             "upper": upper,
             "label": self._label_numbers(n, label),
@@ -1887,34 +1998,49 @@ class AutoregressivePrior(TrainableModel):
         }
 
     def _label_numbers(self, n, label):
-        """Numbers `(n,)` of label names; -1 for none."""
+        """Numbers `(n,)` of label names; -1 for None."""
         if label is None:
             return np.full(n, -1, "int32")
         names = [label] * n if isinstance(label, str) else list(label)
         known = ", ".join(self.labels) or "none, as it was trained without"
         for name in names:
             require(
-                name in self.labels,
+                name is None or name in self.labels,
                 f"label: expected one of {known}; found {name!r}",
             )
         require(len(names) == n, f"label: expected {n}, found {len(names)}")
-        return np.array([self.labels.index(name) for name in names], "int32")
+        numbers = {None: -1} | {name: k for k, name in enumerate(self.labels)}
+        return np.array([numbers[name] for name in names], "int32")
 
-    def _chunk_context(self, conditions, rows, slots, guided):
-        """Context of a chunk, the images `rows` in its `slots`; or None.
+    def _known_indices(self, n, known):
+        """Checked indices `(n, h, w)` that are not drawn; -1 for the rest."""
+        if known is None:
+            return np.full((n, *self.latent_grid), -1, "int32")
+        known = np.asarray(known, "int32")
+        expected = (n, *self.latent_grid)
+        require(
+            known.shape == expected,
+            f"known: expected shape {expected}, found {known.shape}",
+        )
+        for index in (known.min(), known.max()):
+            within(-1, self.num_embeddings - 1, known=index)
+        return known
+
+    def _in_slots(self, values, rows, slots, empty=0):
+        """Values of the images `rows` at their `slots` in a chunk."""
+        shape = (self.sample_chunk, *values.shape[1:])
+        filled = np.full(shape, empty, values.dtype)
+        filled[slots] = values[rows]
+        return filled
+
+    def _chunk_context(self, conditions, guided):
+        """Context of a chunk; or None.
 
         Guided, a second half follows: the context without the condition.
         """
         if not self.use_context:
             return None
-
-        def place(values):
-            filled = np.zeros((self.sample_chunk, *values.shape[1:]), "int32")
-            filled = filled.astype(values.dtype)
-            filled[slots] = values[rows]
-            return tf.constant(filled)
-
-        filled = tf.nest.map_structure(place, conditions)
+        filled = tf.nest.map_structure(tf.convert_to_tensor, conditions)
         maps = [self._context_map(**filled)]
         if guided:
             guide = "label" if self.labels else "slice_position"
@@ -1922,7 +2048,7 @@ class AutoregressivePrior(TrainableModel):
             maps.append(self._context_map(**{**filled, guide: null}))
         return tf.concat(maps, axis=0)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, jit_compile=True, autograph=False)
     def _context_map(self, upper, label, slice_position):
         context = self.context(slice_position, label, upper=upper)
         return tf.cast(context, tf.float32)
@@ -1936,13 +2062,15 @@ class AutoregressivePrior(TrainableModel):
         shape = (len(self.upper_grids) + 1, *self.latent_grid)
         return tf.stack(
             [
-                tf.random.stateless_uniform(shape, [seed, k], alg="philox")[-1]
-                for k in range(first, first + self.sample_chunk)
+                tf.random.stateless_uniform(
+                    shape, [seed, first + i], alg="philox"
+                )[-1]
+                for i in range(self.sample_chunk)
             ]
         )
 
     def _sample_chunk(
-        self, uniforms, context, temperature, guidance, top_p, top_k
+        self, uniforms, context, known, temperature, guidance, top_p, top_k
     ):
         """The compiled loop: rows outside, columns inside."""
         batch = uniforms.shape[0]
@@ -1970,6 +2098,9 @@ class AutoregressivePrior(TrainableModel):
                 index = draw_index(
                     goal, uniform[:, 0], temperature, top_p, top_k
                 )
+                given = tf.slice(known, [0, row, column], [batch, 1, 1])
+                given = tf.reshape(given, (batch,))
+                index = tf.where(given >= 0, given, index)
                 chosen = tf.gather(
                     tf.nn.log_softmax(logits), index, batch_dims=1
                 )
@@ -1997,6 +2128,9 @@ class AutoregressivePrior(TrainableModel):
             lambda row, *_: row < height, draw_row, start
         )
         return grid, log_prob
+
+
+SAMPLE_RUNS = 64  # side by side in an exported model, if there are cores
 
 
 def sampling_chunks() -> tuple[int, int]:
@@ -2515,9 +2649,14 @@ def slice_positions(n: int, first: int = 0, columns: int = 8) -> np.ndarray:
     `columns`, by the golden ratio within a column. Number k has the same
     position in every request.
     """
-    numbers = np.arange(first, first + n)
-    shift = (0.5 + numbers // columns * 0.6180339887498949) % 1
-    return ((numbers % columns + shift) / columns).astype("float32")
+    numbers = np.arange(first, first + n, dtype="float64")
+    return position_of(numbers, columns).astype("float32")
+
+
+def position_of(number, columns=8):
+    """Slice position of image `number`, a float64 array or tensor."""
+    shift = (0.5 + number // columns * 0.6180339887498949) % 1
+    return (number % columns + shift) / columns
 
 
 def alternate_labels(labels, n: int, first: int = 0, columns: int = 8):
@@ -2525,8 +2664,15 @@ def alternate_labels(labels, n: int, first: int = 0, columns: int = 8):
 
     They alternate between the rows of a grid of `columns`.
     """
-    rows = np.arange(first, first + n) // columns
-    return [labels[row % len(labels)] for row in rows] if labels else None
+    if not labels:
+        return None
+    numbers = np.arange(first, first + n)
+    return [labels[k] for k in label_of(numbers, len(labels), columns)]
+
+
+def label_of(number, count, columns=8):
+    """Which of `count` labels image `number` has, an int array or tensor."""
+    return number // columns % count
 
 
 def generate(
@@ -2537,6 +2683,8 @@ def generate(
     first=0,
     label=None,
     slice_position=None,
+    known=None,
+    return_log_prob=False,
     **sampling,
 ):
     """Draw new images: indices from the priors, decoded by the VQ-VAE.
@@ -2551,27 +2699,35 @@ def generate(
             `first + k`.
         label: see `AutoregressivePrior.sample`; default `alternate_labels`.
         slice_position: `(n,)` in [0, 1]; default `slice_positions`.
+        known: list of `(n, h, w)` arrays, the indices of each level that are
+            not drawn, bottom first; see `AutoregressivePrior.sample`.
+        return_log_prob: bool. Also return the log-probability in nats of the
+            indices of each image, summed over levels.
         sampling: further arguments of `AutoregressivePrior.sample`.
 
-    Returns: `(n, H, W)` float32 images in [0, 1], and the indices `(n, h, w)`
-        of each level, bottom first.
+    Returns: `(n, H, W)` float32 images in [0, 1]; the indices `(n, h, w)` of
+        each level, bottom first; and `(n,)` float32 if asked for.
     """
     if slice_position is None:
         slice_position = slice_positions(n, first)
     if label is None:
         label = alternate_labels(priors[0].labels, n, first)
-    indices = []
-    for prior in reversed(priors):
-        grids = prior.sample(
+    indices, log_prob = [], np.zeros(n, "float32")
+    known = known or [None] * len(priors)
+    for prior, given in zip(reversed(priors), reversed(known), strict=True):
+        grids, of_level = prior.sample(
             n,
             seed,
             first=first,
             upper=indices,
             label=label,
             slice_position=slice_position,
+            known=given,
+            return_log_prob=True,
             **sampling,
         )
         indices.insert(0, grids)
+        log_prob += of_level
     # Whole chunks, as drawn: a batch of another size rounds differently.
     step = priors[0].sample_chunk
     count = -(-n // step) * step
@@ -2580,4 +2736,121 @@ def generate(
         vqvae.decode_indices([grid[k : k + step] for grid in filled])
         for k in range(0, count, step)
     ]
-    return np.concatenate(images)[:n, ..., 0], indices
+    images = np.concatenate(images)[:n, ..., 0]
+    return (images, indices, log_prob) if return_log_prob else (images, indices)
+
+
+# === Export ===
+
+
+def export_archive(vqvae, priors=()):
+    """The models as functions of plain tensors, to be written as SavedModel.
+
+    >>> export_archive(vqvae, priors).write_out("exported", verbose=False)
+    >>> loaded = tf.saved_model.load("exported")  # needs none of our code
+    >>> loaded.signatures["generate"](n=4, seed=0, temperature=1.0, label="")
+
+    Signatures, which take and return tensors by name:
+        encode: `images` `(N, H, W, 1)` float32 in [0, 1] -> `indices_1`, ...
+            of each level, bottom first, `(N, h, w)` int32.
+        decode: the same the other way.
+        generate: `n` >= 1, `seed` >= 0, int32, `temperature` > 0, float32,
+            `label`, string, "" for all by turns -> `images` `(n, H, W)`, and
+            their indices; only with priors. Those of the function `generate`.
+
+    Args:
+        vqvae: `VQVAE`.
+        priors: its priors, bottom first.
+
+    Returns: `keras.export.ExportArchive`.
+    """
+    names = [f"indices_{level}" for level in range(1, vqvae.levels + 1)]
+
+    def encode(images):
+        return dict(zip(names, vqvae.encode(images), strict=True))
+
+    def decode(*indices):
+        return {"images": vqvae.decode_indices(list(indices))}
+
+    archive = keras.export.ExportArchive()
+    images = tf.TensorSpec((None, *vqvae.image_size, 1), name="images")
+    archive.add_endpoint("encode", encode, [images])
+    grids = [
+        tf.TensorSpec((None, *grid), tf.int32, name=name)
+        for name, grid in zip(names, vqvae.latent_grids, strict=True)
+    ]
+    archive.add_endpoint("decode", decode, grids)
+    if priors:
+        function = functools.partial(_generate_in_graph, vqvae, priors)
+        scalars = [
+            tf.TensorSpec((), dtype, name=name)
+            for name, dtype in (
+                ("n", tf.int32),
+                ("seed", tf.int32),
+                ("temperature", tf.float32),
+                ("label", tf.string),
+            )
+        ]
+        archive.add_endpoint("generate", function, scalars)
+    return archive
+
+
+def _generate_in_graph(vqvae, priors, n, seed, temperature, label):
+    """What `generate` does, the loop over chunks in the graph."""
+    size, labels = priors[0].sample_chunk, priors[0].labels
+    with tf.control_dependencies(
+        [
+            tf.debugging.assert_positive(n, "n: expected >= 1"),
+            tf.debugging.assert_non_negative(seed, "seed: expected >= 0"),
+            tf.debugging.assert_positive(
+                temperature, "temperature: expected > 0"
+            ),
+        ]
+    ):
+        chunks = tf.range((n + size - 1) // size)
+
+    def draw(chunk):
+        numbers = chunk * size + tf.range(size)
+        conditions = {
+            "label": _labels_in_graph(numbers, label, labels),
+            "slice_position": tf.cast(
+                position_of(tf.cast(numbers, tf.float64)), tf.float32
+            ),
+        }
+        indices = []
+        for prior in reversed(priors):
+            told = {**conditions, "upper": tuple(indices)}
+            grid, _ = prior.draw_chunk(
+                seed, chunk, told, temperature=temperature
+            )
+            indices.insert(0, grid)
+        return vqvae.decode_indices(indices)[..., 0], *indices
+
+    grids = [(size, *grid) for grid in vqvae.latent_grids]
+    drawn = tf.map_fn(
+        draw,
+        chunks,
+        parallel_iterations=SAMPLE_RUNS,
+        fn_output_signature=(
+            tf.TensorSpec((size, *vqvae.image_size)),
+            *(tf.TensorSpec(grid, tf.int32) for grid in grids),
+        ),
+    )
+    images, *indices = (
+        tf.reshape(part, (-1, *part.shape[2:]))[:n] for part in drawn
+    )
+    named = {f"indices_{k}": grid for k, grid in enumerate(indices, start=1)}
+    return {"images": images, **named}
+
+
+def _labels_in_graph(numbers, label, labels):
+    """Number of the label of each image; -1 for null."""
+    known = tf.constant(labels, tf.string, shape=(len(labels),))
+    message = f"label: expected one of {', '.join(labels) or 'none'}, or empty"
+    right = (label == "") | tf.reduce_any(known == label)
+    with tf.control_dependencies([tf.debugging.Assert(right, [message])]):
+        numbers = tf.identity(numbers)
+    if not labels:
+        return tf.fill(tf.shape(numbers), -1)
+    asked = tf.argmax(known == label, output_type=tf.int32)
+    return tf.where(label == "", label_of(numbers, len(labels)), asked)

@@ -5,7 +5,10 @@
     python predict.py generate RUN -n 64 [--seed 0] [--temperature 1.0]
     python predict.py generate RUN -n 100000 --format npz --shard 0/4
     python predict.py evaluate RUN [--data-dir DIR]
-    python predict.py inspect RUN
+    python predict.py complete RUN IMAGE ... [--keep top] [-n 4]
+    python predict.py anomaly RUN [IMAGE ...] [--lesions 128]
+    python predict.py inspect RUN [--json]
+    python predict.py export RUN DEST
 
 RUN is a folder that train.py made; without it the newest one is taken.
 Evaluating other data leaves those of the run alone: it writes
@@ -15,6 +18,7 @@ RUN/evaluation-NAME.json and RUN/figures/NAME, NAME the last part of DIR.
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 import sys
 import zipfile
@@ -27,6 +31,7 @@ import dataset
 import utils
 
 modules = utils.lazy_import("modules")
+pd = utils.lazy_import("pandas")
 
 # Images drawn at a time, of an npz file, and in the grid: the first chunk. A
 # multiple of `sample_chunk`; a few MB, and seconds of work that a kill loses.
@@ -41,6 +46,10 @@ UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+CALIBRATION = 256  # validation images that anomalies are measured by
+UNLIKELY = 95  # percentile of 3x3 indices there that more are drawn anew
+SIDES = ("top", "bottom", "left", "right")
+SIGNATURES = ("encode", "decode", "generate")
 SAMPLING = (
     "temperature",
     "top_k",
@@ -62,12 +71,9 @@ class OfRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruct(OfRun):
-    """Encode and decode images; a figure and the SSIM of each."""
+class OfSplit(OfRun):
+    """What every verb takes that looks at a few images of a split."""
 
-    images: tuple[str, ...] = utils.flag(
-        (), "image files, instead of a split", metavar="PATH"
-    )
     split: str = utils.flag(
         "test", "split of the run's data", choices=dataset.SPLITS
     )
@@ -75,7 +81,26 @@ class Reconstruct(OfRun):
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate(OfRun):
+class Reconstruct(OfSplit):
+    """Encode and decode images; a figure and the SSIM of each."""
+
+    images: tuple[str, ...] = utils.flag(
+        (), "image files, instead of a split", metavar="PATH"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing(OfRun):
+    """What every verb that samples takes."""
+
+    seed: int = utils.flag(0, "image k follows from seed and k", 0, 2**31 - 1)
+    temperature: float = utils.flag(
+        1.0, "below 1: likelier, less varied", above=0, high=10
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate(Drawing):
     """Draw new images as files, and the first 64 of them in a grid.
 
     What is there already is not drawn again: a request that was killed goes
@@ -83,10 +108,6 @@ class Generate(OfRun):
     """
 
     number: int = utils.flag(64, "images", 1, 1_000_000, short="-n")
-    seed: int = utils.flag(0, "image k follows from seed and k", 0, 2**31 - 1)
-    temperature: float = utils.flag(
-        1.0, "below 1: likelier, less varied", above=0, high=10
-    )
     top_k: int = utils.flag(0, "draw from the k likeliest codes; 0: all", 0)
     top_p: float = utils.flag(
         1.0, "draw from the likeliest codes of this mass", above=0, high=1
@@ -170,13 +191,90 @@ class Evaluate(OfRun):
 
 
 @dataclasses.dataclass(frozen=True)
+class Complete(Drawing):
+    """Draw what may stand where a part of an image is taken away.
+
+    The image is blackened there and encoded. The indices of what is kept stay
+    as they are, except beside the cut; the rest is drawn from the prior.
+
+    A prior goes from top to bottom. With --keep top, of a run of one level,
+    every completion is a draw from the rest given the kept indices: exact.
+    Otherwise most of what is kept comes after what is drawn, and a completion
+    is one of --candidates that went on without knowing it, chosen with the
+    probability that they give to the kept indices (sampling-importance-
+    resampling). That is right for very many candidates only. The effective
+    sample size tells how many of them had a say: near 1 it is just the best
+    of those drawn, and may not fit what is kept.
+    """
+
+    run: str = utils.positional("run folder")
+    images: tuple[str, ...] = utils.positional("image files", many=True)
+    keep: str = utils.flag("top", "side that is kept", choices=SIDES)
+    keep_fraction: float = utils.flag(
+        0.5, "share of the height or width that is kept", above=0, below=1
+    )
+    number: int = utils.flag(4, "completions of an image", 1, 64, short="-n")
+    candidates: int = utils.flag(
+        16, "draws that a completion is chosen from, unless exact", 1, 1024
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Anomaly(OfSplit, Drawing):
+    """Find what is unlike the training images; a figure and `anomaly.csv`.
+
+    The prior tells the surprisal of every index, -log2 p in bits. Where the
+    mean of 3x3 indices exceeds what 95 % of the validation images' do, they
+    are drawn anew: a restoration. The residual map is the mean of |image -
+    restoration|, smoothed; its maximum, an intensity, is the score, and the
+    percentile says how many validation images score no higher. Labels are not
+    told, and slice positions only if those of all images are known.
+    Marimont & Tarroni, 2021, arXiv:2012.06765.
+
+    With --lesions, `anomaly.json` tells how well this finds simulated lesions
+    in test images.
+    """
+
+    images: tuple[str, ...] = utils.positional(
+        "image files, instead of a split", many=True, default=()
+    )
+    restorations: int = utils.flag(4, "of an image", 1, 64)
+    lesions: int = utils.flag(
+        0,
+        "measure on so many test images, as they are and with a simulated "
+        "lesion each",
+        0,
+        100_000,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lesions and self.images:
+            raise utils.FlagError("--lesions: does not go with image files")
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect(OfRun):
     """Show layers, grids, codebook, recipe, data and scores of a run."""
+
+    json: bool = utils.flag(False, "print them as one JSON object")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export(OfRun):
+    """Write the models as a SavedModel that needs none of this program.
+
+    Its signatures are encode, decode and, of a run with priors, generate;
+    `export.json` beside it says what they take.
+    """
+
+    run: str = utils.positional("run folder")
+    dest: str = utils.positional("folder to write, new or empty")
 
 
 @dataclasses.dataclass(frozen=True)
 class Show(OfRun):
-    """Reconstruct test images and generate new ones."""
+    """Reconstruct test images, generate new ones, write the report."""
 
 
 def main(argv):
@@ -186,7 +284,10 @@ def main(argv):
         "reconstruct": (Reconstruct, reconstruct),
         "generate": (Generate, generate),
         "evaluate": (Evaluate, evaluate),
+        "complete": (Complete, complete),
+        "anomaly": (Anomaly, anomaly),
         "inspect": (Inspect, inspect),
+        "export": (Export, export),
     }
     name, options = utils.parse_verbs(
         {name: settings for name, (settings, _) in verbs.items()},
@@ -206,8 +307,15 @@ def show(run, options):
         generate(run, Generate())
     else:
         print("no prior in this run: nothing generated")
-    if run.evaluation_path.exists():
-        print(utils.summary_table(utils.read_evaluation(run)))
+    utils.write_report(run, *load_models(run))
+    known = run.evaluation_path.exists()
+    utils.print_results(run, utils.read_evaluation(run) if known else {})
+
+
+def load_models(run):
+    """The VQ-VAE of a run, and its priors, bottom first; [] without any."""
+    vqvae = utils.load_model(run.vqvae_path)
+    return vqvae, utils.load_priors(run, vqvae) if run.has_priors else []
 
 
 def reconstruct(run, options):
@@ -217,20 +325,22 @@ def reconstruct(run, options):
         frame = dataset.index_files(options.images)
         name = "reconstructed_images"
     else:
-        frame = utils.read_splits(run, [options.split])[options.split]
-        if frame.empty:
-            raise utils.DataError(f"{options.split}: no images in {run.path}")
-        frame = frame.iloc[utils.spread(len(frame), options.count)]
+        frame = some_of_split(run, options.split, options.count)
         name = "reconstructions"
-    with dataset.naming_files():
-        images = np.concatenate(
-            [batch.numpy() for batch in image_batches(run, frame)]
-        )
+    images = read_all(run, frame)
     path = run.figures_path / f"{name}.png"
     values = utils.draw_reconstructions(path, vqvae, images)
     for file, value in zip(frame["path"], values, strict=True):
         print(f"SSIM {value:.4f}  {Path(file).name}")
     print(f"reconstructions in {path}")
+
+
+def some_of_split(run, split, count):
+    """Index of up to `count` images spread evenly over a split."""
+    frame = utils.read_splits(run, [split])[split]
+    if frame.empty:
+        raise utils.DataError(f"{split}: no images in {run.path}")
+    return frame.iloc[utils.spread(len(frame), count)]
 
 
 def generate(run, options):
@@ -393,8 +503,7 @@ def sample_name(options):
 
 def evaluate(run, options):
     """Measure the run on its test images, or on other data; draw figures."""
-    vqvae = utils.load_model(run.vqvae_path)
-    priors = utils.load_priors(run, vqvae) if run.has_priors else []
+    vqvae, priors = load_models(run)
     if options.data_dir:
         evaluation, figures = evaluate_other(run, vqvae, priors, options)
     else:
@@ -413,9 +522,11 @@ def evaluate(run, options):
                 options.features,
                 options.num_samples,
             )
-        figures = run.figures_path
-    print(utils.summary_table(evaluation))
-    print(f"figures in {figures}")
+    if options.data_dir:
+        print(utils.summary_table(evaluation))
+        print(f"figures in {figures}")
+    else:
+        utils.print_results(run, evaluation)
 
 
 def evaluate_other(run, vqvae, priors, options):
@@ -447,40 +558,367 @@ def evaluate_other(run, vqvae, priors, options):
     return evaluation, figures
 
 
-def inspect(run, options):
-    """Print what a run is made of."""
+def complete(run, options):
+    """Write `completions.npz` and `figures/completions.png`."""
     vqvae = utils.load_model(run.vqvae_path)
-    models = {"vqvae.keras": vqvae}
-    if run.has_priors:
-        priors = utils.load_priors(run, vqvae)
-        for path, prior in zip(run.prior_paths, priors, strict=True):
-            models[path.name] = prior
-    config = dataclasses.asdict(run.config)
-    print(f"run        {run.path}")
-    print(f"recipe     {run.config.recipe}")
-    print(f"command    {run.info['command']}")
-    if "prior_command" in run.info:
-        print(f"prior      {run.info['prior_command']}")
-    if "training" in run.info:
-        print(f"training   not complete: python train.py --resume {run.path}")
-    kind = "simulated" if run.info["simulated"] else "real"
-    print(f"data       {run.config.dataset}, {kind}, ", end="")
-    splits = utils.read_splits(run, needed=())
-    print(", ".join(f"{len(v)} {name}" for name, v in splits.items()))
-    print(f"image size {utils.size_text(run.info['image_size'])}")
-    for level, grid in enumerate(vqvae.latent_grids, start=1):
-        print(f"level {level}    grid {utils.size_text(grid)}, ", end="")
-        print(f"K={vqvae.num_embeddings}, D={vqvae.embedding_dim}")
-    for name, model in models.items():
-        print(f"\n{name}: {type(model).__name__}, ", end="")
-        print(f"{model.count_params():,} weights")
-        print(utils.layer_table(model))
-    print("\nsettings")
-    rows = [(f"  {name}", utils.typed(v)) for name, v in config.items()]
-    print(utils.align(rows))
-    if run.evaluation_path.exists():
-        print("\nscores")
-        print(utils.summary_table(utils.read_evaluation(run)))
+    priors = utils.load_priors(run, vqvae)
+    frame = describe_files(run, options.images)
+    images = read_all(run, frame)
+    kept, cells = kept_parts(vqvae, options)
+    shown = images * kept[..., None]
+    known = [
+        np.where(cells[level], grid, -1)
+        for level, grid in enumerate(modules.encode_dataset(vqvae, [shown]))
+    ]
+    numbers = utils.progress_bar("completing", "image")(range(len(frame)))
+    drawn = [
+        complete_image(vqvae, priors, frame, known, k, options) for k in numbers
+    ]
+    results = {
+        name: np.stack([result[name] for result in drawn]) for name in drawn[0]
+    }
+    results |= {f"known_{k}": grid for k, grid in enumerate(known, start=1)}
+    results["path"] = frame["path"].to_numpy(str)
+    write = functools.partial(np.savez_compressed, **results)
+    utils.write_atomic(run.path / "completions.npz", write)
+    report_completions(run, frame, images, shown, results, options)
+
+
+def report_completions(run, frame, images, shown, results, options):
+    """Print what was drawn, and draw its figure."""
+    sizes = results.get("effective_sample_size")
+    for k, row in enumerate(frame.itertuples()):
+        text = "exact" if sizes is None else f"{sizes[k].mean():.1f} effective"
+        print(f"{text}  {describe_conditions(row)}  {Path(row.path).name}")
+    title = f"{options.keep} {100 * options.keep_fraction:g} % kept, "
+    title += f"seed {options.seed}, temperature {options.temperature}\n"
+    if sizes is None:
+        title += "drawn from what may follow the kept indices: exact"
+    else:
+        title += f"each chosen from {options.candidates} candidates: "
+        title += f"effective sample size {sizes.mean():.1f}"
+    path = run.figures_path / "completions.png"
+    utils.figure_completions(
+        path, images, shown, results["images"] / 255, title
+    )
+    print(f"completions in {run.path / 'completions.npz'}, figure in {path}")
+
+
+def complete_image(vqvae, priors, frame, known, row, options):
+    """Completions of image `row` of a request, n of them.
+
+    Returns: dict of `images` `(n, H, W)` uint8, `indices_1`, ... of each
+        level `(n, h, w)` and, unless exact, `effective_sample_size` `(n,)`.
+    """
+    exact = options.keep == "top" and vqvae.levels == 1
+    count = options.number * (1 if exact else options.candidates)
+    rows = frame.iloc[np.full(count, row)]
+    known = [grid[np.full(count, row)] for grid in known]
+    images, indices = modules.generate(
+        vqvae,
+        priors,
+        count,
+        options.seed,
+        first=row * count,
+        temperature=options.temperature,
+        known=known,
+        **conditions_of(rows, priors[0]),
+    )
+    found = {"images": utils.to_pixels(images)}
+    found |= {f"indices_{k}": grid for k, grid in enumerate(indices, start=1)}
+    if exact:
+        return found
+    weights = utils.known_log_prob(priors, indices, known, rows)
+    chosen, sizes = utils.resample(
+        weights.reshape(options.number, -1), [options.seed, row]
+    )
+    found = {name: values[chosen] for name, values in found.items()}
+    return found | {"effective_sample_size": sizes}
+
+
+def kept_parts(vqvae, options):
+    """What is kept: pixels `(H, W)`, and the cells of each level `(h, w)`.
+
+    Cells lie wholly in what is kept, and as far from the cut as a cell of the
+    coarsest level is wide: nearer ones have seen much of the black.
+
+    Raises:
+        utils.FlagError: if there is no such cell.
+    """
+    size = vqvae.image_size
+    axis = SIDES.index(options.keep) // 2
+    length = round(size[axis] * options.keep_fraction)
+    margin = size[axis] // vqvae.latent_grids[-1][axis]
+
+    def side(length):
+        kept = np.arange(size[axis]) < length
+        if options.keep in ("bottom", "right"):
+            kept = kept[::-1]
+        return np.broadcast_to(kept if axis else kept[:, None], size)
+
+    cells = [
+        side(length - margin)
+        .reshape(h, size[0] // h, w, size[1] // w)
+        .all(axis=(1, 3))
+        for h, w in vqvae.latent_grids
+    ]
+    if not cells[0].any():
+        raise utils.FlagError(
+            f"--keep-fraction: {options.keep_fraction:g} keeps no index of "
+            f"{size[axis]} pixels; expected more than "
+            f"{(margin + size[axis] // vqvae.latent_grids[0][axis])} of them"
+        )
+    return side(length), cells
+
+
+def anomaly(run, options):
+    """Write `anomaly.csv`, `figures/anomaly.png`; `anomaly.json` of lesions."""
+    vqvae = utils.load_model(run.vqvae_path)
+    priors = utils.load_priors(run, vqvae)
+    reference = some_of_split(run, "validate", CALIBRATION)
+    if options.images:
+        frame = describe_files(run, options.images)
+    else:
+        split = "test" if options.lesions else options.split
+        count = options.lesions or options.count
+        frame = some_of_split(run, split, count)
+    images, masks = read_all(run, frame)[..., 0], None
+    if options.lesions:
+        frame, images, masks = with_lesions(frame, images, options.seed)
+    # A label must not explain a finding away.
+    unknown = {"label": ""}
+    if frame["position"].isna().any():
+        unknown["position"] = np.nan
+    healthy = find_anomalies(
+        vqvae,
+        priors,
+        read_all(run, reference)[..., 0],
+        reference.assign(**unknown),
+        options,
+    )
+    found = find_anomalies(
+        vqvae, priors, images, frame.assign(**unknown), options, healthy
+    )
+    table = anomaly_table(frame, found, healthy)
+    if options.lesions:
+        table.insert(1, "simulated_lesion", masks.any(axis=(1, 2)))
+        write_lesion_scores(run, frame, found, masks, options, len(reference))
+    utils.write_csv(run.path / "anomaly.csv", table)
+    draw_anomalies(run, images, found, masks, table, len(reference))
+
+
+def with_lesions(frame, images, seed):
+    """Images as they are, then each with a simulated lesion.
+
+    Returns: index, images and masks `(2 N, H, W)` of the lesions.
+    """
+    results = [
+        dataset.add_lesion(image, [seed, k]) for k, image in enumerate(images)
+    ]
+    changed, masks = (np.stack(part) for part in zip(*results, strict=True))
+    kept = masks.any(axis=(1, 2))  # a blank image has no place for one
+    if not kept.any():
+        raise utils.DataError("--lesions: no test image shows a head")
+    frame, masks = frame[kept], masks[kept]
+    return (
+        pd.concat([frame, frame], ignore_index=True),
+        np.concatenate([images[kept], changed[kept]]),
+        np.concatenate([np.zeros_like(masks), masks]),
+    )
+
+
+def find_anomalies(vqvae, priors, images, frame, options, healthy=None):
+    """Surprisal, restorations and residual maps of images.
+
+    Args:
+        images: `(N, H, W)` in [0, 1]; `frame` is their index.
+        healthy: what this returned of validation images, whose `limits` are
+            taken; without it the images have their own.
+
+    Returns: dict of `bits`, the surprisal of each level `(N, h, w)`; `near`,
+        its means over 3x3 indices; `limits` of these, a number each level;
+        `restored` `(N, H, W)`, the first restoration; `residual` `(N, H, W)`.
+    """
+    batches = np.split(images[..., None], range(32, len(images), 32))
+    indices = modules.encode_dataset(vqvae, batches)
+    bits = [
+        utils.code_bits(prior, utils.prior_inputs(prior, indices, frame))
+        for prior in priors
+    ]
+    near = [utils.mean_of_neighbours(level) for level in bits]
+    limits = [np.percentile(level, UNLIKELY) for level in near]
+    limits = healthy["limits"] if healthy else limits
+    known = [
+        np.where(level > limit, -1, grid)
+        for level, limit, grid in zip(near, limits, indices, strict=True)
+    ]
+    results = {"bits": bits, "near": near, "limits": limits}
+    return results | restore(vqvae, priors, images, frame, known, options)
+
+
+def restore(vqvae, priors, images, frame, known, options):
+    """Draw the unknown indices of each image; see `find_anomalies`."""
+    times = options.restorations
+    step = max(1, CHUNK // times)
+    restored, residual = [], []
+    bar = utils.progress_bar("restoring", "chunk")
+    for k in bar(range(0, len(images), step)):
+        rows = np.repeat(np.arange(k, min(k + step, len(images))), times)
+        drawn, _ = modules.generate(
+            vqvae,
+            priors,
+            len(rows),
+            options.seed,
+            first=k * times,
+            temperature=options.temperature,
+            known=[grid[rows] for grid in known],
+            **conditions_of(frame.iloc[rows], priors[0]),
+        )
+        apart = np.abs(images[rows] - drawn)
+        apart = apart.reshape(-1, times, *images.shape[1:]).mean(axis=1)
+        residual.append(utils.smooth_residual(apart))
+        restored.append(drawn[::times])
+    return {
+        "restored": np.concatenate(restored),
+        "residual": np.concatenate(residual),
+    }
+
+
+def anomaly_table(frame, found, healthy):
+    """Table of files, bits of each level, surprisal, score, percentile."""
+    table = frame[["path"]].reset_index(drop=True)
+    for level, bits in enumerate(found["bits"], start=1):
+        table[f"bits_{level}"] = bits.sum(axis=(1, 2))
+    for level, near in enumerate(found["near"], start=1):
+        table[f"surprisal_{level}"] = near.max(axis=(1, 2))
+    scores, usual = (
+        part["residual"].max(axis=(1, 2)) for part in (found, healthy)
+    )
+    below = np.searchsorted(np.sort(usual), scores, side="right")
+    return table.assign(score=scores, percentile=100 * below / len(usual))
+
+
+def write_lesion_scores(run, frame, found, masks, options, calibrated):
+    """Write `anomaly.json`: how well simulated lesions are found."""
+    scores = utils.score_lesions(
+        found["residual"], found["near"], masks, frame["subject"]
+    )
+    scores["lesions"] |= {
+        "simulated": True,
+        "radius_of_long_side": dataset.LESION_RADIUS,
+        "contrast": dataset.LESION_CONTRAST,
+    }
+    scores |= {
+        "seed": options.seed,
+        "restorations": options.restorations,
+        "validation_images": calibrated,
+    }
+    utils.write_json(run.path / "anomaly.json", scores)
+    for name in ("image_auroc", "pixel_average_precision"):
+        low, high = scores[name]["ci95"]
+        text = f"{scores[name]['value']:.3f} ({low:.3f} to {high:.3f})"
+        print(f"{name.replace('_', ' ')} of simulated lesions: {text}")
+    print(f"lesion scores in {run.path / 'anomaly.json'}")
+
+
+def draw_anomalies(run, images, found, masks, table, calibrated, most=8):
+    """Print the score of each image, and draw the figure of some."""
+    rows = np.arange(len(table))
+    if masks is None:
+        for row in table.itertuples():
+            name = Path(row.path).name
+            print(f"{row.score:.4f}  percentile {row.percentile:5.1f}  {name}")
+    else:  # the second half has the lesions
+        rows = rows[len(rows) // 2 :]
+    rows = rows[utils.spread(len(rows), most)]
+    captions = [
+        f"score {row.score:.3f}\npercentile {row.percentile:.0f}"
+        for row in table.iloc[rows].itertuples()
+    ]
+    title = f"Percentiles are of {calibrated} validation images"
+    if masks is not None:
+        title = f"Simulated lesions, outlined. {title}"
+    path = run.figures_path / "anomaly.png"
+    utils.figure_anomaly(
+        path,
+        images[rows],
+        [level[rows] for level in found["bits"]],
+        found["restored"][rows],
+        found["residual"][rows],
+        captions,
+        title,
+        None if masks is None else masks[rows],
+    )
+    print(f"table in {run.path / 'anomaly.csv'}, figure in {path}")
+
+
+def describe_files(run, paths):
+    """Index of image files, with what the run knows of those in its data.
+
+    Of others the label is "" and the slice position NaN.
+    """
+    frame = dataset.index_files(paths)
+    own = pd.concat(utils.read_splits(run, needed=()).values())
+    own = own.drop_duplicates("sha256").set_index("sha256")
+    for name in ("label", "position"):
+        found = frame["sha256"].map(own[name])
+        frame[name] = found.where(found.notna(), frame[name])
+    return frame
+
+
+def describe_conditions(row):
+    """Label and slice position of a row of an index, as text."""
+    label = row.label or "unknown"
+    position = "unknown" if np.isnan(row.position) else f"{row.position:.2f}"
+    return f"label {label}, slice position {position}"
+
+
+def conditions_of(frame, prior):
+    """What a prior is told of the slices of an index; null where unknown."""
+    labels = [name if name in prior.labels else None for name in frame["label"]]
+    return {
+        "label": labels,
+        "slice_position": frame["position"].to_numpy("float32"),
+    }
+
+
+def read_all(run, frame):
+    """Images `(N, H, W, 1)` of an index."""
+    with dataset.naming_files():
+        return np.concatenate(
+            [batch.numpy() for batch in image_batches(run, frame)]
+        )
+
+
+def inspect(run, options):
+    """Print what a run is made of, for people or as JSON."""
+    facts = utils.run_facts(run, *load_models(run))
+    if options.json:
+        print(json.dumps(facts, allow_nan=False, indent=2))
+    else:
+        print(utils.facts_page(facts))
+
+
+def export(run, options):
+    """Write the SavedModel, the whole folder or nothing."""
+    dest = Path(options.dest)
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise utils.RunError(
+            f"{dest}: exists and is not an empty folder; choose another"
+        )
+    vqvae, priors = load_models(run)
+    facts = utils.run_facts(run, vqvae, priors)
+    kept = ("versions", "intensity", "labels", "latent_grids", "data")
+    about = {key: facts[key] for key in kept if key in facts}
+    about["signatures"] = SIGNATURES[: 2 + bool(priors)]
+
+    def write(folder):
+        archive = modules.export_archive(vqvae, priors)
+        archive.write_out(folder, verbose=False)
+        utils.write_json(folder / "export.json", about)
+
+    utils.write_atomic(dest, write)
+    print(f"signatures {', '.join(about['signatures'])} in {dest}")
 
 
 def image_batches(run, frame):

@@ -8,6 +8,9 @@
         another prior over the VQ-VAE of an earlier run
     python train.py --resume runs/NAME
         what is left of a training that was stopped or killed
+    python train.py --tune 30 --objective ssim+bits --epochs 5 --prior-epochs 5
+        a search for settings, 30 trials; SSIM alone (--objective ssim) picks
+        models that sample badly
     python train.py --list-recipes
 
 The steps: images -> VQ-VAE -> indices -> prior -> samples -> evaluation. All
@@ -17,11 +20,14 @@ results go to one run folder.
 import contextlib
 import dataclasses
 import functools
+import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
 import typing
+import warnings
 
 import numpy as np
 
@@ -30,22 +36,32 @@ import utils
 
 keras = utils.lazy_import("keras")
 modules = utils.lazy_import("modules")
+optuna = utils.lazy_import("optuna")
 tf = utils.lazy_import("tensorflow")
 pd = utils.lazy_import("pandas")
 
 GRADIENT_NORM = 1.0  # longest gradient; longer ones are scaled down to it
-NOT_COPIED = shutil.ignore_patterns("run.lock", "figures", "samples", "*.tmp-*")
+NOT_COPIED = shutil.ignore_patterns(
+    "run.lock", "figures", "logs", "samples", "*.tmp-*"
+)
+COUNTED = 16  # validation images whose codes TensorBoard counts
+PICTURED = 4  # of these, images that it shows
+DRAWN = 16  # samples that it shows
+HEARTBEAT = 60  # seconds between signs of life of a trial
 
 
 def main(argv):
     """Train, encode and evaluate as the flags say."""
     config = utils.resolve(argv, description=__doc__)
-    if config.smoke:
-        config = config.smoked()
     # Before the signals: several workers come with a handler of SIGTERM.
-    strategy = utils.choose_strategy(config.strategy)
+    strategy = utils.choose_strategy(config.strategy, alone=config.tune > 0)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(utils.StopSignals())
+        if config.tune:
+            tune(config, argv, strategy, signals)
+            return
+        if config.smoke:
+            config = config.smoked()
         if not utils.is_chief(strategy):
             config = stack.enter_context(beside_the_chief(config))
         utils.wait_for_workers(strategy)
@@ -182,35 +198,48 @@ def resume(config, strategy):
 
 
 def train(run, splits, strategy, signals):
-    """What is left to do of a run: VQ-VAE, indices, priors, evaluation."""
+    """What is left to do of a run: models, evaluation."""
+    with dataset.naming_files():
+        vqvae, priors, _ = train_models(run, splits, strategy, signals)
+        if run.config.evaluate and utils.is_chief(strategy):
+            finish(run, vqvae, priors, splits)
+        utils.wait_for_workers(strategy)  # the chief takes one gone for dead
+    run.complete()
+
+
+def train_models(run, splits, strategy, signals, *callbacks):
+    """What is left to do of a run's models: VQ-VAE, indices, priors.
+
+    Args:
+        callbacks: further Keras callbacks of the VQ-VAE.
+
+    Returns: `VQVAE`; its priors, bottom first; which codebooks collapsed,
+        in words.
+    """
     config = run.config
     policy, reason = utils.choose_precision(config.precision)
     print(f"run folder {run.path}, precision {policy} ({reason})")
     keras.config.set_dtype_policy(policy)
     if strategy.num_replicas_in_sync > 1:
         print(f"{strategy.num_replicas_in_sync} replicas share each batch")
-    with dataset.naming_files():
-        if not run.is_done("vqvae"):
-            with signals.deferred():
-                train_vqvae(run, splits, strategy, signals)
-        vqvae = utils.load_model(run.vqvae_path)
-        indices = encode_splits(run, vqvae, splits)
-        collapsed = collapsed_levels(vqvae, indices["train"])
-        priors = []
-        if config.stage != "vqvae":
-            if collapsed and not config.force:
-                raise utils.RunError(
-                    f"{run.vqvae_path}: {collapsed}; a prior over it would "
-                    "draw one image again and again: train the VQ-VAE longer "
-                    "or with another --learning-rate, or insist with --force"
-                )
-            train_priors(run, vqvae, indices, splits, strategy, signals)
-            if all(path.exists() for path in run.prior_paths):
-                priors = utils.load_priors(run, vqvae)
-        if utils.is_chief(strategy):
-            finish(run, vqvae, priors, splits)
-        utils.wait_for_workers(strategy)  # the chief takes one gone for dead
-    run.complete()
+    if not run.is_done("vqvae"):
+        with signals.deferred():
+            train_vqvae(run, splits, strategy, signals, *callbacks)
+    vqvae = utils.load_model(run.vqvae_path)
+    indices = encode_splits(run, vqvae, splits)
+    collapsed = collapsed_levels(vqvae, indices["train"])
+    priors = []
+    if config.stage != "vqvae":
+        if collapsed and not config.force:
+            raise utils.RunError(
+                f"{run.vqvae_path}: {collapsed}; a prior over it would "
+                "draw one image again and again: train the VQ-VAE longer "
+                "or with another --learning-rate, or insist with --force"
+            )
+        train_priors(run, vqvae, indices, splits, strategy, signals)
+        if all(path.exists() for path in run.prior_paths):
+            priors = utils.load_priors(run, vqvae)
+    return vqvae, priors, collapsed
 
 
 def load_splits(run, strategy):
@@ -283,7 +312,7 @@ def image_batches(run, frame, batch_size, **options):
     )
 
 
-def train_vqvae(run, splits, strategy, signals):
+def train_vqvae(run, splits, strategy, signals, *callbacks):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
     config = run.config
     utils.set_seed(config.seed)
@@ -312,6 +341,8 @@ def train_vqvae(run, splits, strategy, signals):
         epochs=config.epochs,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
+        draw=vqvae_pictures(run, model, splits["validate"]),
+        callbacks=callbacks,
     )
     utils.save_model(model, run.vqvae_path)
     run.note_done("vqvae")
@@ -412,8 +443,9 @@ def train_priors(run, vqvae, indices, splits, strategy, signals):
             split: utils.prior_inputs(prior, grids, frames[split])
             for split, grids in indices.items()
         }
+        draw = prior_pictures(run, vqvae, prior, level)
         with signals.deferred():
-            train_prior(run, name, prior, data, strategy, signals)
+            train_prior(run, name, prior, data, strategy, signals, draw)
             utils.save_model(prior, run.path / f"{name}.keras")
             run.note_done(name)
     if config.stage == "prior":
@@ -467,7 +499,7 @@ def with_jittered_copies(run, vqvae, indices, frame):
     return levels, pd.concat([frame] * len(parts), ignore_index=True)
 
 
-def train_prior(run, name, prior, data, strategy, signals):
+def train_prior(run, name, prior, data, strategy, signals, draw=None):
     """Train one prior on a dict of arrays for each split."""
     config = run.config
     sources = [
@@ -489,6 +521,7 @@ def train_prior(run, name, prior, data, strategy, signals):
         learning_rate=config.prior_learning_rate,
         ema_momentum=config.prior_ema_momentum,
         best="val_bits_per_code",
+        draw=draw,
     )
 
 
@@ -506,6 +539,8 @@ def fit(
     learning_rate,
     ema_momentum=0.0,
     best=None,
+    draw=None,
+    callbacks=(),
 ):
     """Keras `fit` with the schedule, the history and the end of our runs.
 
@@ -518,6 +553,8 @@ def fit(
             over steps, with this factor; 0 the weights themselves.
         best: name of a metric of the validation; the weights of the epoch
             where it was least are restored at the end.
+        draw: function that logs pictures for TensorBoard, or None.
+        callbacks: further ones, which find what is logged of an epoch.
     """
     config = run.config
     batch_size = min(batch_size, training.count)
@@ -552,6 +589,14 @@ def fit(
         modules.FiniteCheck(stage),
         history_log(run, stage, steps, images, checkpoint),
         stopping,
+        utils.is_chief(strategy)
+        and modules.TensorBoardLog(
+            run.logs_path / stage,
+            checkpoint.epoch,
+            config.picture_epochs,
+            draw,
+        ),
+        *callbacks,
         checkpoint,
     ]
     print(f"training the {stage}: {epochs} epochs of {steps} steps", end="")
@@ -629,6 +674,66 @@ def history_log(run, stage, steps, images, checkpoint):
     return keras.callbacks.LambdaCallback(on_epoch_end=add)
 
 
+def vqvae_pictures(run, vqvae, frame):
+    """Function that shows TensorBoard what a VQ-VAE makes of some images.
+
+    Reconstructions, index maps, a histogram of the codes, the codebooks.
+
+    Args:
+        frame: index of the validation images. None is returned without any.
+    """
+    if frame.empty:
+        return None
+    frame = frame.iloc[utils.spread(len(frame), COUNTED)]
+    rows = utils.spread(len(frame), PICTURED)
+    size, levels = vqvae.num_embeddings, range(1, vqvae.levels + 1)
+
+    @functools.cache
+    def images():
+        (batch,) = image_batches(run, frame, COUNTED)
+        return batch.numpy()
+
+    def draw():
+        indices, shown = vqvae.encode(images()), images()[rows]
+        maps = [grid.numpy()[rows] for grid in indices]
+        decoded = vqvae.decode_indices(maps).numpy()
+        utils.log_figure(
+            "reconstructions",
+            utils.figure_reconstructions,
+            shown,
+            decoded,
+            utils.ssim(shown, decoded).numpy(),
+        )
+        utils.log_figure("indices", utils.figure_index_maps, shown, maps, size)
+        for level, grid in enumerate(indices, start=1):
+            tf.summary.histogram(f"codes_{level}", grid, buckets=min(size, 64))
+        utils.write_projector(
+            run.logs_path / "vqvae" / "pictures",
+            [vqvae.part("quantizer", k).codebook.numpy() for k in levels],
+            [utils.codebook_stats(grid, size)["counts"] for grid in indices],
+        )
+
+    return draw
+
+
+def prior_pictures(run, vqvae, prior, level):
+    """Function that shows TensorBoard new images; None while levels lack."""
+    others = [name for name in run.prior_names if run.is_done(name)]
+    if len(others) < vqvae.levels - 1:
+        return None
+    priors = [
+        prior if k == level else utils.load_model(path)
+        for k, path in enumerate(run.prior_paths, start=1)
+    ]
+    about = {"seed": run.config.seed, "temperature": run.config.temperature}
+
+    def draw():
+        images, _ = modules.generate(vqvae, priors, DRAWN, **about)
+        utils.log_figure("samples", utils.draw_samples, images, *about.values())
+
+    return draw
+
+
 def finish(run, vqvae, priors, splits):
     """Evaluate on the test subjects, draw the figures, print the summary."""
     evaluation = utils.evaluate(
@@ -640,8 +745,237 @@ def finish(run, vqvae, priors, splits):
         modules.generate,
         dataset.ventricle_areas,
     )
-    print(utils.summary_table(evaluation))
-    print(f"figures in {run.figures_path}")
+    utils.print_results(run, evaluation)
+
+
+# === Search for settings ===
+
+
+def tune(config, argv, strategy, signals):
+    """Add trials to a search until it has tried as much as asked for.
+
+    The search is a folder: `study.db` of Optuna, which hands out the trials
+    also to several processes; `trials.csv`, figures, and in `trials` the run
+    folder of each trial. Test images have no part in it.
+    """
+    space = utils.search_space(config, utils.read_flags(argv))
+    folder = utils.search_folder(config)
+    with open_study(folder, config, space) as study:
+
+        def report():
+            report_trials(study, folder, config.objective, space)
+
+        def is_done():
+            return len(study.get_trials(False, tried())) >= config.tune
+
+        def after_trial(*_):
+            report()
+            if is_done():
+                study.stop()
+
+        objective = functools.partial(
+            try_settings, study, config, space, folder, strategy, signals
+        )
+        try:
+            if not is_done():
+                study.optimize(objective, callbacks=[after_trial])
+        except utils.Stopped:
+            report()
+            again = [] if config.run_dir else ["--run-dir", str(folder)]
+            command = shlex.join(["python", "train.py", *argv, *again])
+            print(f"go on with: {command}")
+            raise
+        print_best(study, folder, config)
+
+
+def tried():
+    """States of a trial that came to an end by itself."""
+    return optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
+
+
+def sampler(seed):
+    """Optuna's TPE, whose random numbers are of a trial's number.
+
+    So a search that was interrupted goes on as it would have, and processes
+    that share one do not try the same.
+    """
+
+    class Sampler(optuna.samplers.TPESampler):
+        def before_trial(self, study, trial):
+            self.__init__(seed=seed + trial.number)
+            super().before_trial(study, trial)
+
+    return Sampler(seed=seed)
+
+
+@contextlib.contextmanager
+def open_study(folder, config, space):
+    """The Optuna study of a search, new or as it was left.
+
+    The first trial of a new one has the settings of the recipe.
+
+    Raises:
+        utils.FlagError: if it searches for something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings(), utils.turn(folder):
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{utils.study_path(folder)}",
+            {"connect_args": {"timeout": HEARTBEAT}},
+            heartbeat_interval=HEARTBEAT,
+            # What a killed process tried is tried again.
+            heartbeat_stale_trial_callback=(
+                optuna.storages.RetryHeartbeatStaleTrialCallback()
+            ),
+        )
+        study = optuna.create_study(
+            storage=storage,
+            study_name="search",
+            directions=list(utils.OBJECTIVES[config.objective].values()),
+            load_if_exists=True,
+            sampler=sampler(config.seed),
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
+        )
+        settings = json.loads(json.dumps(utils.search_settings(config, space)))
+        if "settings" not in study.user_attrs:
+            study.set_user_attr("settings", settings)
+            study.enqueue_trial(utils.usual_values(config, space))
+    try:
+        utils.check_same_search(folder, study.user_attrs["settings"], settings)
+        yield study
+    finally:
+        storage.engine.dispose()
+
+
+def try_settings(study, config, space, folder, strategy, signals, trial):
+    """The objective of a search: train with settings that Optuna suggests.
+
+    What refuses to be trained or diverges is a trial that ended early. One
+    that a signal stops has failed, and will be tried again.
+
+    Returns: list of the values of `utils.OBJECTIVES`.
+    """
+    values = {name: suggest(trial, name, how) for name, how in space.items()}
+    name = f"trials/{trial.number:04d}"
+    trial.set_user_attr("run", name)
+    text = ", ".join(f"{k} {utils.short(v)}" for k, v in values.items())
+    print(f"trial {trial.number}: {text}")
+    keras.utils.clear_session()
+    try:
+        settings = dataclasses.replace(
+            config,
+            **values,
+            tune=0,
+            stage="vqvae" if config.objective == "ssim" else "all",
+            run_dir=str(folder / name),
+        )
+        if config.smoke:
+            settings = settings.smoked()
+        return train_trial(settings, strategy, signals, trial)
+    except (
+        optuna.TrialPruned,
+        utils.FlagError,
+        utils.RunError,
+        utils.NumericsError,
+        tf.errors.ResourceExhaustedError,
+    ) as error:
+        note = " ".join(str(error).split())
+        trial.set_user_attr("note", note)
+        print(f"trial {trial.number} ended early: {note}")
+        raise optuna.TrialPruned(note) from error
+    except utils.Stopped as stopped:
+        trial.set_user_attr("note", str(stopped))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+        raise
+
+
+def suggest(trial, name, how):
+    """Value of a setting, as `utils.SEARCH_SPACE` says."""
+    if "choices" in how:
+        return trial.suggest_categorical(name, how["choices"])
+    if isinstance(how["low"], int):
+        return trial.suggest_int(name, **how)
+    return trial.suggest_float(name, **how)
+
+
+def train_trial(config, strategy, signals, trial):
+    """Train the run of a trial without its test; the values it is judged by."""
+    run, splits = start(config, strategy)
+    try:
+        del splits["test"]
+        if splits["validate"].empty:
+            raise utils.DataError(
+                "--tune: there are no validation images to choose by"
+            )
+        callbacks = [pruning(trial)] if config.objective == "ssim" else []
+        with dataset.naming_files():
+            _, _, collapsed = train_models(
+                run, splits, strategy, signals, *callbacks
+            )
+        if collapsed:
+            raise utils.RunError(f"{run.vqvae_path}: {collapsed}")
+        run.complete()
+    finally:
+        run.unlock()
+    return utils.objective_values(run)
+
+
+def pruning(trial):
+    """Callback that ends a trial which falls behind the others."""
+
+    def report(epoch, logs):
+        trial.report(logs["val_ssim"], epoch + 1)
+        if trial.should_prune():
+            raise optuna.TrialPruned(
+                f"validation SSIM {logs['val_ssim']:.4f} after epoch "
+                f"{epoch + 1} is below the median of the trials before"
+            )
+
+    return keras.callbacks.LambdaCallback(on_epoch_end=report)
+
+
+def report_trials(study, folder, objective, space):
+    """Write `trials.csv` and the figures of a search."""
+    objectives = list(utils.OBJECTIVES[objective])
+    best = {trial.number for trial in study.best_trials}
+    rows = [
+        {
+            "number": trial.number,
+            "state": trial.state.name.lower(),
+            **{name: trial.params.get(name) for name in space},
+            **dict(zip(objectives, trial.values or (), strict=False)),
+            "seconds": trial.duration and trial.duration.total_seconds(),
+            "best": trial.number in best,
+            **{key: trial.user_attrs.get(key) for key in ("run", "note")},
+        }
+        for trial in study.trials
+    ]
+    columns = ["number", "state", *space, *objectives]
+    columns += ["seconds", "best", "run", "note"]
+    table = pd.DataFrame(rows, columns=columns)
+    utils.write_csv(folder / "trials.csv", table)
+    utils.draw_search(folder / "figures", table, objective, space)
+
+
+def print_best(study, folder, config):
+    """Say which trials were best, and how each is trained in full."""
+    best = sorted(study.best_trials, key=lambda trial: -trial.values[0])
+    if not best:
+        raise utils.RunError(
+            f"{folder}: no trial came to its end; see the column note of "
+            "trials.csv there"
+        )
+    print(f"search in {folder}; in full, as long as the recipe says, with:")
+    for trial in best:
+        values = zip(
+            utils.OBJECTIVES[config.objective], trial.values, strict=True
+        )
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values)
+        print(f"trial {trial.number}: {text.replace('_', ' ')}")
+        settings = dataclasses.replace(config, **trial.params)
+        print(f"    {utils.command_line(settings)}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@
 6. Metrics      SSIM and relatives, codebook statistics, sets of images, copies
 7. Figures      every picture of a run, and its summary as text
 8. Evaluation   `evaluation.json` of a run, its figures, loading its priors
+9. Report       what a run is, for people: facts, `MODEL_CARD.md`, `report.html`
 
 Only the standard library and NumPy are imported here, so that `--help` and a
 mistyped flag answer at once; heavy packages are loaded on first use.
 """
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import datetime
@@ -24,6 +26,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -164,6 +167,7 @@ def lazy_import(name):
 
 
 keras = lazy_import("keras")
+ndimage = lazy_import("scipy.ndimage")
 pd = lazy_import("pandas")
 tf = lazy_import("tensorflow")
 
@@ -583,6 +587,7 @@ class Recipe:
     source: str
     figure: str
     settings: dict
+    search: dict | None = None  # by default SEARCH_SPACE
 
 
 _PIXELCNN = "VQ-VAE (arXiv:1711.00937), PixelCNN (arXiv:1601.06759)"
@@ -598,6 +603,22 @@ _DEEP_PRIOR = {
     "prior_head_layers": 1,
     "prior_dropout": 0.1,
     "prior_learning_rate": 1e-3,
+}
+
+# What --tune tries: bounds, of whole numbers where these are whole, or choices.
+# Names that begin with prior are tried with --objective ssim+bits only.
+SEARCH_SPACE = {
+    "channels": {"choices": (32, 64, 128)},
+    "residual_blocks": {"low": 1, "high": 4},
+    "num_embeddings": {"choices": (64, 128, 256, 512)},
+    "embedding_dim": {"choices": (16, 32, 64)},
+    "commitment_cost": {"low": 0.1, "high": 2.0, "log": True},
+    "ssim_weight": {"low": 0.0, "high": 2.0},
+    "learning_rate": {"low": 1e-4, "high": 3e-3, "log": True},
+    "prior_channels": {"choices": (32, 64, 96, 128)},
+    "prior_blocks": {"low": 2, "high": 8},
+    "prior_dropout": {"low": 0.0, "high": 0.3},
+    "prior_learning_rate": {"low": 1e-4, "high": 3e-3, "log": True},
 }
 
 RECIPES = {
@@ -664,6 +685,13 @@ RECIPES = {
             "epochs": 30,
             "prior_blocks": 2,
             "prior_head_layers": 2,
+        },
+        search={
+            **SEARCH_SPACE,
+            "downsampling": {"choices": (4, 8)},
+            "num_embeddings": {"choices": (128, 256, 512)},
+            "embedding_dim": {"choices": (16, 32, 64, 128)},
+            "batch_size": {"choices": (16, 32)},
         },
     ),
     "oasis-vqvae2-pixelsnail": Recipe(
@@ -885,6 +913,13 @@ class Config:
     checkpoint_steps: int = flag(
         0, "save the training after every so many steps; 0: never", 0, 10**9
     )
+    picture_epochs: int = flag(
+        20,
+        "epochs between pictures for TensorBoard, besides the first and the "
+        "last; 0: never",
+        0,
+        100_000,
+    )
     precision: str = flag(
         "auto",
         "dtype of the arithmetic",
@@ -907,6 +942,9 @@ class Config:
     )
     jit: bool = flag(False, "compile training steps with XLA")
     seed: int = flag(0, "seed of every random choice", 0, 2**31 - 1)
+    evaluate: bool = flag(
+        True, "measure and draw at the end; predict.py evaluate does, too"
+    )
     num_samples: int = flag(
         256, "images generated at the end, to be measured", 1, 5_000
     )
@@ -914,6 +952,24 @@ class Config:
     force: bool = flag(False, "train a prior even over a collapsed codebook")
     smoke: bool = flag(False, "a few steps on a few images, to see it connect")
     debug: bool = flag(False, "show the traceback of an error")
+
+    # search
+    tune: int = flag(
+        0,
+        "search for settings until so many were tried, each for --epochs and "
+        "--prior-epochs; 0: train once",
+        0,
+        100_000,
+        section="search",
+    )
+    objective: str = flag(
+        "ssim",
+        "what a search is for. ssim: the SSIM of validation images, VQ-VAE "
+        "only, poor trials end early; alone it picks models that sample "
+        "badly. ssim+bits: that and few bits per validation image under the "
+        "prior, both stages; Optuna ends no trial of two objectives early",
+        choices=("ssim", "ssim+bits"),
+    )
 
     def __post_init__(self):
         check_fields(self)
@@ -1015,17 +1071,9 @@ def resolve(argv=None, config_class=Config, description=None):
         FlagError: if a flag is out of bounds or contradicts another.
         RunError: if `--stage prior` is not given the folder of a run.
     """
-    parser = _Parser(description=description or config_class.__doc__)
-    parser.add_argument(
-        "--list-recipes",
-        action=_ListRecipes,
-        nargs=0,
-        default=argparse.SUPPRESS,
-        help="show every recipe and exit",
-    )
-    _add_flags(parser, config_class)
-    given = _read_arguments(parser, argv, [config_class])
-
+    given = read_flags(argv, config_class, description)
+    if given.get("tune"):
+        _check_search(given)
     if "resume" in given:
         return _build(config_class, _resumed_settings(config_class, given))
     if given.get("stage") == "prior":
@@ -1035,6 +1083,152 @@ def resolve(argv=None, config_class=Config, description=None):
     if recipe not in RECIPES:
         _refuse(fields["recipe"], str, recipe)
     return _build(config_class, {**RECIPES[recipe].settings, **given})
+
+
+def read_flags(argv=None, config_class=Config, description=None):
+    """Return {name: value} of the flags that a command line gives."""
+    parser = _Parser(description=description or config_class.__doc__)
+    parser.add_argument(
+        "--list-recipes",
+        action=_ListRecipes,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show every recipe and exit",
+    )
+    _add_flags(parser, config_class)
+    return _read_arguments(parser, argv, [config_class])
+
+
+def _check_search(given):
+    """Refuse flags that contradict `--tune`."""
+    stage = given.get("stage")
+    for name, refused in (
+        ("resume", "resume" in given),
+        ("stage prior", stage == "prior"),
+        (
+            "stage vqvae --objective ssim+bits",
+            stage == "vqvae" and given.get("objective") == "ssim+bits",
+        ),
+        ("prior-level", "prior_level" in given),
+    ):
+        if refused:
+            raise FlagError(
+                f"--tune does not go with --{name}: a search trains every "
+                "trial from the beginning; to go on with one, repeat its "
+                "command with its --run-dir"
+            )
+
+
+def search_space(config, given):
+    """What a search varies: {name: bounds or choices}.
+
+    Args:
+        given: names of the flags on the command line, which stay as they are.
+    """
+    space = RECIPES[config.recipe].search or SEARCH_SPACE
+    space = {
+        name: how
+        for name, how in space.items()
+        if name not in given
+        and (config.objective == "ssim+bits" or not name.startswith("prior"))
+    }
+    if not space:
+        raise FlagError("--tune: the flags given leave nothing to search")
+    return space
+
+
+# What a search is judged by, and which way is better.
+OBJECTIVES = {
+    "ssim": {"ssim": "maximize"},
+    "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
+}
+
+
+def search_settings(config, space):
+    """What one search is done with: settings that stay, and its space."""
+    changing = ("tune", "run_dir", *_OF_COMMAND, *space)
+    stay = {k: v for k, v in vars(config).items() if k not in changing}
+    return {**stay, "space": space}
+
+
+def check_same_search(folder, earlier, settings):
+    """Raise `FlagError` if two `search_settings` differ."""
+    for name in [*settings, *earlier]:
+        if name == "space" or earlier.get(name, "") == settings.get(name, ""):
+            continue
+        values = [
+            typed(some[name]) if name in some else "varied values"
+            for some in (earlier, settings)
+        ]
+        raise FlagError(
+            f"--{name.replace('_', '-')}: the search in {folder} has "
+            f"{values[0]}, found {values[1]}; search in another --run-dir"
+        )
+    if earlier["space"] != settings["space"]:
+        raise FlagError(
+            f"--run-dir: the search in {folder} varies other settings; choose "
+            "another folder"
+        )
+
+
+def usual_values(config, space):
+    """Settings of a recipe, as far as its search may try them."""
+
+    def allowed(value, how):
+        if "choices" in how:
+            return value in how["choices"]
+        return how["low"] <= value <= how["high"]
+
+    values = {name: getattr(config, name) for name in space}
+    return {k: v for k, v in values.items() if allowed(v, space[k])}
+
+
+def objective_values(run):
+    """Values by which a trial is judged, in the order of `OBJECTIVES`.
+
+    Of the weights that the run kept: of the last epoch of the VQ-VAE, of the
+    best epoch of each prior.
+    """
+    history = read_history(run)
+    stages = history.groupby("stage")
+    values = [float(stages.get_group("vqvae")["val_ssim"].iloc[-1])]
+    if run.config.objective == "ssim+bits":
+        bits = [
+            stages.get_group(name)["val_bits_per_code"].min()
+            for name in run.prior_names
+        ]
+        sizes = [h * w for h, w in run.info["latent_grids"]]
+        values.append(float(np.dot(bits, sizes)))
+    return values
+
+
+# Settings that a search has and the training of its best trial has not.
+_OF_SEARCH = (
+    "recipe",
+    "tune",
+    "objective",
+    "run_dir",
+    "smoke",
+    "epochs",
+    "prior_epochs",
+)
+
+
+def command_line(config):
+    """Command that trains a trial in full: what differs from the recipe."""
+    usual = RECIPES[config.recipe].settings
+    words = ["python", "train.py", "--recipe", config.recipe]
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), _flag_name(field)
+        if field.name in _OF_SEARCH or value == usual.get(
+            field.name, field.default
+        ):
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+        else:
+            words += [name, typed(value)]
+    return shlex.join(words)
 
 
 def _prior_settings(config_class, given):
@@ -1064,6 +1258,7 @@ def _prior_settings(config_class, given):
 # May differ between the parts of one training, and between its commands.
 _OF_COMMAND = (
     "resume",
+    "picture_epochs",
     "checkpoint_minutes",
     "checkpoint_steps",
     "strategy",
@@ -1156,28 +1351,37 @@ def write_atomic(path, write, previous=None):
     """Let `write(temporary_path)` make a file, then move it to `path`.
 
     Whatever happens, `path` is either the old or the new complete file; or,
-    with `previous`, where the old one is moved first, at least that is.
+    with `previous`, where the old one is moved first, at least that is. A
+    folder is written in the same way, if there is none yet or an empty one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}{path.suffix}")
     try:
         write(temporary)
-        _sync(temporary)
+        for written in (*temporary.rglob("*"), temporary):
+            _sync(written)
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def remove_temporary_files(paths):
     """Remove those that `write_atomic` of a killed process left."""
-    for path in paths:
+    for path in list(paths):
         number = re.search(r"\.tmp-(\d+)", path.name)
         if number and not _is_alive(int(number[1])):
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path):
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _sync(path):
@@ -1278,6 +1482,9 @@ class Run:
     checkpoint_path = property(lambda self: self.path / "checkpoint")
     lock_path = property(lambda self: self.path / "run.lock")
     figures_path = property(lambda self: self.path / "figures")
+    card_path = property(lambda self: self.path / "MODEL_CARD.md")
+    report_path = property(lambda self: self.path / "report.html")
+    logs_path = property(lambda self: self.path / "logs")
 
     @property
     def prior_names(self):
@@ -1453,6 +1660,28 @@ class Run:
         write_json(self.config_path, document)
 
 
+def study_path(folder):
+    """File of the Optuna study of a search."""
+    return Path(folder) / "study.db"
+
+
+def search_folder(config):
+    """Folder of a search, made if it is new.
+
+    Raises:
+        RunError: if it holds something else.
+    """
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(config.run_dir or f"runs/{config.recipe}-tune-{now}")
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()) and not study_path(path).exists():
+        raise RunError(
+            f"{path}: neither empty nor the folder of a search; choose "
+            "another with --run-dir"
+        )
+    return path
+
+
 def _load_config(config_class, settings, file):
     """Return a configuration read from JSON, checked like flags."""
     try:
@@ -1552,6 +1781,20 @@ class FileLock:
         self._file.close()
 
 
+@contextlib.contextmanager
+def turn(folder):
+    """Wait until no other process is in such a block over a folder."""
+    if not fcntl:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _is_alive(number):
     """Whether this machine runs a process of that number."""
     try:
@@ -1609,6 +1852,34 @@ def read_checkpoint(path):
             f"{damage}; remove the folder {file.parent} to train that part anew"
         )
     return {}, {}
+
+
+def drop_events(folder, epoch):
+    """Remove from TensorBoard's files in a folder what is after `epoch`."""
+    if not epoch:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in Path(folder).rglob("*.tfevents.*"):
+        kept = [
+            record
+            for record in _read_records(path)
+            if tf.compat.v1.Event.FromString(record).step <= epoch
+        ]
+
+        def write(temporary, kept=kept):
+            with tf.io.TFRecordWriter(str(temporary)) as file:
+                for record in kept:
+                    file.write(record)
+
+        write_atomic(path, write)
+
+
+def _read_records(path):
+    """Whole records of a file that a killed process may have cut short."""
+    records = []
+    with contextlib.suppress(tf.errors.DataLossError):
+        for record in tf.data.TFRecordDataset(str(path)):
+            records.append(record.numpy())
+    return records
 
 
 def check_keras_file(path):
@@ -1683,16 +1954,25 @@ def choose_precision(precision="auto"):
     return "float32", "the CPU does not compute bfloat16"
 
 
-def choose_strategy(name="auto"):
+def choose_strategy(name="auto", alone=False):
     """Return the `tf.distribute` strategy to train with.
 
     Several workers are those of the variable `TF_CONFIG`. To be called before
     TensorFlow computes anything.
 
+    Args:
+        alone: refuse several workers: a search is under way.
+
     Raises:
         FlagError: if several workers are asked for and none are configured.
     """
     workers = _workers()
+    if alone and (name == "multiworker" or (name == "auto" and workers)):
+        raise FlagError(
+            "--tune: a trial is trained by one process, found several workers; "
+            "without TF_CONFIG, start the command on each machine, with one "
+            "--run-dir"
+        )
     if name == "auto":
         gpus = len(tf.config.list_physical_devices("GPU"))
         name = "mirrored" if gpus > 1 else "none"
@@ -2268,6 +2548,7 @@ def _compare_distances(near, far, subjects, n, seed):
 # -------------------------------------------------------------- 7. Figures
 
 DPI = 150
+SCREEN_DPI = 90  # of what TensorBoard shows: a quarter of the time
 _figures = lazy_import("matplotlib.figure")
 
 
@@ -2278,7 +2559,11 @@ def _new_figure(width, height, **options):
 
 
 def _save_figure(figure, path):
-    write_atomic(path, lambda p: figure.savefig(p, format="png"))
+    """Write a figure as PNG, to a path or into an open file."""
+    if hasattr(path, "write"):
+        figure.savefig(path, format="png", dpi=SCREEN_DPI)
+    else:
+        write_atomic(path, lambda p: figure.savefig(p, format="png"))
 
 
 def _planes(images):
@@ -2301,9 +2586,18 @@ def _image_rows(rows, columns, aspect, title):
 
 
 def figure_reconstructions(
-    path, originals, reconstructions, ssim_values, title="Reconstructions"
+    path,
+    originals,
+    reconstructions,
+    ssim_values,
+    title="Reconstructions",
+    captions=None,
 ):
-    """Draw originals, reconstructions with their SSIM, and differences."""
+    """Draw originals, reconstructions with their SSIM, and differences.
+
+    Args:
+        captions: list of texts, what is below each column; default nothing.
+    """
     originals, results = _planes(originals), _planes(reconstructions)
     count, height, width = originals.shape
     error = np.abs(originals - results)
@@ -2314,6 +2608,7 @@ def figure_reconstructions(
         axes[1, k].imshow(results[k], cmap="gray", vmin=0, vmax=1)
         axes[1, k].set_xlabel(f"SSIM {float(ssim_values[k]):.3f}", fontsize=8)
         drawn = axes[2, k].imshow(error[k], cmap="magma", vmin=0, vmax=worst)
+        axes[2, k].set_xlabel(captions[k] if captions else "", fontsize=8)
     names = ("original", "reconstruction", "|difference|")
     for ax, name in zip(axes[:, 0], names, strict=True):
         ax.set_ylabel(name)
@@ -2412,6 +2707,83 @@ def figure_memorization(path, generated, nearest, captions, title):
     _save_figure(figure, path)
 
 
+def figure_completions(path, originals, kept, completions, title):
+    """Draw a row an image: original, kept, completions, how they differ.
+
+    At most 16 images and 8 completions of each; the standard deviation of
+    each pixel is over all of them.
+
+    Args:
+        completions: (N, n, H, W), intensities in [0, 1].
+    """
+    rows, shown = min(len(originals), 16), min(completions.shape[1], 8)
+    originals, kept = _planes(originals), _planes(kept)
+    _, height, width = originals.shape
+    figure, axes = _image_rows(rows, shown + 3, height / width, title)
+    deviation = completions[:rows].std(axis=1)
+    worst = max(float(np.percentile(deviation, 99.9)), 0.01)
+    for k in range(rows):
+        images = [originals[k], kept[k], *completions[k, :shown]]
+        for ax, image in zip(axes[k, :-1], images, strict=True):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+        drawn = axes[k, -1].imshow(
+            deviation[k], cmap="magma", vmin=0, vmax=worst
+        )
+    names = ["original", "kept", *(f"drawn {k + 1}" for k in range(shown))]
+    for ax, name in zip(axes[0], [*names, "deviation"], strict=True):
+        ax.set_title(name, fontsize=9)
+    bar = figure.colorbar(drawn, ax=axes[:, -1], fraction=0.05, pad=0.02)
+    bar.set_label("standard deviation, intensity")
+    _save_figure(figure, path)
+
+
+def figure_anomaly(
+    path, images, bits, restored, residual, captions, title, masks=None
+):
+    """Draw images, surprisal of each level, restorations, residual maps.
+
+    Args:
+        bits: list of (N, h, w), bits of each code, bottom first.
+        residual: (N, H, W), intensity.
+        captions: list of texts, what is above each image.
+        masks: (N, H, W) bool of lesions, to be outlined.
+    """
+    images, restored = _planes(images), _planes(restored)
+    count, height, width = images.shape
+    levels = [f"surprisal\nlevel {k + 1}" for k in range(len(bits))]
+    levels = levels if len(bits) > 1 else ["surprisal"]
+    names = ["image", *levels, "restoration", "residual"]
+    figure, axes = _image_rows(len(names), count, height / width, title)
+    for row, planes in ((0, images), (-2, restored)):
+        for ax, plane in zip(axes[row], planes, strict=True):
+            ax.imshow(plane, cmap="gray", vmin=0, vmax=1)
+    for ax, text in zip(axes[0], captions, strict=True):
+        ax.set_title(text, fontsize=8)
+    for k, grids in enumerate(bits, start=1):
+        _draw_maps(figure, axes[k], grids, (height, width), "bits per code")
+    _draw_maps(figure, axes[-1], residual, (height, width), "intensity")
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        ax.set_ylabel(name)
+    if masks is not None:
+        for k in range(count):
+            for ax in (axes[0, k], axes[-1, k]):
+                ax.contour(masks[k], [0.5], colors="cyan", linewidths=0.8)
+    _save_figure(figure, path)
+
+
+def _draw_maps(figure, axes, maps, size, unit):
+    """Draw maps (N, h, w) over images of `size` (H, W), with their scale."""
+    height, width = size
+    frame = (-0.5, width - 0.5, height - 0.5, -0.5)
+    worst = max(float(np.percentile(maps, 99.9)), 0.01)
+    for ax, values in zip(axes, maps, strict=True):
+        drawn = ax.imshow(
+            values, cmap="magma", vmin=0, vmax=worst, extent=frame
+        )
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.02, pad=0.01)
+    bar.set_label(unit)
+
+
 def figure_history(path, history_frame):
     """Draw the curves of `history.csv`, a row a stage, training and val."""
     stages = list(dict.fromkeys(history_frame["stage"]))
@@ -2478,6 +2850,151 @@ def figure_codebook(path, counts_per_level):
     _save_figure(figure, path)
 
 
+def log_figure(tag, draw, *args):
+    """Show TensorBoard the picture that `draw(file, *args)` writes."""
+    file = io.BytesIO()
+    draw(file, *args)
+    tf.summary.image(tag, tf.io.decode_png(file.getvalue(), channels=3)[None])
+
+
+def write_projector(folder, codebooks, counts):
+    """Write the files that TensorBoard's projector shows codebooks from.
+
+    Args:
+        folder: Path, of a file of events.
+        codebooks: (K, D) array of each level, bottom first.
+        counts: (K,) uses of each code vector, of each level.
+    """
+    from tensorboard.plugins import projector
+
+    config = projector.ProjectorConfig()
+    for level, (codebook, uses) in enumerate(
+        zip(codebooks, counts, strict=True), start=1
+    ):
+        name = f"codebook_{level}"
+        config.embeddings.add(
+            tensor_name=name,
+            tensor_path=f"{name}.tsv",
+            metadata_path=f"{name}_uses.tsv",
+        )
+        known = pd.DataFrame({"code": range(len(uses)), "uses": uses})
+        for end, frame, header in (
+            ("", pd.DataFrame(codebook), False),
+            ("_uses", known, True),
+        ):
+            options = {"sep": "\t", "header": header, "index": False}
+            write_atomic(
+                folder / f"{name}{end}.tsv",
+                lambda p, frame=frame, options=options: frame.to_csv(
+                    p, **options
+                ),
+            )
+    projector.visualize_embeddings(str(folder), config)
+
+
+def short(value):
+    """Return a setting as a person would write it."""
+    return f"{value:.3g}" if isinstance(value, float) else typed(value)
+
+
+def draw_search(folder, table, objective, space):
+    """Draw the figures of a search from the table of its trials."""
+    names = list(OBJECTIVES[objective])
+    done = table[table["state"] == "complete"]
+    if done.empty:
+        return
+    figure_slices(folder / "tuning_slices.png", done, names, space)
+    if len(names) == 1:
+        figure_search(folder / "tuning_history.png", table, *names)
+    else:
+        figure_pareto(folder / "tuning_pareto.png", done, *names)
+
+
+def figure_search(path, table, name):
+    """Draw what each trial reached, and the best so far."""
+    table = table[table[name].notna()]
+    done = table[table["state"] == "complete"]
+    early = table[table["state"] == "pruned"]
+    figure = _new_figure(7, 4)
+    ax = figure.subplots()
+    ax.plot(early["number"], early[name], "x", color="0.6", label="ended early")
+    ax.plot(done["number"], done[name], "o", ms=5, label="whole trial")
+    best = done[name].cummax()
+    ax.step(done["number"], best, "C1", where="post", label="best so far")
+    best = done.loc[done[name].idxmax()]
+    ax.set_title(
+        f"Search: trial {best['number']} is best, {_title(name)} "
+        f"{best[name]:.4f}"
+    )
+    ax.set(xlabel="trial", ylabel=_title(name))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save_figure(figure, path)
+
+
+def figure_slices(path, done, names, space):
+    """Draw each objective over each setting; colours are trial numbers."""
+    columns = min(4, len(space))
+    rows = -(-len(space) // columns)
+    figure = _new_figure(3 * columns + 1, 2.6 * rows * len(names) + 0.5)
+    figure.suptitle(f"{len(done)} whole trials; outlined: the best")
+    axes = figure.subplots(rows * len(names), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for block, name in enumerate(names):
+        panels = axes[block * rows : (block + 1) * rows].flat
+        for ax, (setting, how) in zip(panels, space.items(), strict=False):
+            ax.set_visible(True)
+            drawn = _draw_slice(ax, done, setting, how, name)
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.02, pad=0.01)
+    bar.set_label("trial")
+    bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    _save_figure(figure, path)
+
+
+def _draw_slice(ax, done, setting, how, name):
+    """Draw one objective over one setting; what the colour bar is of."""
+    x = done[setting]
+    if "choices" in how:
+        x = [how["choices"].index(value) for value in x]
+        ax.set_xticks(range(len(how["choices"])), map(typed, how["choices"]))
+        ax.set_xlim(-0.5, len(how["choices"]) - 0.5)
+    elif how.get("log"):
+        ax.set_xscale("log")
+    edges = np.where(done["best"], "red", "none")
+    ax.set(xlabel=setting.replace("_", " "), ylabel=_title(name))
+    ax.grid(alpha=0.3)
+    return ax.scatter(
+        x, done[name], c=done["number"], edgecolors=edges, s=30, vmin=0
+    )
+
+
+def figure_pareto(path, done, up, down):
+    """Draw two objectives, one better upwards, one to the left."""
+    front = done[done["best"]].sort_values(down)
+    figure = _new_figure(7, 4.5)
+    ax = figure.subplots()
+    ax.plot(done[down], done[up], "o", color="0.6", label="whole trial")
+    ax.step(front[down], front[up], "C3", where="post", lw=1)
+    ax.plot(front[down], front[up], "C3o", label="none is better in both")
+    for trial in front.itertuples():
+        at = getattr(trial, down), getattr(trial, up)
+        ax.annotate(
+            trial.number, at, (4, 4), textcoords="offset points", fontsize=8
+        )
+    ax.set_title(f"{len(front)} of {len(done)} trials are worth a choice")
+    ax.set(xlabel=_title(down), ylabel=_title(up))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, loc="lower right")
+    _save_figure(figure, path)
+
+
+def _title(name):
+    names = {"ssim": "SSIM", "bits_per_image": "bits per image"}
+    return f"validation {names[name]}"
+
+
 SECTIONS = (
     "data",
     "reconstruction",
@@ -2499,17 +3016,130 @@ UNITS = {
     "peak_memory_mb": "MB",
     "ventricle_area": "pixels",
 }
+# What each number of `evaluation.json` means, in the order they are shown.
+MEANINGS = {
+    "label": "class label",
+    "dataset": "which data set; phantom is the simulator",
+    "simulated": (
+        "whether the images are simulated: read this before anything else"
+    ),
+    "image_size": "height x width in pixels",
+    "train": "what the models learned from",
+    "validate": (
+        "what the training was watched on, and the best epoch chosen by"
+    ),
+    "test": (
+        "what all scores are measured on; no training step saw these subjects"
+    ),
+    "data_dir": "folder of the data",
+    "images_seen_in_training": (
+        "images that were trained on too: above 0 the scores are too good"
+    ),
+    "ssim": (
+        "structural similarity of decoded and original image, at most 1; "
+        "black background flatters it"
+    ),
+    "ssim_foreground": "the same inside the head: the honest one",
+    "ms_ssim": "SSIM over several resolutions; compare equal scales only",
+    "psnr": (
+        "peak signal-to-noise ratio; higher is better, 3 dB is half the "
+        "squared error"
+    ),
+    "mae": (
+        "mean absolute error of intensities in 0 to 1; 0.004 is one grey level"
+    ),
+    "level": "1 is the fine grid at the bottom",
+    "grid": "rows x columns of indices",
+    "num_embeddings": "code vectors to choose from, K",
+    "usage": (
+        "share of code vectors in use; near 1 is good, far below: collapsed "
+        "or too many"
+    ),
+    "perplexity": (
+        "equally used code vectors that would be as varied; a few: collapsed"
+    ),
+    "entropy_bits": "what one index can tell at most",
+    "bits_per_code": (
+        "bits to name an index, given those before it; lower is better, "
+        "test well above train: over-fitted"
+    ),
+    "unigram_bits": (
+        "the same if only the frequency of each index is known; the prior "
+        "has to be below it"
+    ),
+    "uniform_bits": "the same if nothing is known: log2 K",
+    "bits_per_image": "size of a slice as losslessly coded indices",
+    "n": "generated images that were compared",
+    "seed": "of the generated images",
+    "temperature": "of the generated images; below 1: likelier, less varied",
+    "features": "the space in which images are compared",
+    "frechet": (
+        "distance of generated from test images; a ratio of 1: as near as "
+        "real people of another set are, above 10: a glance tells"
+    ),
+    "kid": "kernel distance from test images; 0 or below: no difference found",
+    "precision": (
+        "share of generated images that are near a real one; like the floor "
+        "is good, far below: slices that look like no one's"
+    ),
+    "density": (
+        "how many generated ones are near a real one; like the floor is good"
+    ),
+    "recall": (
+        "share of real images within the reach of generated ones; far below "
+        "the floor: kinds of slices are missing"
+    ),
+    "coverage": (
+        "share of real images that have a generated one near; far below the "
+        "floor: kinds of slices are missing"
+    ),
+    "ssim_to_nearest_train": (
+        "SSIM of a generated image with the nearest training image; far "
+        "above the floor: copies"
+    ),
+    "test_images": "unseen images beside them",
+    "train_images": "training images that were searched for copies",
+    "pixels": (
+        "distances in pixels: a ratio of medians of 1 is as far as "
+        "strangers, 0.5 copies; about 0.01 of the images should be closer"
+    ),
+    "hog": "the same for shapes (histograms of oriented gradients)",
+    "copies": (
+        "generated images that are nearer to a training image than unseen "
+        "ones are; 0 is good"
+    ),
+    "alarm": "yes: too many copies, share nothing",
+    "images_drawn": "images generated of it",
+    "ventricle_area": (
+        "on simulated brains: AD has to be above NC, generated as far as real"
+    ),
+    "samples": "images drawn for the time below",
+    "seconds_for_samples": "time to draw them",
+    "peak_memory_mb": "memory at most",
+    "images_per_second_encoded": (
+        "on this machine, with whatever else it was doing"
+    ),
+}
 
 
 def summary_table(evaluation):
     """Return `evaluation.json` as aligned text; parts may be missing."""
+    rows, last = [], ""
+    for section, key, text in summary_rows(evaluation):
+        heading = "" if section == last else section
+        rows.append((heading, key.replace("_", " "), text))
+        last = section
+    return align(rows) if rows else "nothing evaluated yet"
+
+
+def summary_rows(evaluation):
+    """Return `evaluation.json` as (section, key, text) of each number."""
     rows = []
     for section in SECTIONS:
         part = evaluation.get(section)
         for entry in part if isinstance(part, list) else [part]:
-            heading = section
             floor = (entry or {}).get("floor") or {}
-            for key, value in (entry or {}).items():
+            for key, value in _in_order(entry or {}):
                 if key in ("counts", "floor"):
                     continue
                 if value is None and section not in OF_SAMPLES:
@@ -2519,9 +3149,23 @@ def summary_table(evaluation):
                     text = "n too small"
                 elif key in floor:
                     text += f", floor {_show(floor[key])}"
-                rows.append((heading, key.replace("_", " "), text))
-                heading = ""
-    return align(rows) if rows else "nothing evaluated yet"
+                rows.append((section, key, text))
+    return rows
+
+
+def _in_order(part):
+    """Items of a dict in the order of `MEANINGS`; files have another."""
+    rank = {key: number for number, key in enumerate(MEANINGS)}
+    return sorted(part.items(), key=lambda item: rank.get(item[0], len(rank)))
+
+
+def meaning(key):
+    """What a number of `evaluation.json` means, in a line."""
+    if key.endswith("_images_per_second_trained"):
+        return "on this machine, after the first epoch"
+    if key.endswith("_minutes"):
+        return "time of the training"
+    return MEANINGS.get(key, "")
 
 
 def _show(value):
@@ -2532,7 +3176,7 @@ def _show(value):
         return ", ".join(
             f"{key.replace('_', ' ')} {_show(entry)}"
             + _show_interval(value.get(f"{key}_ci95"))
-            for key, entry in value.items()
+            for key, entry in _in_order(value)
             if not key.endswith("_ci95")
         )
     if isinstance(value, bool):
@@ -2556,6 +3200,7 @@ SHOWN_SAMPLES = 64  # in samples.png, and of each label
 LEAST_IMAGES = 2 * PCA_SHARE  # for the comparison of sets
 FIT_IMAGES = 512  # training images that principal components are fitted to
 UNSEEN_IMAGES = 512  # test images that copies are compared with, at most
+FAILURES = 5  # worst reconstructions, and least likely samples, in a figure
 
 METRICS = {
     "ssim": ssim,
@@ -2628,6 +3273,113 @@ def prior_inputs(prior, indices, frame):
     return inputs
 
 
+def resample(log_weights, seed):
+    """Choose one draw a row with probability proportional to its weight.
+
+    Args:
+        log_weights: (n, c).
+
+    Returns: numbers (n,) of the draws, counted over all rows; effective
+        sample sizes (n,) in 1..c: one over the sum of the squared shares.
+    """
+    shares = np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    rng = np.random.default_rng(seed)
+    chosen = [rng.choice(share.size, p=share) for share in shares]
+    first = np.arange(len(shares)) * shares.shape[1]
+    return first + chosen, 1 / (shares**2).sum(axis=1)
+
+
+def mean_of_neighbours(bits):
+    """Mean of each 3x3 cells of grids (N, h, w); zero beyond the edge."""
+    return ndimage.uniform_filter(bits, (1, 3, 3), mode="constant")
+
+
+def smooth_residual(residual):
+    """Take the least of 3x3 pixels, then the mean of 7x7: (N, H, W).
+
+    The first removes thin edges, which any restoration blurs. Marimont &
+    Tarroni, 2021, arXiv:2012.06765.
+    """
+    return ndimage.uniform_filter(
+        ndimage.minimum_filter(residual, (1, 3, 3)), (1, 7, 7)
+    )
+
+
+def score_lesions(residual, near, masks, subjects):
+    """How well lesions are found, by image and by pixel.
+
+    Args:
+        residual: (N, H, W), the map that tells.
+        near: list of (N, h, w), mean surprisal of neighbours in bits, whose
+            maximum is a simpler score of an image.
+        masks: (N, H, W) bool, pixels of lesions.
+        subjects: (N,).
+
+    Returns: dict for `anomaly.json`.
+    """
+    measures = importlib.import_module("sklearn.metrics")
+    ill = masks.any(axis=(1, 2))
+    by_image = functools.partial(
+        bootstrap_ranking, measures.roc_auc_score, ill, subjects=subjects
+    )
+    pixels = _count_pixels(residual, masks, subjects)
+    by_pixel = bootstrap_ranking(
+        measures.average_precision_score,
+        pixels["ill"],
+        pixels["value"],
+        pixels["subject"],
+        pixels["count"],
+    )
+    return {
+        "subjects": len(np.unique(subjects)),
+        "images": {
+            "as_they_are": int((~ill).sum()),
+            "with_lesion": int(ill.sum()),
+        },
+        "lesions": {"mean_pixels": float(masks[ill].sum() / ill.sum())},
+        "image_auroc": by_image(residual.max(axis=(1, 2))),
+        "image_auroc_of_surprisal": [
+            by_image(level.max(axis=(1, 2))) for level in near
+        ],
+        "pixel_average_precision": by_pixel | {"chance": float(masks.mean())},
+    }
+
+
+def _count_pixels(residual, masks, subjects, levels=1024):
+    """Count pixels by subject, lesion and residual, in `levels` steps."""
+    _, owner = np.unique(np.asarray(subjects), return_inverse=True)
+    owner = np.broadcast_to(owner[:, None, None], masks.shape)
+    value = np.round(residual / residual.max() * (levels - 1))
+    columns = {"subject": owner, "ill": masks, "value": value}
+    table = pd.DataFrame({k: v.ravel() for k, v in columns.items()})
+    return table.groupby(list(columns)).size().reset_index(name="count")
+
+
+def bootstrap_ranking(
+    metric, truth, score, subjects, weights=1.0, n=1000, seed=0
+):
+    """Return how well a score ranks, with its 95 % interval over subjects.
+
+    Args:
+        metric: such as `sklearn.metrics.roc_auc_score`.
+        truth: (N,) bool; there are both kinds of every subject.
+        score: (N,), higher where true.
+        subjects: (N,), whole ones are resampled.
+        weights: (N,), how often each counts.
+    """
+    names, owner = np.unique(np.asarray(subjects), return_inverse=True)
+    share = np.full(len(names), 1 / len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), share, n)
+
+    def value(times):
+        return metric(truth, score, sample_weight=weights * times[owner])
+
+    low, high = np.percentile([value(draw) for draw in draws], [2.5, 97.5])
+    middle = value(np.ones(len(names)))
+    return {"value": float(middle), "ci95": [float(low), float(high)]}
+
+
 def evaluate(
     run,
     vqvae,
@@ -2658,7 +3410,7 @@ def evaluate(
         "dataset": run.config.dataset,
         "simulated": run.info["simulated"],
     }
-    evaluation, indices = measure(run, vqvae, priors, splits, images, about)
+    evaluation, *found = measure(run, vqvae, priors, splits, images, about)
     speed = evaluation["speed"]
     speed |= speed_of_training(run)
     if priors:
@@ -2672,8 +3424,9 @@ def evaluate(
             )
     speed["peak_memory_mb"] = peak_memory_mb()
     write_json(run.evaluation_path, evaluation)
-    draw_test_figures(run.figures_path, vqvae, images, indices)
+    draw_test_figures(run.figures_path, vqvae, images, splits["test"], *found)
     figure_history(run.figures_path / "history.png", read_history(run))
+    write_report(run, vqvae, priors)
     return evaluation
 
 
@@ -2692,12 +3445,12 @@ def evaluate_external(run, vqvae, priors, frame, images, **about):
     own = read_splits(run, needed=())
     seen = pd.concat([own["train"], own["validate"]])["sha256"]
     about["images_seen_in_training"] = int(frame["sha256"].isin(seen).sum())
-    evaluation, indices = measure(
+    evaluation, *found = measure(
         run, vqvae, priors, {"test": frame}, images, about
     )
     path, figures = run.external_paths(about["data_dir"])
     write_json(path, evaluation)
-    draw_test_figures(figures, vqvae, images, indices)
+    draw_test_figures(figures, vqvae, images, frame, *found)
     return evaluation, figures
 
 
@@ -2708,9 +3461,10 @@ def measure(run, vqvae, priors, splits, images, about):
         images: dataset of the batches of `splits["test"]`.
         about: what else the `data` part says.
 
-    Returns: the parts of `evaluation.json`; the indices of the test images.
+    Returns: the parts of `evaluation.json`; the indices of the test images;
+        their SSIM.
     """
-    reconstruction, indices, per_second = evaluate_reconstruction(
+    reconstruction, indices, values, per_second = evaluate_reconstruction(
         vqvae, images, splits["test"]["subject"]
     )
     evaluation = {
@@ -2727,7 +3481,7 @@ def measure(run, vqvae, priors, splits, images, about):
         evaluation["prior"] = evaluate_prior(
             run, vqvae, priors, splits, indices
         )
-    return evaluation, indices
+    return evaluation, indices, values
 
 
 def count_data(splits):
@@ -2747,7 +3501,7 @@ def evaluate_reconstruction(vqvae, images, subjects):
     Images are encoded to indices and decoded from them, as users do it.
 
     Returns: dict for `evaluation.json`; indices, a list of `(N, h, w)` arrays;
-        images encoded per second.
+        the SSIM `(N,)`; images encoded per second.
     """
     values = {name: [] for name in METRICS}
     found, seconds = [], []
@@ -2759,14 +3513,15 @@ def evaluate_reconstruction(vqvae, images, subjects):
         found.append(indices)
         for name, metric in METRICS.items():
             values[name].append(metric(batch, decoded).numpy())
+    values = {name: np.concatenate(parts) for name, parts in values.items()}
     scores = {
-        name: bootstrap_by_subject(np.concatenate(parts), subjects)
-        for name, parts in values.items()
+        name: bootstrap_by_subject(per_image, subjects)
+        for name, per_image in values.items()
     }
     scores["ms_ssim"]["scales"] = ms_ssim_scales(*vqvae.image_size)
     indices = [np.concatenate(level) for level in zip(*found, strict=True)]
     # The median batch: the first one includes tracing.
-    return scores, indices, 1 / float(np.median(seconds))
+    return scores, indices, values["ssim"], 1 / float(np.median(seconds))
 
 
 def evaluate_codebook(vqvae, indices):
@@ -2823,18 +3578,43 @@ def evaluate_prior(run, vqvae, priors, splits, test_indices):
     return entries
 
 
-def mean_bits(prior, inputs, codes=2**16):
-    """Mean bits per code of a prior over a dict of arrays.
+def code_bits(prior, inputs, codes=2**16):
+    """Surprisal in bits, -log2 p, of each code: `(N, h, w)` float32.
 
     Args:
+        inputs: dict of arrays, as of `prior_inputs`.
         codes: how many are taken at a time.
     """
-    indices = inputs["indices"]
-    step, total = max(1, codes // indices[0].size), 0.0
+    indices, parts = inputs["indices"], []
+    step = max(1, codes // indices[0].size)
     for k in range(0, len(indices), step):
         part = tf.nest.map_structure(lambda a, k=k: a[k : k + step], inputs)
-        total -= float(tf.reduce_sum(prior.log_prob(**part)))
-    return total / math.log(2) / indices.size
+        parts.append(prior.log_prob(**part).numpy())
+    return np.concatenate(parts) / -math.log(2)
+
+
+def mean_bits(prior, inputs):
+    """Mean bits per code of a prior over a dict of arrays."""
+    return float(code_bits(prior, inputs).mean(dtype="float64"))
+
+
+def known_log_prob(priors, indices, known, frame):
+    """Log-probability of known indices given those before them, nats `(N,)`.
+
+    Of grids drawn with the known indices forced, each with the probability of
+    the others given those before: so it is the logarithm of the importance
+    weight that turns such draws into draws from the prior given all known.
+    (A temperature acts on what is drawn, not on these weights.)
+
+    Args:
+        priors, indices, frame: see `prior_inputs`; levels bottom first.
+        known: list of `(N, h, w)` arrays, -1 where unknown.
+    """
+    bits = 0.0
+    for prior, grid in zip(priors, known, strict=True):
+        found = code_bits(prior, prior_inputs(prior, indices, frame))
+        bits += found.sum(axis=(1, 2), where=grid >= 0, dtype="float64")
+    return -math.log(2) * bits
 
 
 def speed_of_training(run):
@@ -2889,7 +3669,8 @@ def evaluate_samples(
         "seed": config.seed,
         "temperature": config.temperature,
     }
-    images = draw_like(test.iloc[rows], run, vqvae, priors, generate)
+    images, bits = draw_like(test.iloc[rows], run, vqvae, priors, generate)
+    draw_least_likely(run.figures_path / "failures_samples.png", images, bits)
     audited, ssim_to_train = evaluate_memorization(
         run.figures_path / "memorization.png", images, vqvae, train, test, read
     )
@@ -2942,9 +3723,12 @@ def match_images(test, train, prior, count, seed):
 
 
 def draw_like(frame, run, vqvae, priors, generate):
-    """New images (N, H, W) with the labels and positions of an index."""
+    """New images (N, H, W) with the labels and positions of an index.
+
+    Returns: images; bits (N,) that the indices of each take under the priors.
+    """
     known = priors[0].labels and frame["label"].isin(priors[0].labels).all()
-    images, _ = generate(
+    images, _, log_prob = generate(
         vqvae,
         priors,
         len(frame),
@@ -2952,9 +3736,10 @@ def draw_like(frame, run, vqvae, priors, generate):
         temperature=run.config.temperature,
         label=list(frame["label"]) if known else None,
         slice_position=frame["position"].to_numpy("float32"),
+        return_log_prob=True,
         progress=progress_bar("sampling", "chunk"),
     )
-    return np.asarray(images)
+    return np.asarray(images), -np.asarray(log_prob) / math.log(2)
 
 
 def _gather(batches):
@@ -3156,19 +3941,50 @@ def draw_samples(path, images, seed, temperature):
     figure_samples(path, images, title, columns=min(8, len(images)))
 
 
-def draw_reconstructions(path, vqvae, images):
+def draw_least_likely(path, images, bits):
+    """Draw the generated images whose indices take the most bits."""
+    least = np.argsort(-bits, kind="stable")[:FAILURES]
+    title = f"Of {len(images)} generated images the least likely\n"
+    title += f"bits of their indices; on average {bits.mean():.0f}"
+    aspect = np.divide(*images.shape[1:])
+    figure, axes = _image_rows(1, len(least), aspect, title)
+    for ax, k in zip(axes[0], least, strict=True):
+        ax.imshow(images[k], cmap="gray", vmin=0, vmax=1)
+        ax.set_xlabel(f"{bits[k]:.0f} bits", fontsize=8)
+    _save_figure(figure, path)
+
+
+def draw_reconstructions(path, vqvae, images, **options):
     """Figure of images and what decoding makes of them; returns the SSIM."""
     decoded = vqvae.reconstruct(images)
     values = ssim(images, decoded).numpy()
-    figure_reconstructions(path, images, decoded.numpy(), values)
+    figure_reconstructions(path, images, decoded.numpy(), values, **options)
     return values
 
 
-def draw_test_figures(folder, vqvae, images, indices, count=8):
-    """Reconstructions, index maps and codebook usage of test images."""
-    rows = spread(len(indices[0]), count)
-    shown = pick(images, rows)
+def draw_test_figures(folder, vqvae, images, frame, indices, values, count=8):
+    """Reconstructions, the worst of them, index maps and codebook usage.
+
+    Args:
+        images: dataset of the batches of `frame`.
+        indices, values: indices and SSIM of each image, as of `measure`.
+    """
+    rows = spread(len(frame), count)
+    worst = np.argsort(values, kind="stable")[:FAILURES]
+    needed = np.union1d(rows, worst)  # read once
+    picked = pick(images, needed)
+    shown, failed = (picked[np.searchsorted(needed, k)] for k in (rows, worst))
     draw_reconstructions(folder / "reconstructions.png", vqvae, shown)
+    draw_reconstructions(
+        folder / "failures.png",
+        vqvae,
+        failed,
+        title=f"Of {len(frame)} test images the worst reconstructions",
+        captions=[
+            f"subject {row.subject[-12:]}, slice {row.slice}"
+            for row in frame.iloc[worst].itertuples()
+        ],
+    )
     size = vqvae.num_embeddings
     figure_index_maps(
         folder / "indices.png", shown, [grid[rows] for grid in indices], size
@@ -3195,20 +4011,6 @@ def spread(total, count):
     """
     count = min(count, total)
     return ((np.arange(count) + 0.5) * total / max(count, 1)).astype(int)
-
-
-def layer_table(model):
-    """Layers of a model, named by attribute, with their weights, as text."""
-    names = {}
-    for name, value in vars(model).items():
-        if isinstance(value, list) and not name.startswith("_"):
-            names |= {id(v): f"{name}[{k}]" for k, v in enumerate(value)}
-        names.setdefault(id(value), name)
-    rows = [("  layer", "type", "weights")]
-    for layer in model.layers:
-        name, kind = names.get(id(layer), layer.name), type(layer).__name__
-        rows.append((f"  {name}", kind, f"{layer.count_params():,}"))
-    return align(rows)
 
 
 @contextlib.contextmanager
@@ -3302,3 +4104,198 @@ def progress_bar(name, unit):
 def fit_verbosity():
     """Keras's bar with the time left on a terminal, a line an epoch else."""
     return 1 if sys.stdout.isatty() else 2
+
+
+# ---------------------------------------------------------------- 9. Report
+
+TEMPLATES = Path(__file__).parent / "resources" / "templates"
+jinja2 = lazy_import("jinja2")
+
+
+def run_facts(run, vqvae, priors):
+    """What a run is made of and how well it does, as JSON can hold it.
+
+    Args:
+        priors: its priors, bottom first; none if it has none.
+
+    Returns: dict of what `config.json` holds, and of `run`, its folder;
+        `complete`, whether its training is; `data`, as in `evaluation.json`;
+        `codebook`, one entry a level, bottom first; `models`, what
+        `model_facts` says of each file; `evaluation`, empty without one.
+    """
+    evaluation = read_evaluation(run) if run.evaluation_path.exists() else {}
+    splits = read_splits(run, needed=())
+    files = [run.vqvae_path, *run.prior_paths][: 1 + len(priors)]
+    models = zip(files, [vqvae, *priors], strict=True)
+    return {
+        **{key: run.info[key] for key in run.info if key != "training"},
+        "settings": dataclasses.asdict(run.config),
+        "run": str(run.path),
+        "complete": "training" not in run.info,
+        "data": {
+            "dataset": run.config.dataset,
+            "simulated": run.info["simulated"],
+            "image_size": list(vqvae.image_size),
+            **count_data(splits),
+        },
+        "codebook": codebook_facts(run, vqvae, evaluation),
+        "models": {path.name: model_facts(model) for path, model in models},
+        "evaluation": evaluation,
+    }
+
+
+def codebook_facts(run, vqvae, evaluation):
+    """Grid and size of each level and, where encoded, its use in the test."""
+    levels = evaluation.get("codebook")
+    if not levels and run.indices_path.exists():
+        stored = read_indices(run)
+        names = [f"test_{level}" for level in range(1, vqvae.levels + 1)]
+        levels = evaluate_codebook(vqvae, [stored[name] for name in names])
+    if not levels:
+        levels = [
+            {"level": level, "grid": list(grid)}
+            for level, grid in enumerate(vqvae.latent_grids, start=1)
+        ]
+    sizes = {
+        "num_embeddings": vqvae.num_embeddings,
+        "embedding_dim": vqvae.embedding_dim,
+    }
+    return [entry | sizes for entry in levels]
+
+
+def model_facts(model):
+    """Type, precision, weights and layers of a model.
+
+    Layers are named by attribute, with the shape of what they take.
+    """
+    names = {}
+    for name, value in vars(model).items():
+        if isinstance(value, list) and not name.startswith("_"):
+            names |= {id(v): f"{name}[{k}]" for k, v in enumerate(value)}
+        names.setdefault(id(value), name)
+    layers = []
+    for layer in model.layers:
+        shapes = layer.get_build_config() or {}
+        shapes = shapes.get("shapes_dict", shapes)
+        layers.append(
+            {
+                "layer": names.get(id(layer), layer.name),
+                "type": type(layer).__name__,
+                "input": list(next(iter(shapes.values()), ()))[1:],
+                "weights": layer.count_params(),
+            }
+        )
+    return {
+        "type": type(model).__name__,
+        "precision": model.dtype_policy.name,
+        "weights": model.count_params(),
+        "layers": layers,
+    }
+
+
+def facts_page(facts):
+    """What `run_facts` returns, as text."""
+    parts = [align(_head_rows(facts))]
+    for file, model in facts["models"].items():
+        rows = [("  layer", "type", "takes", "weights")] + [
+            (
+                f"  {entry['layer']}",
+                entry["type"],
+                size_text(entry["input"]),
+                f"{entry['weights']:,}",
+            )
+            for entry in model["layers"]
+        ]
+        parts.append(
+            f"{file}: {model['type']}, {model['weights']:,} weights, "
+            f"{model['precision']}\n{align(rows)}"
+        )
+    rows = [(f"  {k}", typed(v)) for k, v in facts["settings"].items()]
+    parts.append(f"settings\n{align(rows)}")
+    if facts["evaluation"]:
+        parts.append(f"scores\n{summary_table(facts['evaluation'])}")
+    return "\n\n".join(parts)
+
+
+def _head_rows(facts):
+    """What comes first on the page: (name, text)."""
+    data = facts["data"]
+    rows = [
+        ("run", facts["run"]),
+        ("recipe", facts["settings"]["recipe"]),
+        ("command", facts["command"]),
+        ("prior", facts.get("prior_command")),
+    ]
+    if not facts["complete"]:
+        again = f"python train.py --resume {facts['run']}"
+        rows.append(("training", f"not complete: {again}"))
+    kind = "simulated" if data["simulated"] else "real"
+    rows.append(("data", f"{data['dataset']}, {kind}"))
+    rows += [
+        ("", f"{name}: {part['images']} images, {part['subjects']} subjects")
+        for name, part in data.items()
+        if isinstance(part, dict)
+    ]
+    rows.append(("image size", size_text(data["image_size"])))
+    for entry in facts["codebook"]:
+        text = f"grid {size_text(entry['grid'])}, K={entry['num_embeddings']}, "
+        text += f"D={entry['embedding_dim']}"
+        if "usage" in entry:
+            text += f", {entry['usage']:.0%} used, perplexity "
+            text += f"{entry['perplexity']:.1f}"
+        rows.append((f"level {entry['level']}", text))
+    return [(name, text) for name, text in rows if text]
+
+
+def write_report(run, vqvae, priors):
+    """Write `MODEL_CARD.md` and `report.html` from what is in the folder.
+
+    The page shows the figures that are there, inside itself: it needs no other
+    file and no network.
+    """
+    facts = run_facts(run, vqvae, priors)
+    facts["rows"] = summary_rows(facts["evaluation"])
+    facts["figures"] = {
+        path.stem: data_uri(path)
+        for path in sorted(run.figures_path.glob("*.png"))
+    }
+    for template, path in (
+        ("model_card.md", run.card_path),
+        ("report.html", run.report_path),
+    ):
+        text = render(template, facts).encode(errors="replace")
+        write_atomic(path, lambda p, text=text: p.write_bytes(text))
+
+
+def print_results(run, evaluation):
+    """Print the scores of a run, and where to look at what."""
+    print(summary_table(evaluation))
+    print(f"figures in {run.figures_path}")
+    print(f"model card {run.card_path}")
+    print(f"report, to be opened in a browser: {run.report_path}")
+
+
+def data_uri(path):
+    """A PNG file as the text that stands for it inside a page."""
+    return "data:image/png;base64," + base64.b64encode(
+        path.read_bytes()
+    ).decode("ascii")
+
+
+def render(template, facts):
+    """Fill in a Jinja2 template of `resources/templates`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        lstrip_blocks=True,
+        trim_blocks=True,
+    )
+    environment.filters |= {
+        "meaning": meaning,
+        "show": _show,
+        "size": size_text,
+        "typed": typed,
+    }
+    return environment.get_template(template).render(facts)

@@ -89,8 +89,10 @@ TINY = (
     "--residual-blocks 1 --residual-channels 4 --num-embeddings 16 "
     "--embedding-dim 4 --ssim-weight 0 --no-cache --prior-epochs 2 "
     "--prior-learning-rate 0.01 --prior-batch-size 8 --prior-channels 8 "
-    "--prior-blocks 1 --condition slice --num-samples 3 --precision float32"
+    "--prior-blocks 1 --condition slice --num-samples 3 --precision float32 "
+    "--picture-epochs 0"
 ).split()
+PICTURES = ("--picture-epochs", "20")  # for TensorBoard; they take seconds
 
 
 def train_tiny(run_dir, *flags, data=None):
@@ -114,7 +116,8 @@ def copy_run(run, folder):
 @pytest.fixture(scope="session")
 def tiny_run(oasis_dir, tmp_path_factory):
     """The whole chain on `oasis_dir`."""
-    return train_tiny(tmp_path_factory.mktemp("tiny") / "run", data=oasis_dir)
+    folder = tmp_path_factory.mktemp("tiny")
+    return train_tiny(folder / "run", *PICTURES, data=oasis_dir)
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +135,7 @@ def levels_run(adni_dir, tmp_path_factory):
         "--dataset adni --levels 2 --prior pixelsnail --condition label,slice "
         "--prior-ema-momentum 0.9 --prior-augment 1"
     ).split()
-    return train_tiny(folder / "run", *flags, data=adni_dir)
+    return train_tiny(folder / "run", *flags, *PICTURES, data=adni_dir)
 
 
 @pytest.fixture(scope="session")

@@ -328,7 +328,7 @@ def evaluate_generator(people, folder, images, count, **prior):
 
     def generate(vqvae, priors, n, seed, **options):
         asked.update(options, n=n, seed=seed)
-        return images[:n], []
+        return images[:n], [], np.zeros(n)
 
     def read(frame):
         group = "train" if frame["subject"].iloc[0] < "008" else "unseen"
@@ -520,7 +520,7 @@ def test_unlabelled_test_images_are_drawn_with_all_labels():
 
     def generate(vqvae, priors, n, seed, **options):
         asked.update(options)
-        return np.zeros((n, 4, 4)), []
+        return np.zeros((n, 4, 4)), [], np.zeros(n)
 
     prior = types.SimpleNamespace(labels=("AD", "NC"))
     run = utils.Run("run", utils.Config(), {})
