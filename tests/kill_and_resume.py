@@ -28,7 +28,7 @@ SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --ssim-weight 0.5 --batch-size 8 --warmup-steps 5
     --prior gated --prior-channels 8 --prior-blocks 2 --prior-kernel-size 3
     --prior-dropout 0.2 --prior-ema-momentum 0.9
-    --prior-batch-size 8 --condition slice --num-samples 4
+    --prior-batch-size 8 --condition slice --no-evaluate
     --precision float32 --checkpoint-steps 1""".split()
 EPOCHS_PER_KILL = 4  # of each stage, so that there is something left to kill
 LONGEST = 15  # seconds from a start to its kill, at random

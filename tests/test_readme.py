@@ -107,7 +107,7 @@ def test_two_commands_near_the_top():
 def test_flags_exist():
     names = {f.name for c in SETTINGS for f in dataclasses.fields(c)}
     known = {"--" + name.replace("_", "-") for name in names}
-    known |= {"--help", "--list-recipes"}
+    known |= {"--help", "--list-recipes", "--logdir"}
     for path in (ROOT / "tests" / "benchmarks").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', text))
@@ -157,8 +157,11 @@ def test_exit_codes_as_in_the_program():
 def test_outputs_are_explained(tiny_run):
     run = path_of(tiny_run)
     files = [p.name for p in run.rglob("*") if p.is_file()]
-    # Samples bear their number, evaluations of other data its name.
-    files = [n for n in files if not re.match(r"seed\d|evaluation-", n)]
+    # Samples bear their number, evaluations of other data its name; what
+    # TensorBoard reads is not for people.
+    logs = {p.name for p in run.rglob("logs/**/*")}
+    named = re.compile(r"seed\d|evaluation-")
+    files = [n for n in files if n not in logs and not named.match(n)]
     assert "evaluation.json" in files
     assert [name for name in files if name not in README] == []
 
@@ -177,7 +180,8 @@ def test_scores_are_explained(tiny_run):
 
 
 def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    text = re.sub(r"(?ms)^```.*?^```$", "", README)
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert len(links) > 3
     assert [link for link in links if not (ROOT / link).is_file()] == []
 
@@ -195,6 +199,7 @@ def test_no_placeholder_is_left():
 
 def test_python_snippets_run(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    predict.main(["export", str(path_of(tiny_run)), "exported"])
     snippets = code_blocks("python")
     assert snippets
     assert any(RUN in text for text in snippets)

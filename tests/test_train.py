@@ -29,8 +29,9 @@ from tests.conftest import (
 
 ROOT = Path(train.__file__).parent
 IMAGES = {"train": 4 * SLICES, "validate": SLICES, "test": SLICES}
-FIGURES = {"reconstructions", "indices", "codebook", "history"}
-SAMPLES = {"samples", "memorization"}  # where there is a prior
+FIGURES = {"reconstructions", "failures", "indices", "codebook", "history"}
+# Where there is a prior.
+SAMPLES = {"samples", "failures_samples", "memorization"}
 FILES = {
     "config.json",
     "split.csv",
@@ -38,7 +39,10 @@ FILES = {
     "indices.npz",
     "history.csv",
     "evaluation.json",
+    "MODEL_CARD.md",
+    "report.html",
     "figures",
+    "logs",
 }
 
 
@@ -475,7 +479,8 @@ def test_no_prior_over_a_codebook_in_little_use(
     error = warned_and_refused([*argv, *flags], capsys)
     assert f"{path / 'vqvae.keras'}: level 1" in error
     names = {path.name for path in path.iterdir()}
-    assert names == FILES - {"evaluation.json", "figures"}
+    of_evaluation = {"evaluation.json", "MODEL_CARD.md", "report.html"}
+    assert names == FILES - {"figures", *of_evaluation}
     assert not utils.Run.open(path).has_priors
 
 
