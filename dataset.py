@@ -1140,6 +1140,7 @@ def _loader(index, size, resize):
         low = tf.constant(index["low"].to_numpy("float64"))
         high = tf.constant(index["high"].to_numpy("float64"))
         prints = tf.constant(index["fingerprint"].to_numpy("int64"))
+    read = _reader(size, resize)
 
     def load(row):
         data = tf.io.read_file(paths[row])
@@ -1149,11 +1150,25 @@ def _loader(index, size, resize):
         )
         with tf.control_dependencies([same]):
             data = tf.identity(data)
-        image, _ = _decoder()(data)  # traced once, not for every dataset
-        image = _rescale(image, low[row], high[row])
-        return tf.ensure_shape(fit_to(image, size, resize), size)
+        return read(data, low[row], high[row])
 
     return load
+
+
+@functools.cache
+def _reader(size, resize):
+    """Return a compiled call: contents, low, high -> image (H, W).
+
+    Compiled once, not for every dataset: a run makes a score of them.
+    """
+
+    def read(data, low, high):
+        image = _rescale(decode(data), low, high)
+        return tf.ensure_shape(fit_to(image, size, resize), size)
+
+    number = tf.TensorSpec([], tf.float64)
+    signature = [tf.TensorSpec([], tf.string), number, number]
+    return tf.function(read, input_signature=signature, autograph=False)
 
 
 @contextlib.contextmanager

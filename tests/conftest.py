@@ -18,8 +18,20 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+SHARED_RUNS = {"tiny_run", "vqvae_run", "levels_run", "smoke_run"}
 SIZE = 32  # pixels, both ways
 SLICES = 4  # a subject
+
+
+def pytest_collection_modifyitems(items):
+    """Give all tests that share runs to one process, else those of a file.
+
+    A process makes its own runs, by training.
+    """
+    for item in items:
+        shares = SHARED_RUNS & set(item.fixturenames)
+        group = "runs" if shares else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def blobs(*key, shape=(SIZE, SIZE)):

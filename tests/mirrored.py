@@ -21,7 +21,7 @@ def main(argv):
     halves = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, halves)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    utils.choose_strategy = lambda name: strategy
+    utils.choose_strategy = lambda *_, **__: strategy
     train.main(argv)
 
 

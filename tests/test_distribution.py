@@ -29,8 +29,8 @@ from tests.conftest import TINY, train_tiny
 ROOT = Path(train.__file__).parent
 # 24 steps of each stage; dropout would hide other conditions on each replica.
 FLAGS = (
-    "--epochs 6 --prior-epochs 12 --levels 2 --condition-dropout 0 "
-    "--prior gated --prior-ema-momentum 0.9 --no-evaluate"
+    "--epochs 6 --prior-epochs 12 --condition-dropout 0 --prior gated "
+    " --prior-ema-momentum 0.9 --no-evaluate"
 ).split()
 
 
@@ -91,7 +91,7 @@ def start_workers(run, folder, data, *flags):
 
 def assert_same_models(one, other):
     names = sorted(path.name for path in one.glob("*.keras"))
-    assert names == ["prior_bottom.keras", "prior_top.keras", "vqvae.keras"]
+    assert names == ["prior.keras", "vqvae.keras"]
     for name in names:
         pairs = zip(
             keras.models.load_model(one / name).weights,
@@ -118,7 +118,7 @@ def test_two_workers_train_as_one(alone, oasis_dir, tmp_path):
     assert [code for code, _, _ in workers.finish()] == [143, 143]
     assert not list(run.glob("*.keras"))
 
-    saved = saved.with_name("prior_bottom.npz")
+    saved = saved.with_name("prior.npz")
     workers = Workers(tmp_path, "--resume", run)
     workers.wait_for(saved)
     workers.processes[1].kill()

@@ -106,6 +106,12 @@ def test_two_commands_near_the_top():
 
 def test_flags_exist():
     names = {f.name for c in SETTINGS for f in dataclasses.fields(c)}
+    names |= {
+        f"no_{f.name}"
+        for c in SETTINGS
+        for f in dataclasses.fields(c)
+        if isinstance(f.default, bool)
+    }
     known = {"--" + name.replace("_", "-") for name in names}
     known |= {"--help", "--list-recipes", "--logdir"}
     for path in (ROOT / "tests" / "benchmarks").glob("*.py"):

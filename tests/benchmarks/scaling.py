@@ -8,6 +8,7 @@ two. The overhead is what exchanging gradients and codebooks adds to a step:
 loopback has no network's delay, so it is the least that there is.
 """
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -109,9 +110,11 @@ def measure(case, steps, small):
     for workers in (1, 2):
         hosts = common.free_hosts(workers)
         jobs = [(case, hosts, k, steps, small) for k in range(workers)]
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            results = pool.starmap(train, jobs, chunksize=1)
-        weights, seconds = max(results, key=lambda result: result[1])
+        # Not a Pool, which ends its processes by SIGTERM: they handle that.
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+            results = pool.map(train, *zip(*jobs, strict=True))
+            weights, seconds = max(results, key=lambda result: result[1])
         milliseconds.append(1000 * seconds)
     alone, two = milliseconds
     return {
