@@ -23,6 +23,7 @@ SIZE = 32  # pixels, both ways
 SLICES = 4  # a subject
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Give all tests that share runs to one process, else those of a file.
 
