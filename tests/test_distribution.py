@@ -30,7 +30,7 @@ ROOT = Path(train.__file__).parent
 # 24 steps of each stage; dropout would hide other conditions on each replica.
 FLAGS = (
     "--epochs 6 --prior-epochs 12 --condition-dropout 0 --prior gated "
-    " --prior-ema-momentum 0.9 --no-evaluate"
+    "--prior-ema-momentum 0.9 --no-evaluate"
 ).split()
 
 
