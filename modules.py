@@ -1881,7 +1881,7 @@ class AutoregressivePrior(TrainableModel):
             first: int >= 0. Number of the first image.
             known: `(n, h, w)` int array of indices that are not drawn, -1
                 where unknown. What comes after them is drawn given them, what
-                comes before is not: weigh by `utils.known_log_prob`.
+                comes before is not: weigh by `predict.known_log_prob`.
             return_log_prob: bool. Also return the log-probability in nats of
                 each grid under the model (temperature 1, all codes, no
                 guidance), accumulated while drawing.

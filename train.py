@@ -19,6 +19,7 @@ results go to one run folder.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -28,10 +29,12 @@ import sys
 import tempfile
 import typing
 import warnings
+from pathlib import Path
 
 import numpy as np
 
 import dataset
+import predict
 import utils
 
 keras = utils.lazy_import("keras")
@@ -299,19 +302,6 @@ def conditions(config, frame, source):
     }
 
 
-def image_batches(run, frame, batch_size, **options):
-    """`dataset.make_dataset` as a run reads images; None for no images."""
-    if frame.empty:
-        return None
-    return dataset.make_dataset(
-        frame,
-        run.info["image_size"],
-        batch_size,
-        resize=run.config.resize,
-        **options,
-    )
-
-
 def train_vqvae(run, splits, strategy, signals, *callbacks):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
     config = run.config
@@ -326,7 +316,10 @@ def train_vqvae(run, splits, strategy, signals, *callbacks):
         Source(
             len(splits[name]),
             functools.partial(
-                image_batches, run, splits[name], cache=config.cache
+                predict.image_batches,
+                run,
+                splits[name],
+                cache=config.cache,
             ),
         )
         for name in ("train", "validate")
@@ -373,9 +366,8 @@ def new_vqvae(config, image_size, data_variance):
 
 def data_variance(run, frame, most=512):
     """Variance of the pixels of up to `most` images spread over `frame`."""
-    images = image_batches(run, frame.iloc[utils.spread(len(frame), most)], 64)
-    pixels = np.concatenate([batch.numpy() for batch in images])
-    return float(pixels.var()) or 1.0
+    rows = utils.spread(len(frame), most)
+    return float(predict.read_all(run, frame.iloc[rows]).var()) or 1.0
 
 
 def encode_splits(run, vqvae, splits):
@@ -385,7 +377,7 @@ def encode_splits(run, vqvae, splits):
     """
     indices = {}
     for name, frame in splits.items():
-        images = image_batches(run, frame, 32)
+        images = predict.image_batches(run, frame)
         if images is not None:
             indices[name] = modules.encode_dataset(vqvae, images)
     arrays = {
@@ -493,7 +485,7 @@ def with_jittered_copies(run, vqvae, indices, frame):
             rows = tf.range(tf.shape(images, tf.int64)[0])
             return dataset.jitter(images, seed, first + 32 * batch + rows)
 
-        images = image_batches(run, frame, 32).enumerate().map(jittered)
+        images = predict.image_batches(run, frame).enumerate().map(jittered)
         parts.append(modules.encode_dataset(vqvae, images))
     levels = [np.concatenate(level) for level in zip(*parts, strict=True)]
     return levels, pd.concat([frame] * len(parts), ignore_index=True)
@@ -690,8 +682,7 @@ def vqvae_pictures(run, vqvae, frame):
 
     @functools.cache
     def images():
-        (batch,) = image_batches(run, frame, COUNTED)
-        return batch.numpy()
+        return predict.read_all(run, frame)
 
     def draw():
         indices, shown = vqvae.encode(images()), images()[rows]
@@ -736,16 +727,8 @@ def prior_pictures(run, vqvae, prior, level):
 
 def finish(run, vqvae, priors, splits):
     """Evaluate on the test subjects, draw the figures, print the summary."""
-    evaluation = utils.evaluate(
-        run,
-        vqvae,
-        priors,
-        splits,
-        functools.partial(image_batches, run, batch_size=32),
-        modules.generate,
-        dataset.ventricle_areas,
-    )
-    utils.print_results(run, evaluation)
+    evaluation = predict.evaluate_run(run, vqvae, priors, splits)
+    predict.print_results(run, evaluation)
 
 
 # === Search for settings ===
@@ -758,8 +741,8 @@ def tune(config, argv, strategy, signals):
     also to several processes; `trials.csv`, figures, and in `trials` the run
     folder of each trial. Test images have no part in it.
     """
-    space = utils.search_space(config, utils.read_flags(argv))
-    folder = utils.search_folder(config)
+    space = search_space(config, utils.read_flags(argv))
+    folder = search_folder(config)
     with open_study(folder, config, space) as study:
 
         def report():
@@ -786,6 +769,85 @@ def tune(config, argv, strategy, signals):
             print(f"go on with: {command}")
             raise
         print_best(study, folder, config)
+
+
+def search_folder(config):
+    """Folder of a search, made if it is new.
+
+    Raises:
+        RunError: if it holds something else.
+    """
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(config.run_dir or f"runs/{config.recipe}-tune-{now}")
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()) and not study_path(path).exists():
+        raise utils.RunError(
+            f"{path}: neither empty nor the folder of a search; choose "
+            "another with --run-dir"
+        )
+    return path
+
+
+def study_path(folder):
+    """File of the Optuna study of a search."""
+    return Path(folder) / "study.db"
+
+
+def search_space(config, given):
+    """What a search varies: {name: bounds or choices}.
+
+    Args:
+        given: names of the flags on the command line, which stay as they are.
+    """
+    space = utils.RECIPES[config.recipe].search or utils.SEARCH_SPACE
+    space = {
+        name: how
+        for name, how in space.items()
+        if name not in given
+        and (config.objective == "ssim+bits" or not name.startswith("prior"))
+    }
+    if not space:
+        raise utils.FlagError("--tune: the flags given leave nothing to search")
+    return space
+
+
+def search_settings(config, space):
+    """What one search is done with: settings that stay, and its space."""
+    changing = ("tune", "run_dir", *utils.OF_COMMAND, *space)
+    stay = {k: v for k, v in vars(config).items() if k not in changing}
+    return {**stay, "space": space}
+
+
+def check_same_search(folder, earlier, settings):
+    """Raise `FlagError` if two `search_settings` differ."""
+    for name in [*settings, *earlier]:
+        if name == "space" or earlier.get(name, "") == settings.get(name, ""):
+            continue
+        values = [
+            utils.typed(some[name]) if name in some else "varied values"
+            for some in (earlier, settings)
+        ]
+        raise utils.FlagError(
+            f"--{name.replace('_', '-')}: the search in {folder} has "
+            f"{values[0]}, found {values[1]}; search in another --run-dir"
+        )
+    if earlier["space"] != settings["space"]:
+        raise utils.FlagError(
+            f"--run-dir: the search in {folder} varies other settings; choose "
+            "another folder"
+        )
+
+
+def usual_values(config, space):
+    """Settings of a recipe, as far as its search may try them."""
+
+    def allowed(value, how):
+        if "choices" in how:
+            return value in how["choices"]
+        return how["low"] <= value <= how["high"]
+
+    values = {name: getattr(config, name) for name in space}
+    return {k: v for k, v in values.items() if allowed(v, space[k])}
 
 
 def tried():
@@ -821,7 +883,7 @@ def open_study(folder, config, space):
     with warnings.catch_warnings(), utils.turn(folder):
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.RDBStorage(
-            f"sqlite:///{utils.study_path(folder)}",
+            f"sqlite:///{study_path(folder)}",
             {"connect_args": {"timeout": HEARTBEAT}},
             heartbeat_interval=HEARTBEAT,
             # What a killed process tried is tried again.
@@ -837,12 +899,12 @@ def open_study(folder, config, space):
             sampler=sampler(config.seed),
             pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
         )
-        settings = json.loads(json.dumps(utils.search_settings(config, space)))
+        settings = json.loads(json.dumps(search_settings(config, space)))
         if "settings" not in study.user_attrs:
             study.set_user_attr("settings", settings)
-            study.enqueue_trial(utils.usual_values(config, space))
+            study.enqueue_trial(usual_values(config, space))
     try:
-        utils.check_same_search(folder, study.user_attrs["settings"], settings)
+        check_same_search(folder, study.user_attrs["settings"], settings)
         yield study
     finally:
         storage.engine.dispose()
@@ -859,7 +921,7 @@ def try_settings(study, config, space, folder, strategy, signals, trial):
     values = {name: suggest(trial, name, how) for name, how in space.items()}
     name = f"trials/{trial.number:04d}"
     trial.set_user_attr("run", name)
-    text = ", ".join(f"{k} {utils.short(v)}" for k, v in values.items())
+    text = ", ".join(f"{k} {short(v)}" for k, v in values.items())
     print(f"trial {trial.number}: {text}")
     keras.utils.clear_session()
     try:
@@ -919,7 +981,7 @@ def train_trial(config, strategy, signals, trial):
         run.complete()
     finally:
         run.unlock()
-    return utils.objective_values(run)
+    return objective_values(run)
 
 
 def pruning(trial):
@@ -934,6 +996,25 @@ def pruning(trial):
             )
 
     return keras.callbacks.LambdaCallback(on_epoch_end=report)
+
+
+def objective_values(run):
+    """Values by which a trial is judged, in the order of `OBJECTIVES`.
+
+    Of the weights that the run kept: of the last epoch of the VQ-VAE, of the
+    best epoch of each prior.
+    """
+    history = utils.read_history(run)
+    stages = history.groupby("stage")
+    values = [float(stages.get_group("vqvae")["val_ssim"].iloc[-1])]
+    if run.config.objective == "ssim+bits":
+        bits = [
+            stages.get_group(name)["val_bits_per_code"].min()
+            for name in run.prior_names
+        ]
+        sizes = [h * w for h, w in run.info["latent_grids"]]
+        values.append(float(np.dot(bits, sizes)))
+    return values
 
 
 def report_trials(study, folder, objective, space):
@@ -956,7 +1037,25 @@ def report_trials(study, folder, objective, space):
     columns += ["seconds", "best", "run", "note"]
     table = pd.DataFrame(rows, columns=columns)
     utils.write_csv(folder / "trials.csv", table)
-    utils.draw_search(folder / "figures", table, objective, space)
+    draw_search(folder / "figures", table, objective, space)
+
+
+def draw_search(folder, table, objective, space):
+    """Draw the figures of a search from the table of its trials."""
+    names = list(utils.OBJECTIVES[objective])
+    done = table[table["state"] == "complete"]
+    if done.empty:
+        return
+    utils.figure_slices(folder / "tuning_slices.png", done, names, space)
+    if len(names) == 1:
+        utils.figure_search(folder / "tuning_history.png", table, *names)
+    else:
+        utils.figure_pareto(folder / "tuning_pareto.png", done, *names)
+
+
+def short(value):
+    """Return a setting as a person would write it."""
+    return f"{value:.3g}" if isinstance(value, float) else utils.typed(value)
 
 
 def print_best(study, folder, config):
@@ -975,7 +1074,36 @@ def print_best(study, folder, config):
         text = ", ".join(f"{name} {value:.4g}" for name, value in values)
         print(f"trial {trial.number}: {text.replace('_', ' ')}")
         settings = dataclasses.replace(config, **trial.params)
-        print(f"    {utils.command_line(settings)}")
+        print(f"    {command_line(settings)}")
+
+
+# Settings that a search has and the training of its best trial has not.
+_OF_SEARCH = (
+    "recipe",
+    "tune",
+    "objective",
+    "run_dir",
+    "smoke",
+    "epochs",
+    "prior_epochs",
+)
+
+
+def command_line(config):
+    """Command that trains a trial in full: what differs from the recipe."""
+    usual = utils.RECIPES[config.recipe].settings
+    words = ["python", "train.py", "--recipe", config.recipe]
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), utils.flag_name(field)
+        if field.name in _OF_SEARCH or value == usual.get(
+            field.name, field.default
+        ):
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+        else:
+            words += [name, utils.typed(value)]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

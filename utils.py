@@ -3,19 +3,18 @@
 1. Errors       one-line user errors with exit codes, `run_main`, `lazy_import`
 2. Flags        a dataclass field is a flag: `flag`, `positional`, `parse`
 3. Settings     `Config`, the recipes, `resolve`
-4. Run folder   `Run`, atomic writes, model files
+4. Run folder   `Run`, atomic writes, model files, reading what a run holds
 5. Seeds        `set_seed`, `choose_precision`, `choose_strategy`, workers
-6. Metrics      SSIM and relatives, codebook statistics, sets of images, copies
-7. Figures      every picture of a run, and its summary as text
-8. Evaluation   `evaluation.json` of a run, its figures, loading its priors
-9. Report       what a run is, for people: facts, `MODEL_CARD.md`, `report.html`
+6. Metrics      SSIM and relatives, codebook statistics, sets of images, copies,
+                lesions
+7. Figures      every picture of a run
+8. Images       rows spread over a split, PNG files; progress bars
 
 Only the standard library and NumPy are imported here, so that `--help` and a
 mistyped flag answer at once; heavy packages are loaded on first use.
 """
 
 import argparse
-import base64
 import contextlib
 import dataclasses
 import datetime
@@ -40,7 +39,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import types
 import typing
 import zipfile
@@ -350,7 +348,7 @@ class _Parser(argparse.ArgumentParser):
         raise FlagError(message.removeprefix("argument "))
 
 
-def _flag_name(field):
+def flag_name(field):
     if field.metadata.get("positional"):
         return field.name.upper()
     return "--" + field.name.replace("_", "-")
@@ -433,7 +431,7 @@ def check_fields(config):
 
 def _refuse(field, kind, value):
     found = value if isinstance(value, (int, float)) else repr(value)
-    name, expected = _flag_name(field), _expected(field, kind)
+    name, expected = flag_name(field), _expected(field, kind)
     raise FlagError(f"{name}: expected {expected}, found {found}")
 
 
@@ -488,7 +486,7 @@ def _add_flag(group, field, kind, optional):
     else:
         if kind == tuple[str, ...]:
             options["nargs"] = "+"
-        names = [name for name in (data["short"], _flag_name(field)) if name]
+        names = [name for name in (data["short"], flag_name(field)) if name]
     action = group.add_argument(*names, **options)
     action.help = _help_text(field, kind, optional)
 
@@ -524,7 +522,7 @@ def _read_arguments(parser, argv, classes):
     if unknown:
         fields = [f for c in classes for f in dataclasses.fields(c)]
         name = unknown[0].split("=")[0]
-        known = [_flag_name(field) for field in fields]
+        known = [flag_name(field) for field in fields]
         near = [flag_name for flag_name in known if flag_name.startswith(name)]
         near = near or difflib.get_close_matches(name, known, 1)
         advice = f"did you mean {near[0]}?" if near else "see --help"
@@ -1119,116 +1117,11 @@ def _check_search(given):
             )
 
 
-def search_space(config, given):
-    """What a search varies: {name: bounds or choices}.
-
-    Args:
-        given: names of the flags on the command line, which stay as they are.
-    """
-    space = RECIPES[config.recipe].search or SEARCH_SPACE
-    space = {
-        name: how
-        for name, how in space.items()
-        if name not in given
-        and (config.objective == "ssim+bits" or not name.startswith("prior"))
-    }
-    if not space:
-        raise FlagError("--tune: the flags given leave nothing to search")
-    return space
-
-
 # What a search is judged by, and which way is better.
 OBJECTIVES = {
     "ssim": {"ssim": "maximize"},
     "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
 }
-
-
-def search_settings(config, space):
-    """What one search is done with: settings that stay, and its space."""
-    changing = ("tune", "run_dir", *_OF_COMMAND, *space)
-    stay = {k: v for k, v in vars(config).items() if k not in changing}
-    return {**stay, "space": space}
-
-
-def check_same_search(folder, earlier, settings):
-    """Raise `FlagError` if two `search_settings` differ."""
-    for name in [*settings, *earlier]:
-        if name == "space" or earlier.get(name, "") == settings.get(name, ""):
-            continue
-        values = [
-            typed(some[name]) if name in some else "varied values"
-            for some in (earlier, settings)
-        ]
-        raise FlagError(
-            f"--{name.replace('_', '-')}: the search in {folder} has "
-            f"{values[0]}, found {values[1]}; search in another --run-dir"
-        )
-    if earlier["space"] != settings["space"]:
-        raise FlagError(
-            f"--run-dir: the search in {folder} varies other settings; choose "
-            "another folder"
-        )
-
-
-def usual_values(config, space):
-    """Settings of a recipe, as far as its search may try them."""
-
-    def allowed(value, how):
-        if "choices" in how:
-            return value in how["choices"]
-        return how["low"] <= value <= how["high"]
-
-    values = {name: getattr(config, name) for name in space}
-    return {k: v for k, v in values.items() if allowed(v, space[k])}
-
-
-def objective_values(run):
-    """Values by which a trial is judged, in the order of `OBJECTIVES`.
-
-    Of the weights that the run kept: of the last epoch of the VQ-VAE, of the
-    best epoch of each prior.
-    """
-    history = read_history(run)
-    stages = history.groupby("stage")
-    values = [float(stages.get_group("vqvae")["val_ssim"].iloc[-1])]
-    if run.config.objective == "ssim+bits":
-        bits = [
-            stages.get_group(name)["val_bits_per_code"].min()
-            for name in run.prior_names
-        ]
-        sizes = [h * w for h, w in run.info["latent_grids"]]
-        values.append(float(np.dot(bits, sizes)))
-    return values
-
-
-# Settings that a search has and the training of its best trial has not.
-_OF_SEARCH = (
-    "recipe",
-    "tune",
-    "objective",
-    "run_dir",
-    "smoke",
-    "epochs",
-    "prior_epochs",
-)
-
-
-def command_line(config):
-    """Command that trains a trial in full: what differs from the recipe."""
-    usual = RECIPES[config.recipe].settings
-    words = ["python", "train.py", "--recipe", config.recipe]
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), _flag_name(field)
-        if field.name in _OF_SEARCH or value == usual.get(
-            field.name, field.default
-        ):
-            continue
-        if isinstance(value, bool):
-            words.append(name if value else f"--no-{name[2:]}")
-        else:
-            words += [name, typed(value)]
-    return shlex.join(words)
 
 
 def _prior_settings(config_class, given):
@@ -1250,13 +1143,13 @@ def _prior_settings(config_class, given):
                 f"{typed(trained[name])}, found {typed(given[name])}; leave "
                 "the flag out, or train both anew without --stage prior"
             )
-    once = ("smoke", "prior_level", *_OF_COMMAND)
+    once = ("smoke", "prior_level", *OF_COMMAND)
     trained = {k: v for k, v in trained.items() if k not in once}
     return {**trained, **given}
 
 
 # May differ between the parts of one training, and between its commands.
-_OF_COMMAND = (
+OF_COMMAND = (
     "resume",
     "picture_epochs",
     "checkpoint_minutes",
@@ -1276,7 +1169,7 @@ def _resumed_settings(config_class, given):
     )
     trained = dataclasses.asdict(trained)
     for name, value in given.items():
-        if name not in _OF_COMMAND and value != trained[name]:
+        if name not in OF_COMMAND and value != trained[name]:
             raise FlagError(
                 f"--{name.replace('_', '-')}: {run.path} is trained with "
                 f"{typed(trained[name])}, found {typed(value)}; leave the flag "
@@ -1660,28 +1553,6 @@ class Run:
         write_json(self.config_path, document)
 
 
-def study_path(folder):
-    """File of the Optuna study of a search."""
-    return Path(folder) / "study.db"
-
-
-def search_folder(config):
-    """Folder of a search, made if it is new.
-
-    Raises:
-        RunError: if it holds something else.
-    """
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(config.run_dir or f"runs/{config.recipe}-tune-{now}")
-    path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()) and not study_path(path).exists():
-        raise RunError(
-            f"{path}: neither empty nor the folder of a search; choose "
-            "another with --run-dir"
-        )
-    return path
-
-
 def _load_config(config_class, settings, file):
     """Return a configuration read from JSON, checked like flags."""
     try:
@@ -1924,6 +1795,128 @@ def load_model(path):
 def save_model(model, path):
     """Save a Keras model atomically."""
     write_atomic(path, model.save)
+
+
+def codebook_sha256(vqvae, level=1):
+    """Hash that ties a prior to the codebooks its indices speak of.
+
+    Those of its level and of the levels above, on which it is conditioned.
+    """
+    codebooks = [
+        np.asarray(vqvae.part("quantizer", k).codebook)
+        for k in range(level, vqvae.levels + 1)
+    ]
+    return array_sha256(np.concatenate(codebooks))
+
+
+def load_priors(run, vqvae):
+    """Load the priors of a run, bottom first.
+
+    Raises:
+        RunError: if one is missing, damaged, or was trained on the indices
+            of another VQ-VAE.
+    """
+    priors = []
+    for level, path in enumerate(run.prior_paths, start=1):
+        if not path.exists():
+            raise RunError(
+                f"{path}: this run has no prior; train one with "
+                f"python train.py --stage prior --run-dir {run.path}"
+            )
+        prior = load_model(path)
+        if prior.codebook_sha256 != codebook_sha256(vqvae, level):
+            raise RunError(
+                f"{path}: trained on another codebook than that of "
+                f"{run.vqvae_path}; train it again"
+            )
+        priors.append(prior)
+        for name in ("labels", "slice_condition"):
+            if getattr(prior, name) != getattr(priors[0], name):
+                raise RunError(
+                    f"{path}: its {name} are not those of {run.prior_paths[0]};"
+                    " train both again"
+                )
+    return priors
+
+
+def prior_inputs(prior, indices, frame):
+    """What `prior` is trained on: dict of arrays, one row an image.
+
+    Args:
+        indices: list of `(N, h, w)` arrays, bottom first.
+        frame: index of the same N slices.
+    """
+    level = len(indices) - len(prior.upper_grids)
+    inputs = {"indices": indices[level - 1]}
+    if prior.upper_grids:
+        inputs["upper"] = tuple(indices[level:])  # tf.data stacks a list
+    if prior.labels:
+        numbers = {name: k for k, name in enumerate(prior.labels)}
+        labels = frame["label"].map(numbers).fillna(-1)
+        inputs["label"] = labels.to_numpy("int32")
+    if prior.slice_condition:
+        inputs["slice_position"] = frame["position"].to_numpy("float32")
+    return inputs
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """Turn what fails over a file of a run into a `RunError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: missing from the run folder") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path}: damaged ({error})") from error
+
+
+def read_evaluation(run):
+    """`evaluation.json` of a run."""
+    with _reading(run.evaluation_path):
+        return json.loads(run.evaluation_path.read_text(encoding="utf-8"))
+
+
+def read_indices(run):
+    """`indices.npz` of a run as a dict of arrays."""
+    with _reading(run.indices_path), open(run.indices_path, "rb") as opened:
+        with np.load(opened) as file:
+            return dict(file)
+
+
+def read_history(run):
+    """`history.csv` of a run as a DataFrame."""
+    with _reading(run.history_path):
+        return pd.read_csv(run.history_path, float_precision="round_trip")
+
+
+def read_splits(run, needed=("train", "validate", "test")):
+    """The splits of `split.csv`: {name: DataFrame}.
+
+    Raises:
+        DataError: if files of a split in `needed` are no longer there.
+    """
+    text = dict.fromkeys(("path", "subject", "scan", "label", "sha256"), str)
+    with _reading(run.split_path):
+        frame = pd.read_csv(
+            run.split_path,
+            dtype=text,
+            keep_default_na=False,
+            float_precision="round_trip",
+            encoding_errors="surrogateescape",
+        )
+        splits = {
+            name: frame[frame["split"] == name].reset_index(drop=True)
+            for name in ("train", "validate", "test")
+        }
+    files = [path for name in needed for path in splits[name]["path"]]
+    missing = [path for path in files if not os.path.exists(path)]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no longer there, like {len(missing)} of "
+            f"{len(files)} files in {run.split_path}; put them back "
+            "(predict.py takes others, with --images or --data-dir)"
+        )
+    return splits
 
 
 # ------------------------------------------------- 5. Seeds and precision
@@ -2261,14 +2254,14 @@ def hog_features(images):
 
 def inception_features(images):
     """Return ImageNet Inception v3 features (N, 2048) of images (N, H, W)."""
-    model = _inception()
+    model = inception_network()
     batch = tf.image.resize(images[..., None], model.input_shape[1:3])
     batch = tf.repeat(2 * batch - 1, 3, axis=-1)
     return model(batch, training=False).numpy()
 
 
 @functools.cache
-def _inception():
+def inception_network():
     try:
         return keras.applications.InceptionV3(
             include_top=False,
@@ -2439,6 +2432,70 @@ def jackknife_ratio(ratio, subjects):
     return [math.exp(middle + side * 1.96 * error) for side in (-1, 1)]
 
 
+def compare_sets(sets, extract, name, train_subjects, test_subjects):
+    """Compare generated and training images with test images.
+
+    Args:
+        sets: {name: images (N, H, W)}: `generated`, `train`, `rebuilt` (the
+            same encoded and decoded) and `test`, equally many; `fit`, other
+            training images for the principal components.
+        extract: function of images to features (N, F); `name` says which.
+
+    Returns: dict for `evaluation.json`; None where images are too few.
+    """
+    n = len(sets["generated"])
+    names = ("frechet", "kid", "precision", "recall", "density", "coverage")
+    if n < 2 * PCA_SHARE:
+        return {"features": name, **dict.fromkeys(names), "floor": {}}
+    features = {key: extract(images) for key, images in sets.items()}
+    fit = features.pop("fit")
+    project = principal_components(fit, n)
+    features = {key: project(rows) for key, rows in features.items()}
+    real, size = features["test"], len(project(fit[:1])[0])
+    scores = {
+        key: score_set(features[key], real, subjects, test_subjects)
+        for key, subjects in (
+            # Images of no one: as many as there are.
+            ("generated", np.arange(n)),
+            ("train", train_subjects),
+        )
+    }
+
+    def ratio(kept):
+        distances = [
+            max(frechet_distance(features[key], real[kept]), TINY)
+            for key in ("generated", "train")
+        ]
+        return distances[0] / distances[1]
+
+    return {
+        "features": f"{name}, {size} principal components of {len(fit)} "
+        "training images",
+        "frechet": {
+            "generated_vs_test": frechet_distance(features["generated"], real),
+            "train_vs_test": frechet_distance(features["train"], real),
+            "rebuilt_train_vs_test": frechet_distance(
+                features["rebuilt"], real
+            ),
+            "ratio": ratio(np.full(n, True)),
+            "ratio_ci95": jackknife_ratio(ratio, test_subjects),
+        },
+        **scores["generated"],
+        "floor": scores["train"],
+    }
+
+
+def score_set(fake, real, fake_subjects, real_subjects):
+    """KID, precision, recall, density and coverage, with intervals."""
+    subjects = fake_subjects, real_subjects
+    scores = {"kid": kernel_distance(fake, real, *subjects)}
+    values = manifold_scores(fake, real, *subjects)
+    for key in ("precision", "recall", "density", "coverage"):
+        owners = subjects[key in ("recall", "coverage")]
+        scores[key] = values and bootstrap_by_subject(values[key], owners)
+    return scores
+
+
 def nearest_images(queries, batches, spaces):
     """Return the nearest of many images to each query, in several spaces.
 
@@ -2543,6 +2600,96 @@ def _compare_distances(near, far, subjects, n, seed):
         if known:
             result[names[k] + "_ci95"] = bounds[k].tolist()
     return result
+
+
+def mean_of_neighbours(bits):
+    """Mean of each 3x3 cells of grids (N, h, w); zero beyond the edge."""
+    return ndimage.uniform_filter(bits, (1, 3, 3), mode="constant")
+
+
+def smooth_residual(residual):
+    """Take the least of 3x3 pixels, then the mean of 7x7: (N, H, W).
+
+    The first removes thin edges, which any restoration blurs. Marimont &
+    Tarroni, 2021, arXiv:2012.06765.
+    """
+    return ndimage.uniform_filter(
+        ndimage.minimum_filter(residual, (1, 3, 3)), (1, 7, 7)
+    )
+
+
+def score_lesions(residual, near, masks, subjects):
+    """How well lesions are found, by image and by pixel.
+
+    Args:
+        residual: (N, H, W), the map that tells.
+        near: list of (N, h, w), mean surprisal of neighbours in bits, whose
+            maximum is a simpler score of an image.
+        masks: (N, H, W) bool, pixels of lesions.
+        subjects: (N,).
+
+    Returns: dict for `anomaly.json`.
+    """
+    measures = importlib.import_module("sklearn.metrics")
+    ill = masks.any(axis=(1, 2))
+    by_image = functools.partial(
+        bootstrap_ranking, measures.roc_auc_score, ill, subjects=subjects
+    )
+    pixels = _count_pixels(residual, masks, subjects)
+    by_pixel = bootstrap_ranking(
+        measures.average_precision_score,
+        pixels["ill"],
+        pixels["value"],
+        pixels["subject"],
+        pixels["count"],
+    )
+    return {
+        "subjects": len(np.unique(subjects)),
+        "images": {
+            "as_they_are": int((~ill).sum()),
+            "with_lesion": int(ill.sum()),
+        },
+        "lesions": {"mean_pixels": float(masks[ill].sum() / ill.sum())},
+        "image_auroc": by_image(residual.max(axis=(1, 2))),
+        "image_auroc_of_surprisal": [
+            by_image(level.max(axis=(1, 2))) for level in near
+        ],
+        "pixel_average_precision": by_pixel | {"chance": float(masks.mean())},
+    }
+
+
+def _count_pixels(residual, masks, subjects, levels=1024):
+    """Count pixels by subject, lesion and residual, in `levels` steps."""
+    _, owner = np.unique(np.asarray(subjects), return_inverse=True)
+    owner = np.broadcast_to(owner[:, None, None], masks.shape)
+    value = np.round(residual / residual.max() * (levels - 1))
+    columns = {"subject": owner, "ill": masks, "value": value}
+    table = pd.DataFrame({k: v.ravel() for k, v in columns.items()})
+    return table.groupby(list(columns)).size().reset_index(name="count")
+
+
+def bootstrap_ranking(
+    metric, truth, score, subjects, weights=1.0, n=1000, seed=0
+):
+    """Return how well a score ranks, with its 95 % interval over subjects.
+
+    Args:
+        metric: such as `sklearn.metrics.roc_auc_score`.
+        truth: (N,) bool; there are both kinds of every subject.
+        score: (N,), higher where true.
+        subjects: (N,), whole ones are resampled.
+        weights: (N,), how often each counts.
+    """
+    names, owner = np.unique(np.asarray(subjects), return_inverse=True)
+    share = np.full(len(names), 1 / len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), share, n)
+
+    def value(times):
+        return metric(truth, score, sample_weight=weights * times[owner])
+
+    low, high = np.percentile([value(draw) for draw in draws], [2.5, 97.5])
+    middle = value(np.ones(len(names)))
+    return {"value": float(middle), "ci95": [float(low), float(high)]}
 
 
 # -------------------------------------------------------------- 7. Figures
@@ -2673,6 +2820,25 @@ def figure_samples(path, images, title, captions=None, columns=None):
     ax.axis("off")
     for (left, top), text in zip(corners, captions or [], strict=False):
         ax.text(left, top, text, color="white", fontsize=7, va="top")
+    _save_figure(figure, path)
+
+
+def draw_samples(path, images, seed, temperature):
+    """Grid of generated images, every one in the order drawn."""
+    title = f"Generated, none left out: seed {seed}, temperature {temperature}"
+    figure_samples(path, images, title, columns=min(8, len(images)))
+
+
+def figure_least_likely(path, images, bits, count):
+    """Draw the generated images whose indices take the most bits."""
+    least = np.argsort(-bits, kind="stable")[:count]
+    title = f"Of {len(images)} generated images the least likely\n"
+    title += f"bits of their indices; on average {bits.mean():.0f}"
+    aspect = np.divide(*images.shape[1:])
+    figure, axes = _image_rows(1, len(least), aspect, title)
+    for ax, k in zip(axes[0], least, strict=True):
+        ax.imshow(images[k], cmap="gray", vmin=0, vmax=1)
+        ax.set_xlabel(f"{bits[k]:.0f} bits", fontsize=8)
     _save_figure(figure, path)
 
 
@@ -2892,24 +3058,6 @@ def write_projector(folder, codebooks, counts):
     projector.visualize_embeddings(str(folder), config)
 
 
-def short(value):
-    """Return a setting as a person would write it."""
-    return f"{value:.3g}" if isinstance(value, float) else typed(value)
-
-
-def draw_search(folder, table, objective, space):
-    """Draw the figures of a search from the table of its trials."""
-    names = list(OBJECTIVES[objective])
-    done = table[table["state"] == "complete"]
-    if done.empty:
-        return
-    figure_slices(folder / "tuning_slices.png", done, names, space)
-    if len(names) == 1:
-        figure_search(folder / "tuning_history.png", table, *names)
-    else:
-        figure_pareto(folder / "tuning_pareto.png", done, *names)
-
-
 def figure_search(path, table, name):
     """Draw what each trial reached, and the best so far."""
     table = table[table[name].notna()]
@@ -2995,1012 +3143,7 @@ def _title(name):
     return f"validation {names[name]}"
 
 
-SECTIONS = (
-    "data",
-    "reconstruction",
-    "codebook",
-    "prior",
-    "generation",
-    "memorization",
-    "labels",
-    "speed",
-)
-OF_SAMPLES = ("generation", "memorization")  # null there: too few images
-UNITS = {
-    "psnr": "dB",
-    "bits_per_code": "bits",
-    "bits_per_image": "bits",
-    "unigram_bits": "bits",
-    "uniform_bits": "bits",
-    "entropy_bits": "bits",
-    "peak_memory_mb": "MB",
-    "ventricle_area": "pixels",
-}
-# What each number of `evaluation.json` means, in the order they are shown.
-MEANINGS = {
-    "label": "class label",
-    "dataset": "which data set; phantom is the simulator",
-    "simulated": (
-        "whether the images are simulated: read this before anything else"
-    ),
-    "image_size": "height x width in pixels",
-    "train": "what the models learned from",
-    "validate": (
-        "what the training was watched on, and the best epoch chosen by"
-    ),
-    "test": (
-        "what all scores are measured on; no training step saw these subjects"
-    ),
-    "data_dir": "folder of the data",
-    "images_seen_in_training": (
-        "images that were trained on too: above 0 the scores are too good"
-    ),
-    "ssim": (
-        "structural similarity of decoded and original image, at most 1; "
-        "black background flatters it"
-    ),
-    "ssim_foreground": "the same inside the head: the honest one",
-    "ms_ssim": "SSIM over several resolutions; compare equal scales only",
-    "psnr": (
-        "peak signal-to-noise ratio; higher is better, 3 dB is half the "
-        "squared error"
-    ),
-    "mae": (
-        "mean absolute error of intensities in 0 to 1; 0.004 is one grey level"
-    ),
-    "level": "1 is the fine grid at the bottom",
-    "grid": "rows x columns of indices",
-    "num_embeddings": "code vectors to choose from, K",
-    "usage": (
-        "share of code vectors in use; near 1 is good, far below: collapsed "
-        "or too many"
-    ),
-    "perplexity": (
-        "equally used code vectors that would be as varied; a few: collapsed"
-    ),
-    "entropy_bits": "what one index can tell at most",
-    "bits_per_code": (
-        "bits to name an index, given those before it; lower is better, "
-        "test well above train: over-fitted"
-    ),
-    "unigram_bits": (
-        "the same if only the frequency of each index is known; the prior "
-        "has to be below it"
-    ),
-    "uniform_bits": "the same if nothing is known: log2 K",
-    "bits_per_image": "size of a slice as losslessly coded indices",
-    "n": "generated images that were compared",
-    "seed": "of the generated images",
-    "temperature": "of the generated images; below 1: likelier, less varied",
-    "features": "the space in which images are compared",
-    "frechet": (
-        "distance of generated from test images; a ratio of 1: as near as "
-        "real people of another set are, above 10: a glance tells"
-    ),
-    "kid": "kernel distance from test images; 0 or below: no difference found",
-    "precision": (
-        "share of generated images that are near a real one; like the floor "
-        "is good, far below: slices that look like no one's"
-    ),
-    "density": (
-        "how many generated ones are near a real one; like the floor is good"
-    ),
-    "recall": (
-        "share of real images within the reach of generated ones; far below "
-        "the floor: kinds of slices are missing"
-    ),
-    "coverage": (
-        "share of real images that have a generated one near; far below the "
-        "floor: kinds of slices are missing"
-    ),
-    "ssim_to_nearest_train": (
-        "SSIM of a generated image with the nearest training image; far "
-        "above the floor: copies"
-    ),
-    "test_images": "unseen images beside them",
-    "train_images": "training images that were searched for copies",
-    "pixels": (
-        "distances in pixels: a ratio of medians of 1 is as far as "
-        "strangers, 0.5 copies; about 0.01 of the images should be closer"
-    ),
-    "hog": "the same for shapes (histograms of oriented gradients)",
-    "copies": (
-        "generated images that are nearer to a training image than unseen "
-        "ones are; 0 is good"
-    ),
-    "alarm": "yes: too many copies, share nothing",
-    "images_drawn": "images generated of it",
-    "ventricle_area": (
-        "on simulated brains: AD has to be above NC, generated as far as real"
-    ),
-    "samples": "images drawn for the time below",
-    "seconds_for_samples": "time to draw them",
-    "peak_memory_mb": "memory at most",
-    "images_per_second_encoded": (
-        "on this machine, with whatever else it was doing"
-    ),
-}
-
-
-def summary_table(evaluation):
-    """Return `evaluation.json` as aligned text; parts may be missing."""
-    rows, last = [], ""
-    for section, key, text in summary_rows(evaluation):
-        heading = "" if section == last else section
-        rows.append((heading, key.replace("_", " "), text))
-        last = section
-    return align(rows) if rows else "nothing evaluated yet"
-
-
-def summary_rows(evaluation):
-    """Return `evaluation.json` as (section, key, text) of each number."""
-    rows = []
-    for section in SECTIONS:
-        part = evaluation.get(section)
-        for entry in part if isinstance(part, list) else [part]:
-            floor = (entry or {}).get("floor") or {}
-            for key, value in _in_order(entry or {}):
-                if key in ("counts", "floor"):
-                    continue
-                if value is None and section not in OF_SAMPLES:
-                    continue
-                text = f"{_show(value)} {UNITS.get(key, '')}".rstrip()
-                if value is None:
-                    text = "n too small"
-                elif key in floor:
-                    text += f", floor {_show(floor[key])}"
-                rows.append((section, key, text))
-    return rows
-
-
-def _in_order(part):
-    """Items of a dict in the order of `MEANINGS`; files have another."""
-    rank = {key: number for number, key in enumerate(MEANINGS)}
-    return sorted(part.items(), key=lambda item: rank.get(item[0], len(rank)))
-
-
-def meaning(key):
-    """What a number of `evaluation.json` means, in a line."""
-    if key.endswith("_images_per_second_trained"):
-        return "on this machine, after the first epoch"
-    if key.endswith("_minutes"):
-        return "time of the training"
-    return MEANINGS.get(key, "")
-
-
-def _show(value):
-    """Return a number, size, interval or group of them as short text."""
-    if isinstance(value, dict) and "ci95" in value:
-        return _show(value["mean"]) + _show_interval(value["ci95"])
-    if isinstance(value, dict):
-        return ", ".join(
-            f"{key.replace('_', ' ')} {_show(entry)}"
-            + _show_interval(value.get(f"{key}_ci95"))
-            for key, entry in _in_order(value)
-            if not key.endswith("_ci95")
-        )
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return size_text(map(_show, value))
-    return "-" if value is None else str(value)
-
-
-def _show_interval(bounds):
-    return " [{}, {}]".format(*map(_show, bounds)) if bounds else ""
-
-
-# ------------------------------------------------------------ 8. Evaluation
-# Models and batches come from the caller: this file imports neither modules.py
-# nor dataset.py.
-
-SHOWN_SAMPLES = 64  # in samples.png, and of each label
-LEAST_IMAGES = 2 * PCA_SHARE  # for the comparison of sets
-FIT_IMAGES = 512  # training images that principal components are fitted to
-UNSEEN_IMAGES = 512  # test images that copies are compared with, at most
-FAILURES = 5  # worst reconstructions, and least likely samples, in a figure
-
-METRICS = {
-    "ssim": ssim,
-    "ssim_foreground": ssim_foreground,
-    "ms_ssim": ms_ssim,
-    "psnr": psnr,
-    "mae": mae,
-}
-
-
-def codebook_sha256(vqvae, level=1):
-    """Hash that ties a prior to the codebooks its indices speak of.
-
-    Those of its level and of the levels above, on which it is conditioned.
-    """
-    codebooks = [
-        np.asarray(vqvae.part("quantizer", k).codebook)
-        for k in range(level, vqvae.levels + 1)
-    ]
-    return array_sha256(np.concatenate(codebooks))
-
-
-def load_priors(run, vqvae):
-    """Load the priors of a run, bottom first.
-
-    Raises:
-        RunError: if one is missing, damaged, or was trained on the indices
-            of another VQ-VAE.
-    """
-    priors = []
-    for level, path in enumerate(run.prior_paths, start=1):
-        if not path.exists():
-            raise RunError(
-                f"{path}: this run has no prior; train one with "
-                f"python train.py --stage prior --run-dir {run.path}"
-            )
-        prior = load_model(path)
-        if prior.codebook_sha256 != codebook_sha256(vqvae, level):
-            raise RunError(
-                f"{path}: trained on another codebook than that of "
-                f"{run.vqvae_path}; train it again"
-            )
-        priors.append(prior)
-        for name in ("labels", "slice_condition"):
-            if getattr(prior, name) != getattr(priors[0], name):
-                raise RunError(
-                    f"{path}: its {name} are not those of {run.prior_paths[0]};"
-                    " train both again"
-                )
-    return priors
-
-
-def prior_inputs(prior, indices, frame):
-    """What `prior` is trained on: dict of arrays, one row an image.
-
-    Args:
-        indices: list of `(N, h, w)` arrays, bottom first.
-        frame: index of the same N slices.
-    """
-    level = len(indices) - len(prior.upper_grids)
-    inputs = {"indices": indices[level - 1]}
-    if prior.upper_grids:
-        inputs["upper"] = tuple(indices[level:])  # tf.data stacks a list
-    if prior.labels:
-        numbers = {name: k for k, name in enumerate(prior.labels)}
-        labels = frame["label"].map(numbers).fillna(-1)
-        inputs["label"] = labels.to_numpy("int32")
-    if prior.slice_condition:
-        inputs["slice_position"] = frame["position"].to_numpy("float32")
-    return inputs
-
-
-def resample(log_weights, seed):
-    """Choose one draw a row with probability proportional to its weight.
-
-    Args:
-        log_weights: (n, c).
-
-    Returns: numbers (n,) of the draws, counted over all rows; effective
-        sample sizes (n,) in 1..c: one over the sum of the squared shares.
-    """
-    shares = np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
-    rng = np.random.default_rng(seed)
-    chosen = [rng.choice(share.size, p=share) for share in shares]
-    first = np.arange(len(shares)) * shares.shape[1]
-    return first + chosen, 1 / (shares**2).sum(axis=1)
-
-
-def mean_of_neighbours(bits):
-    """Mean of each 3x3 cells of grids (N, h, w); zero beyond the edge."""
-    return ndimage.uniform_filter(bits, (1, 3, 3), mode="constant")
-
-
-def smooth_residual(residual):
-    """Take the least of 3x3 pixels, then the mean of 7x7: (N, H, W).
-
-    The first removes thin edges, which any restoration blurs. Marimont &
-    Tarroni, 2021, arXiv:2012.06765.
-    """
-    return ndimage.uniform_filter(
-        ndimage.minimum_filter(residual, (1, 3, 3)), (1, 7, 7)
-    )
-
-
-def score_lesions(residual, near, masks, subjects):
-    """How well lesions are found, by image and by pixel.
-
-    Args:
-        residual: (N, H, W), the map that tells.
-        near: list of (N, h, w), mean surprisal of neighbours in bits, whose
-            maximum is a simpler score of an image.
-        masks: (N, H, W) bool, pixels of lesions.
-        subjects: (N,).
-
-    Returns: dict for `anomaly.json`.
-    """
-    measures = importlib.import_module("sklearn.metrics")
-    ill = masks.any(axis=(1, 2))
-    by_image = functools.partial(
-        bootstrap_ranking, measures.roc_auc_score, ill, subjects=subjects
-    )
-    pixels = _count_pixels(residual, masks, subjects)
-    by_pixel = bootstrap_ranking(
-        measures.average_precision_score,
-        pixels["ill"],
-        pixels["value"],
-        pixels["subject"],
-        pixels["count"],
-    )
-    return {
-        "subjects": len(np.unique(subjects)),
-        "images": {
-            "as_they_are": int((~ill).sum()),
-            "with_lesion": int(ill.sum()),
-        },
-        "lesions": {"mean_pixels": float(masks[ill].sum() / ill.sum())},
-        "image_auroc": by_image(residual.max(axis=(1, 2))),
-        "image_auroc_of_surprisal": [
-            by_image(level.max(axis=(1, 2))) for level in near
-        ],
-        "pixel_average_precision": by_pixel | {"chance": float(masks.mean())},
-    }
-
-
-def _count_pixels(residual, masks, subjects, levels=1024):
-    """Count pixels by subject, lesion and residual, in `levels` steps."""
-    _, owner = np.unique(np.asarray(subjects), return_inverse=True)
-    owner = np.broadcast_to(owner[:, None, None], masks.shape)
-    value = np.round(residual / residual.max() * (levels - 1))
-    columns = {"subject": owner, "ill": masks, "value": value}
-    table = pd.DataFrame({k: v.ravel() for k, v in columns.items()})
-    return table.groupby(list(columns)).size().reset_index(name="count")
-
-
-def bootstrap_ranking(
-    metric, truth, score, subjects, weights=1.0, n=1000, seed=0
-):
-    """Return how well a score ranks, with its 95 % interval over subjects.
-
-    Args:
-        metric: such as `sklearn.metrics.roc_auc_score`.
-        truth: (N,) bool; there are both kinds of every subject.
-        score: (N,), higher where true.
-        subjects: (N,), whole ones are resampled.
-        weights: (N,), how often each counts.
-    """
-    names, owner = np.unique(np.asarray(subjects), return_inverse=True)
-    share = np.full(len(names), 1 / len(names))
-    draws = np.random.default_rng(seed).multinomial(len(names), share, n)
-
-    def value(times):
-        return metric(truth, score, sample_weight=weights * times[owner])
-
-    low, high = np.percentile([value(draw) for draw in draws], [2.5, 97.5])
-    middle = value(np.ones(len(names)))
-    return {"value": float(middle), "ci95": [float(low), float(high)]}
-
-
-def evaluate(
-    run,
-    vqvae,
-    priors,
-    splits,
-    read,
-    generate,
-    ventricles,
-    features="hog",
-    num_samples=None,
-):
-    """Measure a run on images that no training step saw; draw its figures.
-
-    Args:
-        splits: dict of the index of each split.
-        read: function of an index that returns a dataset of its batches.
-        generate: `modules.generate`.
-        ventricles: `dataset.ventricle_areas`.
-        features, num_samples: of `evaluate_samples`; by default as many
-            samples as the settings of the run say.
-
-    Returns: what is written to `evaluation.json`.
-    """
-    if features == "inception" and priors:
-        _inception()  # refused before anything is measured
-    images = read(splits["test"])
-    about = {
-        "dataset": run.config.dataset,
-        "simulated": run.info["simulated"],
-    }
-    evaluation, *found = measure(run, vqvae, priors, splits, images, about)
-    speed = evaluation["speed"]
-    speed |= speed_of_training(run)
-    if priors:
-        speed |= draw_new_samples(run, vqvae, priors, generate)
-        evaluation |= evaluate_samples(
-            run, vqvae, priors, splits, read, generate, features, num_samples
-        )
-        if priors[0].labels:
-            evaluation["labels"] = evaluate_labels(
-                run, vqvae, priors, splits["test"], images, generate, ventricles
-            )
-    speed["peak_memory_mb"] = peak_memory_mb()
-    write_json(run.evaluation_path, evaluation)
-    draw_test_figures(run.figures_path, vqvae, images, splits["test"], *found)
-    figure_history(run.figures_path / "history.png", read_history(run))
-    write_report(run, vqvae, priors)
-    return evaluation
-
-
-def evaluate_external(run, vqvae, priors, frame, images, **about):
-    """Measure a run on another data set, all of it as test images.
-
-    Nothing of the run is replaced: see `Run.external_paths`. Samples are left
-    out: they are meant to look like the data of the run, not like these.
-
-    Args:
-        frame: index of the data set; `images`: dataset of its batches.
-        about: dataset, simulated and data_dir, for the `data` part.
-
-    Returns: what is written, and the folder of the figures.
-    """
-    own = read_splits(run, needed=())
-    seen = pd.concat([own["train"], own["validate"]])["sha256"]
-    about["images_seen_in_training"] = int(frame["sha256"].isin(seen).sum())
-    evaluation, *found = measure(
-        run, vqvae, priors, {"test": frame}, images, about
-    )
-    path, figures = run.external_paths(about["data_dir"])
-    write_json(path, evaluation)
-    draw_test_figures(figures, vqvae, images, frame, *found)
-    return evaluation, figures
-
-
-def measure(run, vqvae, priors, splits, images, about):
-    """What both evaluations have in common.
-
-    Args:
-        images: dataset of the batches of `splits["test"]`.
-        about: what else the `data` part says.
-
-    Returns: the parts of `evaluation.json`; the indices of the test images;
-        their SSIM.
-    """
-    reconstruction, indices, values, per_second = evaluate_reconstruction(
-        vqvae, images, splits["test"]["subject"]
-    )
-    evaluation = {
-        "data": {
-            **about,
-            "image_size": list(vqvae.image_size),
-            **count_data(splits),
-        },
-        "reconstruction": reconstruction,
-        "codebook": evaluate_codebook(vqvae, indices),
-        "speed": {"images_per_second_encoded": per_second},
-    }
-    if priors:
-        evaluation["prior"] = evaluate_prior(
-            run, vqvae, priors, splits, indices
-        )
-    return evaluation, indices, values
-
-
-def count_data(splits):
-    """Subjects and images of each split."""
-    return {
-        name: {
-            "subjects": int(frame["subject"].nunique()),
-            "images": len(frame),
-        }
-        for name, frame in splits.items()
-    }
-
-
-def evaluate_reconstruction(vqvae, images, subjects):
-    """Every metric of `METRICS` over all images, intervals by subject.
-
-    Images are encoded to indices and decoded from them, as users do it.
-
-    Returns: dict for `evaluation.json`; indices, a list of `(N, h, w)` arrays;
-        the SSIM `(N,)`; images encoded per second.
-    """
-    values = {name: [] for name in METRICS}
-    found, seconds = [], []
-    for batch in images:
-        started = time.perf_counter()
-        indices = [level.numpy() for level in vqvae.encode(batch)]
-        seconds.append((time.perf_counter() - started) / len(batch))
-        decoded = vqvae.decode_indices(indices)
-        found.append(indices)
-        for name, metric in METRICS.items():
-            values[name].append(metric(batch, decoded).numpy())
-    values = {name: np.concatenate(parts) for name, parts in values.items()}
-    scores = {
-        name: bootstrap_by_subject(per_image, subjects)
-        for name, per_image in values.items()
-    }
-    scores["ms_ssim"]["scales"] = ms_ssim_scales(*vqvae.image_size)
-    indices = [np.concatenate(level) for level in zip(*found, strict=True)]
-    # The median batch: the first one includes tracing.
-    return scores, indices, values["ssim"], 1 / float(np.median(seconds))
-
-
-def evaluate_codebook(vqvae, indices):
-    """Usage of each codebook over a whole split, bottom first."""
-    result = []
-    for level, grid in enumerate(indices, start=1):
-        stats = codebook_stats(grid, vqvae.num_embeddings)
-        result.append(
-            {
-                "level": level,
-                "grid": list(grid.shape[1:]),
-                "num_embeddings": vqvae.num_embeddings,
-                **{k: v for k, v in stats.items() if k != "counts"},
-            }
-        )
-    return result
-
-
-def evaluate_prior(run, vqvae, priors, splits, test_indices):
-    """Bits per code of each split beside what knows less.
-
-    The training figure is over as many images, spread evenly, as the test
-    set has.
-    """
-    stored = read_indices(run)
-    entries, per_image = [], 0.0
-    for level, prior in enumerate(priors, start=1):
-        bits = {}
-        for name, frame in splits.items():
-            if frame.empty:
-                continue
-            if name == "test":
-                grids = test_indices
-            else:
-                grids = [stored[f"{name}_{i + 1}"] for i in range(vqvae.levels)]
-            rows = spread(len(frame), len(splits["test"]))
-            grids = [grid[rows] for grid in grids]
-            inputs = prior_inputs(prior, grids, frame.iloc[rows])
-            bits[name] = mean_bits(prior, inputs)
-        test = test_indices[level - 1]
-        size = vqvae.num_embeddings
-        entries.append(
-            {
-                "level": level,
-                "bits_per_code": bits,
-                "unigram_bits": unigram_bits(
-                    stored[f"train_{level}"], test, size
-                ),
-                "uniform_bits": math.log2(size),
-            }
-        )
-        per_image += bits["test"] * test[0].size
-    entries[0]["bits_per_image"] = per_image
-    return entries
-
-
-def code_bits(prior, inputs, codes=2**16):
-    """Surprisal in bits, -log2 p, of each code: `(N, h, w)` float32.
-
-    Args:
-        inputs: dict of arrays, as of `prior_inputs`.
-        codes: how many are taken at a time.
-    """
-    indices, parts = inputs["indices"], []
-    step = max(1, codes // indices[0].size)
-    for k in range(0, len(indices), step):
-        part = tf.nest.map_structure(lambda a, k=k: a[k : k + step], inputs)
-        parts.append(prior.log_prob(**part).numpy())
-    return np.concatenate(parts) / -math.log(2)
-
-
-def mean_bits(prior, inputs):
-    """Mean bits per code of a prior over a dict of arrays."""
-    return float(code_bits(prior, inputs).mean(dtype="float64"))
-
-
-def known_log_prob(priors, indices, known, frame):
-    """Log-probability of known indices given those before them, nats `(N,)`.
-
-    Of grids drawn with the known indices forced, each with the probability of
-    the others given those before: so it is the logarithm of the importance
-    weight that turns such draws into draws from the prior given all known.
-    (A temperature acts on what is drawn, not on these weights.)
-
-    Args:
-        priors, indices, frame: see `prior_inputs`; levels bottom first.
-        known: list of `(N, h, w)` arrays, -1 where unknown.
-    """
-    bits = 0.0
-    for prior, grid in zip(priors, known, strict=True):
-        found = code_bits(prior, prior_inputs(prior, indices, frame))
-        bits += found.sum(axis=(1, 2), where=grid >= 0, dtype="float64")
-    return -math.log(2) * bits
-
-
-def speed_of_training(run):
-    """Images per second of each stage, from `history.csv`."""
-    rates = {}
-    for stage, rows in read_history(run).groupby("stage"):
-        # From the end of the first epoch on, which includes tracing.
-        first, last = rows.iloc[0], rows.iloc[-1]
-        if last["seconds"] > first["seconds"]:
-            rates[f"{stage}_images_per_second_trained"] = float(
-                (last["images"] - first["images"])
-                / (last["seconds"] - first["seconds"])
-            )
-        rates[f"{stage}_minutes"] = float(last["seconds"]) / 60
-    return rates
-
-
-def draw_new_samples(run, vqvae, priors, generate):
-    """Draw the sample grid of a run; how long the samples took."""
-    config = run.config
-    options = {"seed": config.seed, "temperature": config.temperature}
-    generate(vqvae, priors, 1, **options)  # compiles
-    started = time.perf_counter()
-    count = min(config.num_samples, SHOWN_SAMPLES)
-    samples, _ = generate(vqvae, priors, count, **options)
-    seconds = time.perf_counter() - started
-    draw_samples(run.figures_path / "samples.png", samples, **options)
-    return {"samples": count, "seconds_for_samples": seconds}
-
-
-def evaluate_samples(
-    run, vqvae, priors, splits, read, generate, features, num_samples
-):
-    """Compare new images with real ones: are they alike, are they copies?
-
-    They are asked for with the labels and slice positions of test images. As
-    many training images, as alike to these as there are, give the floor: what
-    real images of other people reach in place of the new ones.
-
-    Args:
-        features: key of `FEATURES`.
-        num_samples: images generated; no more than there are to compare with.
-
-    Returns: dict of the parts `generation` and `memorization`.
-    """
-    config = run.config
-    train, test = splits["train"], splits["test"]
-    wanted = num_samples or config.num_samples
-    rows, peers = match_images(test, train, priors[0], wanted, config.seed)
-    about = {
-        "n": len(rows),
-        "seed": config.seed,
-        "temperature": config.temperature,
-    }
-    images, bits = draw_like(test.iloc[rows], run, vqvae, priors, generate)
-    draw_least_likely(run.figures_path / "failures_samples.png", images, bits)
-    audited, ssim_to_train = evaluate_memorization(
-        run.figures_path / "memorization.png", images, vqvae, train, test, read
-    )
-    sets = {
-        "generated": images,
-        "test": _gather(read(test.iloc[rows])),
-        "train": _gather(read(train.iloc[peers])),
-        "fit": _gather(read(train.iloc[_rows_to_fit(len(train), peers)])),
-    }
-    sets["rebuilt"] = _rebuild(vqvae, read(train.iloc[peers]))
-    name = describe_features(features, vqvae.image_size)
-    scores = compare_sets(
-        sets,
-        FEATURES[features],
-        name,
-        train["subject"].iloc[peers],
-        test["subject"].iloc[rows],
-    )
-    new, floor = ssim_to_train
-    scores["floor"]["ssim_to_nearest_train"] = floor
-    generation = {**about, "ssim_to_nearest_train": new, **scores}
-    return {"generation": generation, "memorization": audited}
-
-
-def match_images(test, train, prior, count, seed):
-    """Choose test images, and for each a training image of like condition.
-
-    Like are the label and the slice position, as far as the prior knows them;
-    each training image is taken once.
-
-    Returns: row numbers of both, (n,), n <= count.
-    """
-    rng = np.random.default_rng(seed)
-    count = min(count, len(test), len(train))
-    rows = np.sort(rng.permutation(len(test))[:count])
-    order = rng.permutation(len(train))  # of equals, the first is taken
-    label = train["label"].to_numpy()[order]
-    position = train["position"].to_numpy()[order]
-    cost, peers = np.zeros(len(train)), []
-    for wanted in test.iloc[rows].itertuples():
-        unlike = cost.copy()
-        if prior.labels:
-            unlike += 2 * (label != wanted.label)
-        if prior.slice_condition:
-            unlike += np.abs(position - wanted.position)
-        best = int(np.argmin(unlike))
-        cost[best] = np.inf
-        peers.append(order[best])
-    return rows, np.array(peers)
-
-
-def draw_like(frame, run, vqvae, priors, generate):
-    """New images (N, H, W) with the labels and positions of an index.
-
-    Returns: images; bits (N,) that the indices of each take under the priors.
-    """
-    known = priors[0].labels and frame["label"].isin(priors[0].labels).all()
-    images, _, log_prob = generate(
-        vqvae,
-        priors,
-        len(frame),
-        run.config.seed,
-        temperature=run.config.temperature,
-        label=list(frame["label"]) if known else None,
-        slice_position=frame["position"].to_numpy("float32"),
-        return_log_prob=True,
-        progress=progress_bar("sampling", "chunk"),
-    )
-    return np.asarray(images), -np.asarray(log_prob) / math.log(2)
-
-
-def _gather(batches):
-    """Images (N, H, W) of a dataset."""
-    return np.concatenate([np.asarray(batch)[..., 0] for batch in batches])
-
-
-def _rebuild(vqvae, batches):
-    """Images (N, H, W) of a dataset, encoded and decoded."""
-    return _gather(vqvae.reconstruct(batch) for batch in batches)
-
-
-def _rows_to_fit(total, taken):
-    """Row numbers of training images that are compared with nothing.
-
-    All of them where few are left.
-    """
-    rest = np.setdiff1d(np.arange(total), taken)
-    rest = rest if 2 * len(rest) > len(taken) else np.arange(total)
-    return rest[spread(len(rest), FIT_IMAGES)]
-
-
-def compare_sets(sets, extract, name, train_subjects, test_subjects):
-    """Compare generated and training images with test images.
-
-    Args:
-        sets: {name: images (N, H, W)}: `generated`, `train`, `rebuilt` (the
-            same encoded and decoded) and `test`, equally many; `fit`, other
-            training images for the principal components.
-        extract: function of images to features (N, F); `name` says which.
-
-    Returns: dict for `evaluation.json`; None where images are too few.
-    """
-    n = len(sets["generated"])
-    names = ("frechet", "kid", "precision", "recall", "density", "coverage")
-    if n < LEAST_IMAGES:
-        return {"features": name, **dict.fromkeys(names), "floor": {}}
-    features = {key: extract(images) for key, images in sets.items()}
-    fit = features.pop("fit")
-    project = principal_components(fit, n)
-    features = {key: project(rows) for key, rows in features.items()}
-    real, size = features["test"], len(project(fit[:1])[0])
-    scores = {
-        key: score_set(features[key], real, subjects, test_subjects)
-        for key, subjects in (
-            # Images of no one: as many as there are.
-            ("generated", np.arange(n)),
-            ("train", train_subjects),
-        )
-    }
-
-    def ratio(kept):
-        distances = [
-            max(frechet_distance(features[key], real[kept]), TINY)
-            for key in ("generated", "train")
-        ]
-        return distances[0] / distances[1]
-
-    return {
-        "features": f"{name}, {size} principal components of {len(fit)} "
-        "training images",
-        "frechet": {
-            "generated_vs_test": frechet_distance(features["generated"], real),
-            "train_vs_test": frechet_distance(features["train"], real),
-            "rebuilt_train_vs_test": frechet_distance(
-                features["rebuilt"], real
-            ),
-            "ratio": ratio(np.full(n, True)),
-            "ratio_ci95": jackknife_ratio(ratio, test_subjects),
-        },
-        **scores["generated"],
-        "floor": scores["train"],
-    }
-
-
-def score_set(fake, real, fake_subjects, real_subjects):
-    """KID, precision, recall, density and coverage, with intervals."""
-    subjects = fake_subjects, real_subjects
-    scores = {"kid": kernel_distance(fake, real, *subjects)}
-    values = manifold_scores(fake, real, *subjects)
-    for key in ("precision", "recall", "density", "coverage"):
-        owners = subjects[key in ("recall", "coverage")]
-        scores[key] = values and bootstrap_by_subject(values[key], owners)
-    return scores
-
-
-def evaluate_memorization(path, images, vqvae, train, test, read):
-    """Look for copies of training images; draw the pairs most alike.
-
-    New images come out of a decoder, which blurs, and blurred images are
-    closer to all others: so the unseen ones are encoded and decoded too.
-
-    Returns: the part `memorization`; the SSIM to the nearest training image
-        (of pixels) of the new images, and of the unseen ones.
-    """
-    shown = np.random.default_rng(0).permutation(len(test))[:UNSEEN_IMAGES]
-    test = test.iloc[np.sort(shown)]
-    unseen = _rebuild(vqvae, read(test))
-    batches = progress_bar("looking for copies", "batch")(read(train))
-    found = nearest_images(np.concatenate([images, unseen]), batches, SPACES)
-    n = len(images)
-    new = {key: (row[:n], apart[:n]) for key, (row, apart) in found.items()}
-    old = {key: (row[n:], apart[n:]) for key, (row, apart) in found.items()}
-    audited, copies = audit(new, old, test["subject"])
-
-    result = []
-    for some, pairs, owners in (
-        (images, new, np.arange(n)),
-        (unseen, old, test["subject"]),
-    ):
-        first, values = 0, []
-        for batch in read(train.iloc[pairs["pixels"][0]]):
-            own = some[first : first + len(batch)]
-            values.append(ssim(own[..., None], batch))
-            first += len(batch)
-        result.append(bootstrap_by_subject(np.concatenate(values), owners))
-    draw_nearest(path, images, new, train, read, audited, copies)
-    about = {
-        "n": n,
-        "test_images": len(test),
-        "train_images": len(train),
-    }
-    return {**about, **audited}, result
-
-
-def draw_nearest(path, images, found, train, read, audited, copies, count=8):
-    """Draw the new images nearest to a training image, copies first."""
-    distance = {key: apart for key, (_, apart) in found.items()}
-    order = np.argsort(distance["pixels"])  # NaN, of blank images, last
-    if copies is not None:
-        order = order[np.argsort(~copies[order], kind="stable")]
-    order = order[:count]
-    nearest = _gather(read(train.iloc[found["pixels"][0][order]]))
-    captions = [
-        "\n".join(f"{key} {distance[key][k]:.2f}" for key in SPACES)
-        + ("\ncopy" if copies is not None and copies[k] else "")
-        for k in order
-    ]
-    title = f"Of {len(images)} generated images those nearest to training"
-    if copies is None:
-        title += "\ntoo few unseen images to tell copies"
-    else:
-        limits = [audited[key]["first_percentile"] for key in SPACES]
-        title += "\n1 % of unseen images are nearer than " + ", ".join(
-            f"{key} {limit:.2f}"
-            for key, limit in zip(SPACES, limits, strict=True)
-        )
-        title += f"\n{audited['copies']} copies: "
-        title += "ALARM" if audited["alarm"] else "no alarm"
-    figure_memorization(path, images[order], nearest, captions, title)
-
-
-def evaluate_labels(run, vqvae, priors, frame, images, generate, ventricles):
-    """Images drawn of each label; on simulated brains, do they differ?
-
-    Simulated AD has wide ventricles: their mean area in the test images whose
-    planes cut them, and in as many generated ones as a run draws, at the
-    heights of such test images.
-    """
-    positions = np.empty(0)
-    seed = run.config.seed
-    count = min(run.config.num_samples, SHOWN_SAMPLES)
-    if run.info["simulated"] and priors[0].slice_condition:
-        real = np.concatenate([batch.numpy() for batch in images])
-        real = ventricles(real, frame["position"])
-        positions = frame["position"].to_numpy()[~np.isnan(real)]
-    entries = []
-    for label in priors[0].labels:
-        own = (frame["label"] == label).to_numpy()
-        entry = {"label": label, "test_images": int(own.sum())}
-        if len(positions):
-            asked = np.resize(positions, count)
-            drawn, _ = generate(
-                vqvae,
-                priors,
-                count,
-                seed,
-                label=label,
-                slice_position=asked,
-            )
-            entry["images_drawn"] = count
-            entry["ventricle_area"] = {
-                "real": _mean(real[own]),
-                "generated": _mean(ventricles(drawn, asked)),
-            }
-        entries.append(entry)
-    return entries
-
-
-def _mean(values):
-    """Mean of what is not NaN; None of nothing."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
-
-
-def draw_samples(path, images, seed, temperature):
-    """Grid of generated images, every one in the order drawn."""
-    title = f"Generated, none left out: seed {seed}, temperature {temperature}"
-    figure_samples(path, images, title, columns=min(8, len(images)))
-
-
-def draw_least_likely(path, images, bits):
-    """Draw the generated images whose indices take the most bits."""
-    least = np.argsort(-bits, kind="stable")[:FAILURES]
-    title = f"Of {len(images)} generated images the least likely\n"
-    title += f"bits of their indices; on average {bits.mean():.0f}"
-    aspect = np.divide(*images.shape[1:])
-    figure, axes = _image_rows(1, len(least), aspect, title)
-    for ax, k in zip(axes[0], least, strict=True):
-        ax.imshow(images[k], cmap="gray", vmin=0, vmax=1)
-        ax.set_xlabel(f"{bits[k]:.0f} bits", fontsize=8)
-    _save_figure(figure, path)
-
-
-def draw_reconstructions(path, vqvae, images, **options):
-    """Figure of images and what decoding makes of them; returns the SSIM."""
-    decoded = vqvae.reconstruct(images)
-    values = ssim(images, decoded).numpy()
-    figure_reconstructions(path, images, decoded.numpy(), values, **options)
-    return values
-
-
-def draw_test_figures(folder, vqvae, images, frame, indices, values, count=8):
-    """Reconstructions, the worst of them, index maps and codebook usage.
-
-    Args:
-        images: dataset of the batches of `frame`.
-        indices, values: indices and SSIM of each image, as of `measure`.
-    """
-    rows = spread(len(frame), count)
-    worst = np.argsort(values, kind="stable")[:FAILURES]
-    needed = np.union1d(rows, worst)  # read once
-    picked = pick(images, needed)
-    shown, failed = (picked[np.searchsorted(needed, k)] for k in (rows, worst))
-    draw_reconstructions(folder / "reconstructions.png", vqvae, shown)
-    draw_reconstructions(
-        folder / "failures.png",
-        vqvae,
-        failed,
-        title=f"Of {len(frame)} test images the worst reconstructions",
-        captions=[
-            f"subject {row.subject[-12:]}, slice {row.slice}"
-            for row in frame.iloc[worst].itertuples()
-        ],
-    )
-    size = vqvae.num_embeddings
-    figure_index_maps(
-        folder / "indices.png", shown, [grid[rows] for grid in indices], size
-    )
-    counts = [codebook_stats(grid, size)["counts"] for grid in indices]
-    figure_codebook(folder / "codebook.png", counts)
-
-
-def pick(images, rows):
-    """Images number `rows`, an array, of a dataset of batches."""
-    kept, first = [], 0
-    for batch in images:
-        inside = (rows >= first) & (rows < first + len(batch))
-        kept.append(batch.numpy()[rows[inside] - first])
-        first += len(batch)
-    return np.concatenate(kept)
+# --------------------------------------------------------------- 8. Images
 
 
 def spread(total, count):
@@ -4011,66 +3154,6 @@ def spread(total, count):
     """
     count = min(count, total)
     return ((np.arange(count) + 0.5) * total / max(count, 1)).astype(int)
-
-
-@contextlib.contextmanager
-def _reading(path):
-    """Turn what fails over a file of a run into a `RunError`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: missing from the run folder") from error
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path}: damaged ({error})") from error
-
-
-def read_evaluation(run):
-    """`evaluation.json` of a run."""
-    with _reading(run.evaluation_path):
-        return json.loads(run.evaluation_path.read_text(encoding="utf-8"))
-
-
-def read_indices(run):
-    """`indices.npz` of a run as a dict of arrays."""
-    with _reading(run.indices_path), open(run.indices_path, "rb") as opened:
-        with np.load(opened) as file:
-            return dict(file)
-
-
-def read_history(run):
-    """`history.csv` of a run as a DataFrame."""
-    with _reading(run.history_path):
-        return pd.read_csv(run.history_path, float_precision="round_trip")
-
-
-def read_splits(run, needed=("train", "validate", "test")):
-    """The splits of `split.csv`: {name: DataFrame}.
-
-    Raises:
-        DataError: if files of a split in `needed` are no longer there.
-    """
-    text = dict.fromkeys(("path", "subject", "scan", "label", "sha256"), str)
-    with _reading(run.split_path):
-        frame = pd.read_csv(
-            run.split_path,
-            dtype=text,
-            keep_default_na=False,
-            float_precision="round_trip",
-            encoding_errors="surrogateescape",
-        )
-        splits = {
-            name: frame[frame["split"] == name].reset_index(drop=True)
-            for name in ("train", "validate", "test")
-        }
-    files = [path for name in needed for path in splits[name]["path"]]
-    missing = [path for path in files if not os.path.exists(path)]
-    if missing:
-        raise DataError(
-            f"{missing[0]}: no longer there, like {len(missing)} of "
-            f"{len(files)} files in {run.split_path}; put them back "
-            "(predict.py takes others, with --images or --data-dir)"
-        )
-    return splits
 
 
 def to_pixels(images):
@@ -4104,198 +3187,3 @@ def progress_bar(name, unit):
 def fit_verbosity():
     """Keras's bar with the time left on a terminal, a line an epoch else."""
     return 1 if sys.stdout.isatty() else 2
-
-
-# ---------------------------------------------------------------- 9. Report
-
-TEMPLATES = Path(__file__).parent / "resources" / "templates"
-jinja2 = lazy_import("jinja2")
-
-
-def run_facts(run, vqvae, priors):
-    """What a run is made of and how well it does, as JSON can hold it.
-
-    Args:
-        priors: its priors, bottom first; none if it has none.
-
-    Returns: dict of what `config.json` holds, and of `run`, its folder;
-        `complete`, whether its training is; `data`, as in `evaluation.json`;
-        `codebook`, one entry a level, bottom first; `models`, what
-        `model_facts` says of each file; `evaluation`, empty without one.
-    """
-    evaluation = read_evaluation(run) if run.evaluation_path.exists() else {}
-    splits = read_splits(run, needed=())
-    files = [run.vqvae_path, *run.prior_paths][: 1 + len(priors)]
-    models = zip(files, [vqvae, *priors], strict=True)
-    return {
-        **{key: run.info[key] for key in run.info if key != "training"},
-        "settings": dataclasses.asdict(run.config),
-        "run": str(run.path),
-        "complete": "training" not in run.info,
-        "data": {
-            "dataset": run.config.dataset,
-            "simulated": run.info["simulated"],
-            "image_size": list(vqvae.image_size),
-            **count_data(splits),
-        },
-        "codebook": codebook_facts(run, vqvae, evaluation),
-        "models": {path.name: model_facts(model) for path, model in models},
-        "evaluation": evaluation,
-    }
-
-
-def codebook_facts(run, vqvae, evaluation):
-    """Grid and size of each level and, where encoded, its use in the test."""
-    levels = evaluation.get("codebook")
-    if not levels and run.indices_path.exists():
-        stored = read_indices(run)
-        names = [f"test_{level}" for level in range(1, vqvae.levels + 1)]
-        levels = evaluate_codebook(vqvae, [stored[name] for name in names])
-    if not levels:
-        levels = [
-            {"level": level, "grid": list(grid)}
-            for level, grid in enumerate(vqvae.latent_grids, start=1)
-        ]
-    sizes = {
-        "num_embeddings": vqvae.num_embeddings,
-        "embedding_dim": vqvae.embedding_dim,
-    }
-    return [entry | sizes for entry in levels]
-
-
-def model_facts(model):
-    """Type, precision, weights and layers of a model.
-
-    Layers are named by attribute, with the shape of what they take.
-    """
-    names = {}
-    for name, value in vars(model).items():
-        if isinstance(value, list) and not name.startswith("_"):
-            names |= {id(v): f"{name}[{k}]" for k, v in enumerate(value)}
-        names.setdefault(id(value), name)
-    layers = []
-    for layer in model.layers:
-        shapes = layer.get_build_config() or {}
-        shapes = shapes.get("shapes_dict", shapes)
-        layers.append(
-            {
-                "layer": names.get(id(layer), layer.name),
-                "type": type(layer).__name__,
-                "input": list(next(iter(shapes.values()), ()))[1:],
-                "weights": layer.count_params(),
-            }
-        )
-    return {
-        "type": type(model).__name__,
-        "precision": model.dtype_policy.name,
-        "weights": model.count_params(),
-        "layers": layers,
-    }
-
-
-def facts_page(facts):
-    """What `run_facts` returns, as text."""
-    parts = [align(_head_rows(facts))]
-    for file, model in facts["models"].items():
-        rows = [("  layer", "type", "takes", "weights")] + [
-            (
-                f"  {entry['layer']}",
-                entry["type"],
-                size_text(entry["input"]),
-                f"{entry['weights']:,}",
-            )
-            for entry in model["layers"]
-        ]
-        parts.append(
-            f"{file}: {model['type']}, {model['weights']:,} weights, "
-            f"{model['precision']}\n{align(rows)}"
-        )
-    rows = [(f"  {k}", typed(v)) for k, v in facts["settings"].items()]
-    parts.append(f"settings\n{align(rows)}")
-    if facts["evaluation"]:
-        parts.append(f"scores\n{summary_table(facts['evaluation'])}")
-    return "\n\n".join(parts)
-
-
-def _head_rows(facts):
-    """What comes first on the page: (name, text)."""
-    data = facts["data"]
-    rows = [
-        ("run", facts["run"]),
-        ("recipe", facts["settings"]["recipe"]),
-        ("command", facts["command"]),
-        ("prior", facts.get("prior_command")),
-    ]
-    if not facts["complete"]:
-        again = f"python train.py --resume {facts['run']}"
-        rows.append(("training", f"not complete: {again}"))
-    kind = "simulated" if data["simulated"] else "real"
-    rows.append(("data", f"{data['dataset']}, {kind}"))
-    rows += [
-        ("", f"{name}: {part['images']} images, {part['subjects']} subjects")
-        for name, part in data.items()
-        if isinstance(part, dict)
-    ]
-    rows.append(("image size", size_text(data["image_size"])))
-    for entry in facts["codebook"]:
-        text = f"grid {size_text(entry['grid'])}, K={entry['num_embeddings']}, "
-        text += f"D={entry['embedding_dim']}"
-        if "usage" in entry:
-            text += f", {entry['usage']:.0%} used, perplexity "
-            text += f"{entry['perplexity']:.1f}"
-        rows.append((f"level {entry['level']}", text))
-    return [(name, text) for name, text in rows if text]
-
-
-def write_report(run, vqvae, priors):
-    """Write `MODEL_CARD.md` and `report.html` from what is in the folder.
-
-    The page shows the figures that are there, inside itself: it needs no other
-    file and no network.
-    """
-    facts = run_facts(run, vqvae, priors)
-    facts["rows"] = summary_rows(facts["evaluation"])
-    facts["figures"] = {
-        path.stem: data_uri(path)
-        for path in sorted(run.figures_path.glob("*.png"))
-    }
-    for template, path in (
-        ("model_card.md", run.card_path),
-        ("report.html", run.report_path),
-    ):
-        text = render(template, facts).encode(errors="replace")
-        write_atomic(path, lambda p, text=text: p.write_bytes(text))
-
-
-def print_results(run, evaluation):
-    """Print the scores of a run, and where to look at what."""
-    print(summary_table(evaluation))
-    print(f"figures in {run.figures_path}")
-    print(f"model card {run.card_path}")
-    print(f"report, to be opened in a browser: {run.report_path}")
-
-
-def data_uri(path):
-    """A PNG file as the text that stands for it inside a page."""
-    return "data:image/png;base64," + base64.b64encode(
-        path.read_bytes()
-    ).decode("ascii")
-
-
-def render(template, facts):
-    """Fill in a Jinja2 template of `resources/templates`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        lstrip_blocks=True,
-        trim_blocks=True,
-    )
-    environment.filters |= {
-        "meaning": meaning,
-        "show": _show,
-        "size": size_text,
-        "typed": typed,
-    }
-    return environment.get_template(template).render(facts)

@@ -192,10 +192,10 @@ def test_bits_are_those_of_the_prior():
     prior = tiny_prior(num_embeddings=8)
     prior.logits.kernel.assign(np.zeros(prior.logits.kernel.shape))
     grids = np.random.default_rng(0).integers(0, 8, (5, 3, 5))
-    bits = utils.code_bits(prior, {"indices": grids}, codes=30)
+    bits = predict.code_bits(prior, {"indices": grids}, codes=30)
     assert bits.shape == grids.shape
     np.testing.assert_allclose(bits, 3, rtol=1e-5)
-    assert utils.mean_bits(prior, {"indices": grids}) == pytest.approx(3)
+    assert predict.mean_bits(prior, {"indices": grids}) == pytest.approx(3)
 
 
 # The verb

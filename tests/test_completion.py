@@ -116,7 +116,7 @@ def test_weights_correct_what_was_drawn_too_early(prior):
             utils, "prior_inputs", lambda *_: {"indices": grids, **given}
         )
         known = [np.tile(pattern, (N, 1, 1))]
-        logs = utils.known_log_prob([prior], [grids], known, frame)
+        logs = predict.known_log_prob([prior], [grids], known, frame)
     weights = np.exp(logs)
     found = np.zeros(81)
     np.add.at(found, grids.reshape(-1, 4) @ [27, 9, 3, 1], weights)
@@ -130,13 +130,13 @@ def test_weights_correct_what_was_drawn_too_early(prior):
 
 def test_resample_chooses_by_weight():
     weights = np.log(np.tile([1.0, 3.0, 1e-30], (4000, 1))) - 700
-    chosen, sizes = utils.resample(weights, 0)
+    chosen, sizes = predict.resample(weights, 0)
     rows, columns = np.divmod(chosen, 3)
     np.testing.assert_array_equal(rows, np.arange(4000))
     assert np.mean(columns == 1) == pytest.approx(0.75, abs=0.03)
     assert not np.any(columns == 2)
     np.testing.assert_allclose(sizes, 1.6)
-    assert utils.resample(np.zeros((1, 8)), 0)[1] == pytest.approx(8)
+    assert predict.resample(np.zeros((1, 8)), 0)[1] == pytest.approx(8)
 
 
 @pytest.mark.parametrize(

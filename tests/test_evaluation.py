@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import dataset
+import modules
 import predict
 import utils
 from tests.conftest import SLICES, copy_run
@@ -90,7 +91,7 @@ def test_inception_sees_three_channels_in_its_range(monkeypatch):
             assert not training
             return utils.tf.reduce_mean(batch, axis=[1, 2])
 
-    monkeypatch.setattr(utils, "_inception", Model)
+    monkeypatch.setattr(utils, "inception_network", Model)
     images = np.stack([np.zeros((4, 4)), np.ones((4, 4))]).astype("float32")
     found = utils.inception_features(images)
     np.testing.assert_allclose(found, [[-1] * 3, [1] * 3], atol=1e-6)
@@ -205,7 +206,8 @@ def people(tmp_path_factory):
     index = dataset.scan(dataset.simulate(folder, "oasis", 14, 48), "oasis")
     index = dataset.verify(index)
     size = dataset.native_size(index)
-    images = utils._gather(dataset.make_dataset(index, size, 64))
+    batches = dataset.make_dataset(index, size, 64)
+    images = np.concatenate([batch.numpy()[..., 0] for batch in batches])
     number = index["subject"].astype(int).to_numpy()
     groups = {"train": (1, 7), "unseen": (8, 11), "fresh": (12, 14)}
     kept = {k: (a <= number) & (number <= b) for k, (a, b) in groups.items()}
@@ -330,7 +332,7 @@ def evaluate_generator(people, folder, images, count, **prior):
         asked.update(options, n=n, seed=seed)
         return images[:n], [], np.zeros(n)
 
-    def read(frame):
+    def read(run, frame):
         group = "train" if frame["subject"].iloc[0] < "008" else "unseen"
         images = people.images[group][frame.index, ..., None]
         return np.array_split(images, 3)
@@ -339,16 +341,18 @@ def evaluate_generator(people, folder, images, count, **prior):
     run = utils.Run(folder, config, {})
     run.figures_path.mkdir(exist_ok=True)
     options = {"labels": ("AD", "NC"), "slice_condition": True, **prior}
-    found = utils.evaluate_samples(
-        run,
-        Decoder(),
-        [types.SimpleNamespace(**options)],
-        {"train": people.index["train"], "test": people.index["unseen"]},
-        read,
-        generate,
-        "hog",
-        None,
-    )
+    splits = {"train": people.index["train"], "test": people.index["unseen"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules, "generate", generate)
+        patch.setattr(predict, "image_batches", read)
+        found = predict.evaluate_samples(
+            run,
+            Decoder(),
+            [types.SimpleNamespace(**options)],
+            splits,
+            features="hog",
+            num_samples=None,
+        )
     json.dumps(found, allow_nan=False)
     return found, asked
 
@@ -394,7 +398,7 @@ def test_fresh_subjects_score_as_the_floor(people, tmp_path):
     pairs = set(zip(test["label"], np.float32(test["position"]), strict=True))
     wanted = zip(asked["label"], asked["slice_position"], strict=True)
     assert set(wanted) <= pairs
-    text = utils.summary_table(found)
+    text = predict.summary_table(found)
     assert ", floor " in text and "alarm" in text and "too small" not in text
     with Image.open(tmp_path / "figures" / "memorization.png") as image:
         assert min(image.size) > 300
@@ -444,7 +448,7 @@ def test_few_images_are_stated(people, tmp_path):
     for name in ("frechet", "kid", "precision", "coverage"):
         assert part[name] is None
     assert part["ssim_to_nearest_train"]["mean"] > 0
-    assert utils.summary_table(found).count("n too small") == 6
+    assert predict.summary_table(found).count("n too small") == 6
     names = {"n", *utils.SPACES, "copies", "alarm", "test_images"}
     assert names < set(found["memorization"])
 
@@ -453,7 +457,7 @@ def test_the_floor_is_of_other_subjects_in_like_condition(people):
     people = with_labels(people)
     train, test = people.index["train"], people.index["unseen"]
     prior = types.SimpleNamespace(labels=("AD", "NC"), slice_condition=True)
-    rows, peers = utils.match_images(test, train, prior, 60, seed=1)
+    rows, peers = predict.match_images(test, train, prior, 60, seed=1)
     assert len(set(rows)) == len(set(peers)) == 60
     a, b = test.iloc[rows], train.iloc[peers]
     assert not set(a["subject"]) & set(b["subject"])
@@ -462,14 +466,14 @@ def test_the_floor_is_of_other_subjects_in_like_condition(people):
     assert apart.max() < 0.05
     assert b["subject"].nunique() == 7
     prior = types.SimpleNamespace(labels=(), slice_condition=False)
-    rows, peers = utils.match_images(test, train, prior, 1000, seed=1)
+    rows, peers = predict.match_images(test, train, prior, 1000, seed=1)
     assert len(rows) == len(peers) == len(set(peers)) == 128
 
 
 def test_components_are_fitted_to_other_training_images():
-    fit = utils._rows_to_fit(1000, np.arange(0, 400))
+    fit = predict._rows_to_fit(1000, np.arange(0, 400))
     assert len(fit) == 512 and fit.min() >= 400
-    assert len(utils._rows_to_fit(100, np.arange(70))) == 100
+    assert len(predict._rows_to_fit(100, np.arange(70))) == 100
 
 
 def test_figure_of_pairs(tmp_path):
@@ -514,7 +518,7 @@ def test_nothing_is_generated_for_other_data(flags):
         predict.main(["evaluate", "RUN", "--data-dir", "DIR", *flags])
 
 
-def test_unlabelled_test_images_are_drawn_with_all_labels():
+def test_unlabelled_test_images_are_drawn_with_all_labels(monkeypatch):
     frame = pd.DataFrame({"label": ["AD", ""], "position": [0.0, 1.0]})
     asked = {}
 
@@ -524,7 +528,101 @@ def test_unlabelled_test_images_are_drawn_with_all_labels():
 
     prior = types.SimpleNamespace(labels=("AD", "NC"))
     run = utils.Run("run", utils.Config(), {})
-    utils.draw_like(frame, run, None, [prior], generate)
+    monkeypatch.setattr(modules, "generate", generate)
+    predict.draw_like(frame, run, None, [prior])
     assert asked["label"] is None
-    utils.draw_like(frame[:1], run, None, [prior], generate)
+    predict.draw_like(frame[:1], run, None, [prior])
     assert asked["label"] == ["AD"]
+
+
+# As text
+
+
+def test_summary_table_tolerates_missing_parts():
+    interval = {"mean": 0.93412, "ci95": [0.92, 0.94]}
+    text = predict.summary_table(
+        {
+            "data": {"dataset": "phantom", "simulated": True, "size": [8, 4]},
+            "reconstruction": {"ssim": interval, "psnr": None},
+            "codebook": [{"level": 1, "counts": [1]}, {"level": 2}],
+            "prior": [{"bits_per_code": {"train": 3.0, "test": None}}],
+        }
+    )
+    for part in (
+        "phantom",
+        "yes",
+        "8x4",
+        "0.9341 [0.92, 0.94]",
+        "train 3, test - bits",
+    ):
+        assert part in text
+    assert "counts" not in text and "psnr" not in text
+    assert predict.summary_table({}) == "nothing evaluated yet"
+
+
+# Labels
+
+
+def evaluate_two_labels(simulated=True, slice_condition=True):
+    """Return what is found of AD and NC, and how `generate` was called."""
+    positions = [0.6, 0.7, 0.6, 0.1]
+    frame = pd.DataFrame(
+        {"label": ["AD", "NC", "AD", "AD"], "position": positions}
+    )
+    config = utils.Config(num_samples=3, seed=5)
+    run = utils.Run("run", config, {"simulated": simulated})
+    prior = types.SimpleNamespace(
+        labels=("AD", "NC", "MCI"), slice_condition=slice_condition
+    )
+    asked = []
+
+    def generate(vqvae, priors, n, seed, **options):
+        asked.append((vqvae, priors, n, seed, options))
+        level = {"AD": 0.9, "NC": 0.3, "MCI": 0.5}[options["label"]]
+        return np.full((n, 4, 4), level, "float32"), []
+
+    def ventricles(images, positions):
+        areas = np.asarray(images).reshape(len(images), -1).mean(1)
+        return np.where(np.asarray(positions) < 0.5, np.nan, 10 * areas)
+
+    images = np.arange(1, 5, dtype="float32")[:, None, None, None] / 10
+    images = np.tile(images, (1, 4, 4, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules, "generate", generate)
+        patch.setattr(dataset, "ventricle_areas", ventricles)
+        patch.setattr(
+            predict, "image_batches", lambda *_: [images[:3], images[3:]]
+        )
+        entries = predict.evaluate_labels(run, "vqvae", [prior], frame)
+    return entries, asked
+
+
+def test_labels_of_simulated_brains_are_told_by_ventricles():
+    entries, asked = evaluate_two_labels()
+    assert [entry["label"] for entry in entries] == ["AD", "NC", "MCI"]
+    assert [entry["test_images"] for entry in entries] == [3, 1, 0]
+    assert [entry["images_drawn"] for entry in entries] == [3, 3, 3]
+    areas = [entry["ventricle_area"] for entry in entries]
+    # The fourth image, AD too, is of a plane without ventricles.
+    assert areas[0] == pytest.approx({"real": 2.0, "generated": 9.0})
+    assert areas[1] == pytest.approx({"real": 2.0, "generated": 3.0})
+    assert areas[2]["real"] is None
+    assert areas[2]["generated"] == pytest.approx(5.0)
+    json.dumps(entries, allow_nan=False)
+    for vqvae, priors, n, seed, options in asked:
+        assert (vqvae, len(priors), n, seed) == ("vqvae", 1, 3, 5)
+        assert set(options) == {"label", "slice_position"}
+        positions = options["slice_position"]
+        assert len(positions) == 3 and 0.5 <= min(positions)
+        assert max(positions) <= 0.8
+    text = predict.summary_table({"labels": entries})
+    assert "real 2, generated 9 pixels" in text and "MCI" in text
+
+
+@pytest.mark.parametrize(
+    "options", [{"simulated": False}, {"slice_condition": False}]
+)
+def test_labels_of_other_images_are_only_counted(options):
+    entries, asked = evaluate_two_labels(**options)
+    assert not asked
+    assert entries[0] == {"label": "AD", "test_images": 3}

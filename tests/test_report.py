@@ -68,7 +68,7 @@ def with_evaluation(run, folder, **parts):
 
 
 def write_report(run):
-    utils.write_report(run, *predict.load_models(run))
+    predict.write_report(run, *predict.load_models(run))
 
 
 # Report
@@ -112,10 +112,10 @@ def test_report_needs_nothing_from_elsewhere(run):
 
 def test_report_shows_and_explains_every_score(run):
     page = Page(run)
-    rows = utils.summary_rows(utils.read_evaluation(run))
+    rows = predict.summary_rows(utils.read_evaluation(run))
     assert len(rows) > 20
     for section, key, text in rows:
-        meaning = utils.meaning(key)
+        meaning = predict.meaning(key)
         assert len(meaning) > 10, (section, key)
         row = f"{key.replace('_', ' ')} {text} {meaning}".split()
         assert "".join(row) in page.text.replace(" ", ""), key
@@ -235,7 +235,7 @@ def test_card_says_what_cards_say(run):
         row = f"| {name} | {part['subjects']} | {part['images']} |"
         assert row in card
     shown = ("reconstruction", "codebook", "prior", "generation", "labels")
-    for section, key, text in utils.summary_rows(evaluation):
+    for section, key, text in predict.summary_rows(evaluation):
         if section in shown:
             assert f"| {section} | {key.replace('_', ' ')} | {text} |" in card
     assert "**real**" in card and "read them and keep to them" in card
@@ -283,7 +283,7 @@ def below(figure, row):
     return [ax.get_xlabel() for ax in axes][row * columns :][:columns]
 
 
-def test_failures_are_the_worst_test_images(drawn, tmp_path):
+def test_failures_are_the_worst_test_images(drawn, tmp_path, monkeypatch):
     count = 20
     images = np.linspace(0, 1, count)[:, None, None, None]
     images = np.broadcast_to(images, (count, 16, 16, 1)).astype("float32")
@@ -291,11 +291,11 @@ def test_failures_are_the_worst_test_images(drawn, tmp_path):
     frame = pd.DataFrame(
         {"subject": [f"{k // 4:03d}" for k in range(count)], "slice": range(20)}
     )
-    batches = [tf.constant(images[k : k + 6]) for k in range(0, count, 6)]
-    indices = [np.zeros((count, 4, 4), "int32")]
-    utils.draw_test_figures(
-        tmp_path, Doubler(), batches, frame, indices, values
+    monkeypatch.setattr(
+        predict, "image_batches", lambda run, frame: [images[frame.index]]
     )
+    indices = [np.zeros((count, 4, 4), "int32")]
+    predict.draw_test_figures(None, tmp_path, Doubler(), frame, indices, values)
     worst = [int(np.flatnonzero(values == k / count)[0]) for k in range(5)]
     assert below(drawn["failures.png"], 2) == [
         f"subject {k // 4:03d}, slice {k}" for k in worst
@@ -313,7 +313,7 @@ def test_failures_are_the_worst_test_images(drawn, tmp_path):
 def test_failures_are_the_least_likely_samples(drawn, tmp_path):
     bits = np.array([5.0, 9.0, 1.0, 7.0, 3.0, 8.0, 6.0])
     images = np.ones((7, 8, 8)) * bits[:, None, None] / 10
-    utils.draw_least_likely(tmp_path / "least.png", images, bits)
+    utils.figure_least_likely(tmp_path / "least.png", images, bits, 5)
     axes = drawn["least.png"].axes
     assert [ax.get_xlabel() for ax in axes] == [
         f"{k} bits" for k in (9, 8, 7, 6, 5)
@@ -350,7 +350,7 @@ def test_inspect_as_json(run, capsys):
 
 
 def test_inspect_says_the_same_on_a_page(levels_run, capsys):
-    facts = utils.run_facts(levels_run, *predict.load_models(levels_run))
+    facts = predict.run_facts(levels_run, *predict.load_models(levels_run))
     predict.main(["inspect", str(levels_run.path)])
     page = capsys.readouterr().out
     for model in facts["models"].values():

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 import modules
+import predict
 import train
 import utils
 from tests import kill_and_resume
@@ -353,7 +354,7 @@ def test_a_run_of_format_1(tmp_path, capsys):
         inputs = utils.prior_inputs(
             prior, [stored[f"{name}_1"][rows]], frame.iloc[rows]
         )
-        assert utils.mean_bits(prior, inputs) == pytest.approx(
+        assert predict.mean_bits(prior, inputs) == pytest.approx(
             written[name], rel=1e-5
         )
     images, _ = modules.generate(vqvae, [prior], 2, slice_position=[0.2, 0.8])

@@ -16,6 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 import dataset
+import predict
 import train
 import utils
 from tests.conftest import (
@@ -870,7 +871,7 @@ def test_mixed_sizes_are_counted_in_one_line(hipmri_dir, tmp_path, capsys):
         "plane sizes: 32x32 (20), 32x36 (4); padded or cropped to 32x32"
     ]
     assert run.info["image_size"] == (SIZE, SIZE)
-    batches = train.image_batches(run, splits["train"], 16)
+    batches = predict.image_batches(run, splits["train"], 16)
     assert [batch.shape for batch in batches] == [(16, SIZE, SIZE, 1)]
 
 

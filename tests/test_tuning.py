@@ -74,7 +74,7 @@ def fake(monkeypatch):
 
     Without figures, which take longer than all else.
     """
-    monkeypatch.setattr(utils, "draw_search", lambda *_: None)
+    monkeypatch.setattr(train, "draw_search", lambda *_: None)
     idle = types.SimpleNamespace(clear_session=lambda: None)
     monkeypatch.setattr(train, "keras", types.SimpleNamespace(utils=idle))
 
@@ -191,7 +191,7 @@ def test_a_recipe_may_have_a_space_of_its_own():
         config = utils.Config(recipe=recipe, **settings)
         both = dataclasses.replace(config, objective="ssim+bits")
         own = utils.RECIPES[recipe].search
-        assert utils.search_space(both, ()) == (own or SPACE)
+        assert train.search_space(both, ()) == (own or SPACE)
         assert (own is not None) == (recipe == "adni-vqvae-tuned")
         for name, how in (own or SPACE).items():  # every value is allowed
             for value in how.get("choices") or (how["low"], how["high"]):
@@ -274,7 +274,7 @@ PROCESS = f"""
 import os, sys, time, types
 import train, utils
 utils.SEARCH_SPACE = {SPACE}
-utils.draw_search = lambda *_: None
+train.draw_search = lambda *_: None
 idle = types.SimpleNamespace(clear_session=lambda: None)
 train.keras = types.SimpleNamespace(utils=idle)
 def train_trial(config, strategy, signals, trial):

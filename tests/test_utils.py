@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 import zipfile
 from pathlib import Path
 
@@ -853,97 +852,3 @@ def test_figure_codebook(tmp_path):
     counts = [np.array([5, 0, 90]), np.zeros(4, int)]
     utils.figure_codebook(tmp_path / "c.png", counts)
     check_png(tmp_path / "c.png")
-
-
-def test_summary_table_tolerates_missing_parts():
-    interval = {"mean": 0.93412, "ci95": [0.92, 0.94]}
-    text = utils.summary_table(
-        {
-            "data": {"dataset": "phantom", "simulated": True, "size": [8, 4]},
-            "reconstruction": {"ssim": interval, "psnr": None},
-            "codebook": [{"level": 1, "counts": [1]}, {"level": 2}],
-            "prior": [{"bits_per_code": {"train": 3.0, "test": None}}],
-        }
-    )
-    for part in (
-        "phantom",
-        "yes",
-        "8x4",
-        "0.9341 [0.92, 0.94]",
-        "train 3, test - bits",
-    ):
-        assert part in text
-    assert "counts" not in text and "psnr" not in text
-    assert utils.summary_table({}) == "nothing evaluated yet"
-
-
-# Evaluation
-
-
-def evaluate_two_labels(simulated=True, slice_condition=True):
-    """Return what is found of AD and NC, and how `generate` was called."""
-    import pandas as pd
-
-    positions = [0.6, 0.7, 0.6, 0.1]
-    frame = pd.DataFrame(
-        {"label": ["AD", "NC", "AD", "AD"], "position": positions}
-    )
-    config = utils.Config(num_samples=3, seed=5)
-    run = utils.Run("run", config, {"simulated": simulated})
-    prior = types.SimpleNamespace(
-        labels=("AD", "NC", "MCI"), slice_condition=slice_condition
-    )
-    asked = []
-
-    def generate(vqvae, priors, n, seed, **options):
-        asked.append((vqvae, priors, n, seed, options))
-        level = {"AD": 0.9, "NC": 0.3, "MCI": 0.5}[options["label"]]
-        return np.full((n, 4, 4), level, "float32"), []
-
-    def ventricles(images, positions):
-        areas = np.asarray(images).reshape(len(images), -1).mean(1)
-        return np.where(np.asarray(positions) < 0.5, np.nan, 10 * areas)
-
-    images = np.arange(1, 5, dtype="float32")[:, None, None, None] / 10
-    images = utils.tf.constant(np.tile(images, (1, 4, 4, 1)))
-    entries = utils.evaluate_labels(
-        run,
-        "vqvae",
-        [prior],
-        frame,
-        [images[:3], images[3:]],
-        generate,
-        ventricles,
-    )
-    return entries, asked
-
-
-def test_labels_of_simulated_brains_are_told_by_ventricles():
-    entries, asked = evaluate_two_labels()
-    assert [entry["label"] for entry in entries] == ["AD", "NC", "MCI"]
-    assert [entry["test_images"] for entry in entries] == [3, 1, 0]
-    assert [entry["images_drawn"] for entry in entries] == [3, 3, 3]
-    areas = [entry["ventricle_area"] for entry in entries]
-    # The fourth image, AD too, is of a plane without ventricles.
-    assert areas[0] == pytest.approx({"real": 2.0, "generated": 9.0})
-    assert areas[1] == pytest.approx({"real": 2.0, "generated": 3.0})
-    assert areas[2]["real"] is None
-    assert areas[2]["generated"] == pytest.approx(5.0)
-    json.dumps(entries, allow_nan=False)
-    for vqvae, priors, n, seed, options in asked:
-        assert (vqvae, len(priors), n, seed) == ("vqvae", 1, 3, 5)
-        assert set(options) == {"label", "slice_position"}
-        positions = options["slice_position"]
-        assert len(positions) == 3 and 0.5 <= min(positions)
-        assert max(positions) <= 0.8
-    text = utils.summary_table({"labels": entries})
-    assert "real 2, generated 9 pixels" in text and "MCI" in text
-
-
-@pytest.mark.parametrize(
-    "options", [{"simulated": False}, {"slice_condition": False}]
-)
-def test_labels_of_other_images_are_only_counted(options):
-    entries, asked = evaluate_two_labels(**options)
-    assert not asked
-    assert entries[0] == {"label": "AD", "test_images": 3}

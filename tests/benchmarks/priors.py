@@ -20,6 +20,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import modules  # noqa: E402
+import predict  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 
@@ -57,7 +58,7 @@ def measure(run, level, kind, images):
         "prior": kind,
         "level": level,
         "weights": prior.count_params(),
-        "bits_per_code": utils.mean_bits(prior, data["test"]),
+        "bits_per_code": predict.mean_bits(prior, data["test"]),
         "test_images": len(splits["test"]),
         "minutes": minutes,
         "seconds_per_sample": seconds / images,
