@@ -2222,6 +2222,7 @@ PCA_SHARE = 8  # images of a set for each principal component
 MOST_COMPONENTS = 64
 HOG_ORIENTATIONS = 9
 HOG_CELLS = 12  # along the short side
+HOG_CONTRAST = 1e-3  # mean gradient, intensity a pixel, of a block that fades
 TINY = 1e-12  # so that no ratio divides by 0
 
 
@@ -2233,19 +2234,24 @@ def hog_cell(height, width):
 def hog_features(images):
     """Return histograms of oriented gradients (N, F) of images (N, H, W).
 
-    Blocks are normalised, so that the invisible noise of a background would
-    count like an edge: intensities up to `FOREGROUND` are set to 0.
+    Blocks are normalised: whatever is in one counts as much as in another. So
+    that the noise of a background, or a pixel at the rim of a head, does not
+    count like anatomy, intensities begin at `FOREGROUND`, and a block whose
+    gradients are not well above `HOG_CONTRAST` fades to 0.
 
-    Reference: Dalal and Triggs, 2005, doi:10.1109/CVPR.2005.177.
+    Reference: Dalal and Triggs, 2005, doi:10.1109/CVPR.2005.177 (L2 blocks).
     """
     hog = importlib.import_module("skimage.feature").hog
     cell = hog_cell(*images.shape[1:])
+    # scikit-image adds (1e-5)^2 to the squared length that it divides by.
+    scale = 1e-5 / HOG_CONTRAST
     rows = [
         hog(
-            np.where(image > FOREGROUND, image, 0),
+            scale * np.maximum(image - FOREGROUND, 0),
             orientations=HOG_ORIENTATIONS,
             pixels_per_cell=(cell, cell),
             cells_per_block=(2, 2),
+            block_norm="L2",
         )
         for image in images
     ]
