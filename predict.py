@@ -24,6 +24,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -171,6 +172,9 @@ class Evaluate(OfRun):
     dataset: str = utils.flag(
         "auto", "layout of --data-dir", choices=("auto", *utils.REAL_DATASETS)
     )
+    skip_bad: bool = utils.flag(
+        False, "leave out unfit files of --data-dir instead of stopping"
+    )
     num_samples: int | None = utils.flag(
         None,
         "images generated, up to one a test image; as in training without it",
@@ -186,9 +190,15 @@ class Evaluate(OfRun):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset != "auto" and self.data_dir is None:
-            raise utils.FlagError("--dataset: goes with --data-dir only")
         if self.data_dir is None:
+            for name, given in (
+                ("dataset", self.dataset != "auto"),
+                ("skip-bad", self.skip_bad),
+            ):
+                if given:
+                    raise utils.FlagError(
+                        f"--{name}: goes with --data-dir only"
+                    )
             return
         for name, default in (("num_samples", None), ("features", "hog")):
             if getattr(self, name) != default:
@@ -430,13 +440,18 @@ def read_images(files):
 
 
 def check_conditions(run, priors, options):
-    """Refuse a label or guidance that the priors know nothing of."""
+    """Refuse a condition or guidance that the priors know nothing of."""
     labels = priors[0].labels
     if options.label is not None and options.label not in labels:
         known = ", ".join(labels) or "none: no --condition label in training"
         raise utils.FlagError(
             f"--label: expected one of those of {run.path} ({known}), found "
             f"{options.label!r}"
+        )
+    if options.slice_position is not None and not priors[0].slice_condition:
+        raise utils.FlagError(
+            f"--slice-position: {run.path} was trained without --condition "
+            "slice"
         )
     if options.guidance != 1 and not (labels or priors[0].slice_condition):
         raise utils.FlagError(
@@ -1007,7 +1022,7 @@ def evaluate_other(run, vqvae, priors, options):
     if layout == "auto":
         layout = dataset.detect_layout(options.data_dir)
     index = dataset.load_index(
-        options.data_dir, layout, image_size=run.info["image_size"]
+        options.data_dir, layout, options.skip_bad, run.info["image_size"]
     )
     print(f"all {len(index)} images are test images")
     own = utils.read_splits(run, needed=())
@@ -1016,7 +1031,7 @@ def evaluate_other(run, vqvae, priors, options):
     about = {
         "dataset": layout,
         "simulated": index.attrs["simulated"],
-        "data_dir": str(Path(options.data_dir).absolute()),
+        "data_dir": os.path.abspath(options.data_dir),
         "images_seen_in_training": seen,
     }
     path, figures = run.external_paths(about["data_dir"])
@@ -1024,6 +1039,9 @@ def evaluate_other(run, vqvae, priors, options):
         evaluation, *found = measure(run, vqvae, priors, {"test": index}, about)
         utils.write_json(path, evaluation)
         draw_test_figures(run, figures, vqvae, index, *found)
+    if len(rejected := index.attrs["rejected"]):
+        utils.write_csv(figures / "rejected.csv", rejected)
+        print(f"files left out: {figures / 'rejected.csv'}")
     if seen:
         print(
             f"warning: {seen} of {len(index)} images were trained on: the "

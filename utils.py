@@ -706,6 +706,8 @@ RECIPES = {
             "channels": 64,
             "num_embeddings": 512,
             "embedding_dim": 64,
+            "learning_rate": 5e-4,  # at 1e-3 gradients spiked in some runs
+            "batch_size": 8,
             "epochs": 20,
             "prior": "pixelsnail",
             "prior_channels": 64,
@@ -1395,10 +1397,20 @@ class Run:
         return any(path.exists() for path in self.prior_paths)
 
     def external_paths(self, data_dir):
-        """Evaluation file and figure folder of another data set."""
-        name = os.path.basename(os.path.abspath(data_dir)) or "root"
-        name = re.sub(r"[^\w.-]", "_", name)
-        return self.path / f"evaluation-{name}.json", self.figures_path / name
+        """Evaluation file and figure folder of another data set.
+
+        They have the name of its folder; a second folder of that name also
+        has a hash of where it is.
+        """
+        place = os.path.abspath(data_dir)
+        name = re.sub(r"[^\w.-]", "_", os.path.basename(place) or "root")
+        path = self.path / f"evaluation-{name}.json"
+        with _reading(path):
+            taken = path.exists() and json.loads(path.read_text("utf-8"))
+            if taken and taken["data"]["data_dir"] != place:
+                name += f"-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+        path = self.path / f"evaluation-{name}.json"
+        return path, self.figures_path / name
 
     @classmethod
     def create(cls, config):

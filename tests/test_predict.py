@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -443,6 +444,16 @@ def test_guidance_needs_a_condition(labels, positions, guidance, fine):
             predict.check_conditions(run, [prior], options)
 
 
+def test_slice_position_needs_a_condition():
+    prior = types.SimpleNamespace(labels=("AD",), slice_condition=False)
+    run = types.SimpleNamespace(path="runs/one")
+    message = "--slice-position: runs/one was trained without --condition slice"
+    with pytest.raises(utils.FlagError, match=message):
+        predict.check_conditions(
+            run, [prior], predict.Generate(slice_position=0.5)
+        )
+
+
 def test_bare_command_on_two_levels(levels_run, tmp_path, monkeypatch, capsys):
     path = tmp_path / "runs" / "one"
     shutil.copytree(levels_run.path, path)
@@ -534,6 +545,33 @@ def test_evaluate_says_that_images_were_trained_on(run, oasis_dir, capsys):
     assert data["test"] == {"subjects": 6, "images": 24}
 
 
+def test_evaluate_leaves_unfit_files_of_other_data_out(
+    vqvae_run, adni_dir, tmp_path, capsys
+):
+    """Of a folder with the name of one evaluated before."""
+    run = copy_run(vqvae_run, tmp_path)
+    call("evaluate", run.path, "--data-dir", adni_dir)
+    first = (run.path / "evaluation-AD_NC.json").read_bytes()
+    other = shutil.copytree(adni_dir, tmp_path / "other" / "AD_NC")
+    bad = next((other / "test").rglob("*.jpeg"))
+    bad.write_bytes(bad.read_bytes()[:100])
+    flags = ("evaluate", run.path, "--data-dir", other)
+    assert bad.name in refused(3, capsys, *flags)
+    call(*flags, "--skip-bad")
+    assert (run.path / "evaluation-AD_NC.json").read_bytes() == first
+    [second] = run.path.glob("evaluation-AD_NC-*.json")
+    data = json.loads(second.read_text())["data"]
+    assert data["data_dir"] == str(other)
+    assert data["test"]["images"] == 6 * SLICES - 1
+    name = second.stem.removeprefix("evaluation-")
+    rejected = pd.read_csv(run.figures_path / name / "rejected.csv")
+    assert [bad.name] == [Path(path).name for path in rejected["path"]]
+    written = second.read_bytes()
+    call(*flags, "--skip-bad")  # in the same place again
+    assert len(list(run.path.glob("evaluation-*.json"))) == 2
+    assert json.loads(written)["data"] == data
+
+
 def test_evaluate_a_run_without_prior(vqvae_run, tmp_path):
     run = copy_run(vqvae_run, tmp_path)
     before = json.loads(run.evaluation_path.read_text())
@@ -619,6 +657,7 @@ def test_missing_run(tmp_path, capsys):
         ),
         ("reconstruct --split all", "--split: expected one of train"),
         ("evaluate --dataset oasis", "--dataset: goes with --data-dir only"),
+        ("evaluate --skip-bad", "--skip-bad: goes with --data-dir only"),
         ("paint", "VERB: invalid choice: 'paint'"),
     ],
 )
