@@ -181,6 +181,12 @@ class Evaluate(OfRun):
         1,
         5_000,
     )
+    temperature: float | None = utils.flag(
+        None,
+        "of the images generated; as in training without it",
+        above=0,
+        high=10,
+    )
     features: str = utils.flag(
         "hog",
         "that generated and real images are compared by; inception downloads "
@@ -200,7 +206,11 @@ class Evaluate(OfRun):
                         f"--{name}: goes with --data-dir only"
                     )
             return
-        for name, default in (("num_samples", None), ("features", "hog")):
+        for name, default in (
+            ("num_samples", None),
+            ("temperature", None),
+            ("features", "hog"),
+        ):
             if getattr(self, name) != default:
                 raise utils.FlagError(
                     f"--{name.replace('_', '-')}: does not go with --data-dir, "
@@ -523,7 +533,13 @@ def evaluate(run, options):
     splits = utils.read_splits(run, needed)
     with dataset.naming_files():
         evaluation = evaluate_run(
-            run, vqvae, priors, splits, options.features, options.num_samples
+            run,
+            vqvae,
+            priors,
+            splits,
+            options.features,
+            options.num_samples,
+            options.temperature,
         )
     print_results(run, evaluation)
 
@@ -972,14 +988,23 @@ METRICS = {
 }
 
 
-def evaluate_run(run, vqvae, priors, splits, features="hog", num_samples=None):
+def evaluate_run(
+    run,
+    vqvae,
+    priors,
+    splits,
+    features="hog",
+    num_samples=None,
+    temperature=None,
+):
     """Measure a run on images that no training step saw; draw its figures.
 
     Args:
         priors: bottom first; without any, no samples are looked at.
         splits: dict of the index of each split.
-        features, num_samples: of `evaluate_samples`; by default as many
-            samples as the settings of the run say.
+        features: key of `utils.FEATURES`.
+        num_samples, temperature: of the samples that are compared; by default
+            as the settings of the run say.
 
     Returns: what is written to `evaluation.json`.
     """
@@ -994,12 +1019,24 @@ def evaluate_run(run, vqvae, priors, splits, features="hog", num_samples=None):
     speed = evaluation["speed"]
     speed |= speed_of_training(run)
     if priors:
-        speed |= draw_new_samples(run, vqvae, priors)
+        sampling = {
+            "seed": run.config.seed,
+            "temperature": temperature or run.config.temperature,
+        }
+        speed |= draw_new_samples(run, vqvae, priors, sampling)
         evaluation |= evaluate_samples(
-            run, vqvae, priors, splits, features, num_samples
+            run,
+            vqvae,
+            priors,
+            splits,
+            features,
+            num_samples or run.config.num_samples,
+            sampling,
         )
         if priors[0].labels:
-            evaluation["labels"] = evaluate_labels(run, vqvae, priors, test)
+            evaluation["labels"] = evaluate_labels(
+                run, vqvae, priors, test, sampling
+            )
     speed["peak_memory_mb"] = utils.peak_memory_mb()
     utils.write_json(run.evaluation_path, evaluation)
     draw_test_figures(run, run.figures_path, vqvae, test, *found)
@@ -1210,20 +1247,20 @@ def speed_of_training(run):
     return rates
 
 
-def draw_new_samples(run, vqvae, priors):
+def draw_new_samples(run, vqvae, priors, sampling):
     """Draw the sample grid of a run; how long the samples took."""
-    config = run.config
-    options = {"seed": config.seed, "temperature": config.temperature}
-    modules.generate(vqvae, priors, 1, **options)  # compiles
+    modules.generate(vqvae, priors, 1, **sampling)  # compiles
     started = time.perf_counter()
-    count = min(config.num_samples, SHOWN_SAMPLES)
-    samples, _ = modules.generate(vqvae, priors, count, **options)
+    count = min(run.config.num_samples, SHOWN_SAMPLES)
+    samples, _ = modules.generate(vqvae, priors, count, **sampling)
     seconds = time.perf_counter() - started
-    utils.draw_samples(run.figures_path / "samples.png", samples, **options)
+    utils.draw_samples(run.figures_path / "samples.png", samples, **sampling)
     return {"samples": count, "seconds_for_samples": seconds}
 
 
-def evaluate_samples(run, vqvae, priors, splits, features, num_samples):
+def evaluate_samples(
+    run, vqvae, priors, splits, features, num_samples, sampling
+):
     """Compare new images with real ones: are they alike, are they copies?
 
     They are asked for with the labels and slice positions of test images. As
@@ -1231,21 +1268,17 @@ def evaluate_samples(run, vqvae, priors, splits, features, num_samples):
     real images of other people reach in place of the new ones.
 
     Args:
-        features: key of `FEATURES`.
+        features: key of `utils.FEATURES`.
         num_samples: images generated; no more than there are to compare with.
+        sampling: dict of their `seed` and `temperature`.
 
     Returns: dict of the parts `generation` and `memorization`.
     """
-    config = run.config
     train, test = splits["train"], splits["test"]
-    wanted = num_samples or config.num_samples
-    rows, peers = match_images(test, train, priors[0], wanted, config.seed)
-    about = {
-        "n": len(rows),
-        "seed": config.seed,
-        "temperature": config.temperature,
-    }
-    images, bits = draw_like(test.iloc[rows], run, vqvae, priors)
+    rows, peers = match_images(
+        test, train, priors[0], num_samples, sampling["seed"]
+    )
+    images, bits = draw_like(test.iloc[rows], vqvae, priors, sampling)
     utils.figure_least_likely(
         run.figures_path / "failures_samples.png", images, bits, FAILURES
     )
@@ -1270,7 +1303,8 @@ def evaluate_samples(run, vqvae, priors, splits, features, num_samples):
     )
     new, floor = ssim_to_train
     scores["floor"]["ssim_to_nearest_train"] = floor
-    generation = {**about, "ssim_to_nearest_train": new, **scores}
+    about = {"n": len(rows), **sampling, "ssim_to_nearest_train": new}
+    generation = {**about, **scores}
     return {"generation": generation, "memorization": audited}
 
 
@@ -1301,7 +1335,7 @@ def match_images(test, train, prior, count, seed):
     return rows, np.array(peers)
 
 
-def draw_like(frame, run, vqvae, priors):
+def draw_like(frame, vqvae, priors, sampling):
     """New images (N, H, W) with the labels and positions of an index.
 
     Returns: images; bits (N,) that the indices of each take under the priors.
@@ -1311,8 +1345,7 @@ def draw_like(frame, run, vqvae, priors):
         vqvae,
         priors,
         len(frame),
-        run.config.seed,
-        temperature=run.config.temperature,
+        **sampling,
         label=list(frame["label"]) if known else None,
         slice_position=frame["position"].to_numpy("float32"),
         return_log_prob=True,
@@ -1410,7 +1443,7 @@ def draw_nearest(run, images, found, train, audited, copies, count=8):
     utils.figure_memorization(path, images[order], nearest, captions, title)
 
 
-def evaluate_labels(run, vqvae, priors, frame):
+def evaluate_labels(run, vqvae, priors, frame, sampling):
     """Images drawn of each label; on simulated brains, do they differ?
 
     Simulated AD has wide ventricles: their mean area in the test images whose
@@ -1418,7 +1451,6 @@ def evaluate_labels(run, vqvae, priors, frame):
     heights of such test images.
     """
     positions = np.empty(0)
-    seed = run.config.seed
     count = min(run.config.num_samples, SHOWN_SAMPLES)
     if run.info["simulated"] and priors[0].slice_condition:
         images = read_all(run, frame)
@@ -1434,7 +1466,7 @@ def evaluate_labels(run, vqvae, priors, frame):
                 vqvae,
                 priors,
                 count,
-                seed,
+                **sampling,
                 label=label,
                 slice_position=asked,
             )

@@ -347,8 +347,7 @@ def evaluate_generator(people, folder, images, count, **prior):
         images = people.images[group][frame.index, ..., None]
         return np.array_split(images, 3)
 
-    config = utils.Config(num_samples=count, seed=7, temperature=0.9)
-    run = utils.Run(folder, config, {})
+    run = utils.Run(folder, utils.Config(), {})
     run.figures_path.mkdir(exist_ok=True)
     options = {"labels": ("AD", "NC"), "slice_condition": True, **prior}
     splits = {"train": people.index["train"], "test": people.index["unseen"]}
@@ -361,7 +360,8 @@ def evaluate_generator(people, folder, images, count, **prior):
             [types.SimpleNamespace(**options)],
             splits,
             features="hog",
-            num_samples=None,
+            num_samples=count,
+            sampling={"seed": 7, "temperature": 0.9},
         )
     json.dumps(found, allow_nan=False)
     return found, asked
@@ -537,11 +537,10 @@ def test_unlabelled_test_images_are_drawn_with_all_labels(monkeypatch):
         return np.zeros((n, 4, 4)), [], np.zeros(n)
 
     prior = types.SimpleNamespace(labels=("AD", "NC"))
-    run = utils.Run("run", utils.Config(), {})
     monkeypatch.setattr(modules, "generate", generate)
-    predict.draw_like(frame, run, None, [prior])
+    predict.draw_like(frame, None, [prior], {"seed": 1})
     assert asked["label"] is None
-    predict.draw_like(frame[:1], run, None, [prior])
+    predict.draw_like(frame[:1], None, [prior], {"seed": 1})
     assert asked["label"] == ["AD"]
 
 
@@ -579,7 +578,7 @@ def evaluate_two_labels(simulated=True, slice_condition=True):
     frame = pd.DataFrame(
         {"label": ["AD", "NC", "AD", "AD"], "position": positions}
     )
-    config = utils.Config(num_samples=3, seed=5)
+    config = utils.Config(num_samples=3)
     run = utils.Run("run", config, {"simulated": simulated})
     prior = types.SimpleNamespace(
         labels=("AD", "NC", "MCI"), slice_condition=slice_condition
@@ -603,7 +602,9 @@ def evaluate_two_labels(simulated=True, slice_condition=True):
         patch.setattr(
             predict, "image_batches", lambda *_: [images[:3], images[3:]]
         )
-        entries = predict.evaluate_labels(run, "vqvae", [prior], frame)
+        entries = predict.evaluate_labels(
+            run, "vqvae", [prior], frame, {"seed": 5}
+        )
     return entries, asked
 
 

@@ -507,6 +507,14 @@ def test_evaluate_finds_what_training_found(run):
     check_figures(run.figures_path, FIGURES | SAMPLES)
 
 
+def test_evaluate_with_fewer_and_likelier_samples(levels_run, tmp_path, draws):
+    run = copy_run(levels_run, tmp_path)
+    call("evaluate", run.path, "--num-samples", "3", "--temperature", "0.5")
+    generation = utils.read_evaluation(run)["generation"]
+    assert (generation["n"], generation["temperature"]) == (3, 0.5)
+    assert {options.temperature for options in draws} == {0.5}
+
+
 def test_evaluate_other_data_takes_all_as_test_images(run, adni_dir, capsys):
     before = files(run.path)
     call("evaluate", run.path, "--data-dir", adni_dir)
@@ -658,6 +666,10 @@ def test_missing_run(tmp_path, capsys):
         ("reconstruct --split all", "--split: expected one of train"),
         ("evaluate --dataset oasis", "--dataset: goes with --data-dir only"),
         ("evaluate --skip-bad", "--skip-bad: goes with --data-dir only"),
+        (
+            "evaluate --data-dir x --temperature 0.9",
+            "--temperature: does not go with --data-dir",
+        ),
         ("paint", "VERB: invalid choice: 'paint'"),
     ],
 )
