@@ -2304,7 +2304,7 @@ def describe_features(name, image_size):
     cell = hog_cell(*image_size)
     return (
         f"HOG of {HOG_ORIENTATIONS} orientations, {cell}x{cell}-pixel cells, "
-        "2x2-cell blocks"
+        f"2x2-cell blocks above contrast {HOG_CONTRAST}"
     )
 
 

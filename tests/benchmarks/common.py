@@ -56,6 +56,37 @@ def _cell(value, form):
     return form(value) if callable(form) else format(value, form)
 
 
+def run_cases(description, cases, columns, argv=None):
+    """All of a script that measures cases: options, tables, JSON.
+
+    Args:
+        cases: {name: (key of its rows in the JSON, function that measures)};
+            `smoke` is left out by default.
+        columns: {key: see `print_table`}.
+
+    Returns: {key: rows}.
+    """
+    parser = options(description)
+    usual = [name for name in cases if name != "smoke"]
+    parser.add_argument("--cases", nargs="+", choices=cases, default=usual)
+    given = parser.parse_args(argv)
+    results = {"cases": []}
+    for name in given.cases:
+        key, measure = cases[name]
+        rows = measure()
+        results.setdefault(key, []).extend(rows)
+        print_table(name, rows, columns[key])
+    write(given, results)
+    return results
+
+
+def write(given, results):
+    """Write results, or a list of cases, to the file of `--json`."""
+    if given.json:
+        cases = results if isinstance(results, dict) else {"cases": results}
+        utils.write_json(given.json, cases)
+
+
 def exponent(sizes, times):
     """Slope b of the line `log time = a + b log size`."""
     return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])

@@ -8,7 +8,6 @@ of it. The ratio is the median over pairs of steps next to each other in time.
 A checkpoint, one every five minutes, is timed by itself.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -22,9 +21,19 @@ import tensorflow as tf  # noqa: E402
 
 import modules  # noqa: E402
 import utils  # noqa: E402
+from tests.benchmarks import common  # noqa: E402
 
 MINUTES = 5  # between checkpoints, the default of --checkpoint-minutes
 WARM_UP = 3  # steps: the first compiles
+COLUMNS = {
+    "model": ("case", ""),
+    "bare ms/step": ("bare_ms_per_step", ".1f"),
+    "guarded": ("guarded_ms_per_step", ".1f"),
+    "ratio": ("ratio", ".4f"),
+    "ci95": ("ratio_ci95", lambda ends: "[{:.4f}, {:.4f}]".format(*ends)),
+    "checkpoint ms": ("save_ms", ".0f"),
+    "share of time": ("save_share", ".2%"),
+}
 
 
 def bare_train_step(self, batch):
@@ -138,28 +147,18 @@ def interval_of_median(values, draws=2000):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.options(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--small", action="store_true", help="tiny models")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     policy, _ = utils.choose_precision()
     keras.config.set_dtype_policy(policy)
-    rows = []
-    for name in options.cases:
-        row = measure(name, options.steps, options.small)
-        rows.append(row)
-        low, high = row["ratio_ci95"]
-        print(
-            f"{name}: {row['bare_ms_per_step']:.1f} ms a step without, "
-            f"{row['guarded_ms_per_step']:.1f} ms with: ratio "
-            f"{row['ratio']:.4f} [{low:.4f}, {high:.4f}]; a checkpoint "
-            f"{row['save_ms']:.0f} ms, {row['save_share']:.2%} of the time",
-            flush=True,
-        )
-    if options.json:
-        utils.write_json(options.json, {"cases": rows})
+    rows = [
+        measure(name, options.steps, options.small) for name in options.cases
+    ]
+    common.print_table("steps with and without checks", rows, COLUMNS)
+    common.write(options, rows)
     return rows
 
 

@@ -119,8 +119,7 @@ def main(argv=None):
         "first step, s": ("seconds_of_first_step", ".1f"),
     }
     common.print_table("memory and time of training steps", rows, columns)
-    if options.json:
-        utils.write_json(options.json, {"cases": rows})
+    common.write(options, rows)
     return rows
 
 

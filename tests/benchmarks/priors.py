@@ -6,7 +6,6 @@ Trains each prior anew on the indices of a level of a finished run, with the
 run's own settings; the run is left as it is. Bits are over its test split.
 """
 
-import argparse
 import dataclasses
 import shutil
 import sys
@@ -23,8 +22,16 @@ import modules  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
+from tests.benchmarks import common  # noqa: E402
 
 FILES = ("config.json", "split.csv", "indices.npz", "vqvae.keras")
+COLUMNS = {
+    "prior": ("prior", ""),
+    "weights": ("weights", ","),
+    "bits per code": ("bits_per_code", ".3f"),
+    "minutes": ("minutes", ".1f"),
+    "s/sample": ("seconds_per_sample", ".3f"),
+}
 
 
 def measure(run, level, kind, images):
@@ -66,13 +73,12 @@ def measure(run, level, kind, images):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.options(__doc__)
     parser.add_argument("run")
     parser.add_argument("--level", type=int, default=1)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--priors", nargs="+", default=list(modules.PRIORS))
     parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -86,11 +92,9 @@ def main(argv=None):
         policy, _ = utils.choose_precision(run.config.precision)
         keras.config.set_dtype_policy(policy)
         for kind in options.priors:
-            row = measure(run, options.level, kind, options.images)
-            rows.append(row)
-            print(row, flush=True)
-    if options.json:
-        utils.write_json(options.json, {"cases": rows})
+            rows.append(measure(run, options.level, kind, options.images))
+    common.print_table(f"priors of level {options.level}", rows, COLUMNS)
+    common.write(options, rows)
     return rows
 
 

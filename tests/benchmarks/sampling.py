@@ -406,23 +406,7 @@ COLUMNS = {
 
 
 def main(argv=None):
-    parser = common.options(__doc__)
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=CASES,
-        default=[name for name in CASES if name != "smoke"],
-    )
-    options = parser.parse_args(argv)
-    results = {"cases": []}
-    for name in options.cases:
-        key, measure = CASES[name]
-        rows = measure()
-        results.setdefault(key, []).extend(rows)
-        common.print_table(name, rows, COLUMNS[key])
-    if options.json:
-        utils.write_json(options.json, results)
-    return results
+    return common.run_cases(__doc__, CASES, COLUMNS, argv)
 
 
 if __name__ == "__main__":

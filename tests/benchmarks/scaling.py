@@ -148,8 +148,7 @@ def main(argv=None):
         "efficiency": ("efficiency", ".3f"),
     }
     common.print_table("two workers over loopback", rows, columns)
-    if options.json:
-        utils.write_json(options.json, {"cases": rows})
+    common.write(options, rows)
     return rows
 
 

@@ -337,8 +337,7 @@ def main(argv=None):
         if options.profile:
             for row, trainer in zip(found, trainers, strict=True):
                 print_profile(row, trainer)
-    if options.json:
-        utils.write_json(options.json, {"cases": rows})
+    common.write(options, rows)
     return rows
 
 
