@@ -1608,7 +1608,7 @@ MEANINGS = {
     "features": "the space in which images are compared",
     "frechet": (
         "distance of generated from test images; a ratio of 1: as near as "
-        "real people of another set are, above 10: a glance tells"
+        "real people of another set are, at 5 a glance tells"
     ),
     "kid": "kernel distance from test images; 0 or below: no difference found",
     "precision": (
