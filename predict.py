@@ -1,6 +1,6 @@
 """Use a trained run: reconstruct, generate, evaluate, inspect.
 
-    python predict.py                          newest run: both, with figures
+    python predict.py [RUN]                    both, with figures and report
     python predict.py reconstruct RUN [--images PATH ...] [--split test]
     python predict.py generate RUN -n 64 [--seed 0] [--temperature 1.0]
     python predict.py generate RUN -n 100000 --format npz --shard 0/4

@@ -557,7 +557,8 @@ def parse_verbs(verbs, argv=None, description=None, default=None):
     Args:
         verbs: {verb: configuration class}; docstrings are the help.
         argv, description: as in `parse`.
-        default: verb meant by an empty command line.
+        default: verb meant by a command line that is empty or begins with a
+            folder.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(description=description)
@@ -567,8 +568,10 @@ def parse_verbs(verbs, argv=None, description=None, default=None):
         summary = text.split("\n")[0].replace("%", "%%")
         command = commands.add_parser(verb, help=summary, description=text)
         _add_flags(command, config_class)
-    if not argv and default:
-        argv = [default]
+    if default and (
+        not argv or (argv[0] not in verbs and os.path.isdir(argv[0]))
+    ):
+        argv = [default, *argv]
     values = _read_arguments(parser, argv, verbs.values())
     verb = values.pop("verb")
     return verb, _build(verbs[verb], values)

@@ -454,12 +454,15 @@ def test_slice_position_needs_a_condition():
         )
 
 
-def test_bare_command_on_two_levels(levels_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("line", [[], ["runs/one"]])
+def test_bare_command_on_two_levels(
+    line, levels_run, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "runs" / "one"
     shutil.copytree(levels_run.path, path)
     shutil.rmtree(path / "figures")
     monkeypatch.chdir(tmp_path)
-    predict.main([])
+    predict.main(line)
     check_figures(path / "figures", ["reconstructions", "samples"])
     names = set(samples_of(utils.Run.open(path)))
     assert names == {f"seed0_{k:06d}.png" for k in range(64)}
