@@ -1010,19 +1010,14 @@ def evaluate_run(
     """
     if features == "inception" and priors:
         utils.inception_network()  # refused before anything is measured
-    test = splits["test"]
-    about = {
-        "dataset": run.config.dataset,
-        "simulated": run.info["simulated"],
-    }
+    config, test = run.config, splits["test"]
+    about = {"dataset": config.dataset, "simulated": run.info["simulated"]}
     evaluation, *found = measure(run, vqvae, priors, splits, about)
     speed = evaluation["speed"]
     speed |= speed_of_training(run)
     if priors:
-        sampling = {
-            "seed": run.config.seed,
-            "temperature": temperature or run.config.temperature,
-        }
+        temperature = temperature or config.temperature
+        sampling = {"seed": config.seed, "temperature": temperature}
         speed |= draw_new_samples(run, vqvae, priors, sampling)
         evaluation |= evaluate_samples(
             run,
@@ -1030,7 +1025,7 @@ def evaluate_run(
             priors,
             splits,
             features,
-            num_samples or run.config.num_samples,
+            num_samples or config.num_samples,
             sampling,
         )
         if priors[0].labels:

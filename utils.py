@@ -349,6 +349,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def flag_name(field):
+    """How a command line names a field of a configuration."""
     if field.metadata.get("positional"):
         return field.name.upper()
     return "--" + field.name.replace("_", "-")
@@ -2283,6 +2284,7 @@ def inception_features(images):
 
 @functools.cache
 def inception_network():
+    """The ImageNet Inception v3; `ResourceError` if it cannot be had."""
     try:
         return keras.applications.InceptionV3(
             include_top=False,
@@ -2482,23 +2484,21 @@ def compare_sets(sets, extract, name, train_subjects, test_subjects):
         )
     }
 
-    def ratio(kept):
-        distances = [
-            max(frechet_distance(features[key], real[kept]), TINY)
-            for key in ("generated", "train")
-        ]
-        return distances[0] / distances[1]
+    def distance(key, kept=slice(None)):
+        return frechet_distance(features[key], real[kept])
+
+    def ratio(kept=slice(None)):
+        new, floor = distance("generated", kept), distance("train", kept)
+        return max(new, TINY) / max(floor, TINY)
 
     return {
         "features": f"{name}, {size} principal components of {len(fit)} "
         "training images",
         "frechet": {
-            "generated_vs_test": frechet_distance(features["generated"], real),
-            "train_vs_test": frechet_distance(features["train"], real),
-            "rebuilt_train_vs_test": frechet_distance(
-                features["rebuilt"], real
-            ),
-            "ratio": ratio(np.full(n, True)),
+            "generated_vs_test": distance("generated"),
+            "train_vs_test": distance("train"),
+            "rebuilt_train_vs_test": distance("rebuilt"),
+            "ratio": ratio(),
             "ratio_ci95": jackknife_ratio(ratio, test_subjects),
         },
         **scores["generated"],
