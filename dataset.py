@@ -1,39 +1,46 @@
-"""Slices on disk -> a checked index -> batches; and simulated slices.
+"""Slices on disk -> checked and decoded once -> batches; makers of slices.
 
     python dataset.py check DIR
         what would be trained on; every problem file by name
+    python dataset.py slice SRC DEST
+        volumes (NIfTI, Analyze, MGZ) cut into slices that train.py reads
     python dataset.py simulate DEST --layout oasis --subjects 60
-        a data set of simulated slices in the layout of a real one
+        simulated slices in the layout of a real data set
 
-Sections: 1. Layouts, 2. Scan, 3. Read, 4. Verify, 5. Index, 6. Batches,
-7. Simulator, 8. Command line.
+Sections: 1. Layouts, 2. Scan, 3. Read one file, 4. Decode once, 5. Load,
+6. Batches, 7. Simulator, 8. Slicing of volumes, 9. Command line.
 """
 
-import codecs
+import atexit
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
+import fnmatch
 import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import struct
 import sys
 import tempfile
-import zlib
+import time
+import typing
+import unicodedata
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from tyro.conf import Positional, arg
 
 import utils
-from utils import DataError
+from utils import DataError, FlagError
 
 Image = utils.lazy_import("PIL.Image")
+ImageOps = utils.lazy_import("PIL.ImageOps")
 mni152 = utils.lazy_import("nilearn.datasets")
 ndimage = utils.lazy_import("scipy.ndimage")
 nibabel = utils.lazy_import("nibabel")
@@ -42,19 +49,26 @@ tf = utils.lazy_import("tensorflow")
 tqdm = utils.lazy_import("tqdm")
 
 SPLITS = ("train", "validate", "test")
-MARKER = "simulated.json"
+SHARES = (0.7, 0.15, 0.15)  # of subjects, where no folder gives the split
+CARVED = 0.1  # share of training subjects that becomes a missing split
+MARKER = "simulated.json"  # left beside simulated slices
+CACHE = Path("data") / "cache"  # of decoded images
 PERCENTILES = (0.5, 99.5)  # of a scan's voxels: black and white of NIfTI
+WHITE = 99.9  # percentile of training pixels: white of dark PNG and JPEG
+DARK = 0.25  # of full scale: a data set that is darker is brightened
 INTENSITY_RULE = (
-    "PNG and JPEG: 0 to full scale of the bit depth; NIfTI: percentiles "
-    f"{PERCENTILES[0]} to {PERCENTILES[1]} of each scan; clipped to [0, 1]"
+    "PNG and JPEG: 0 to full scale of the bit depth; where the training images "
+    f"use less than {DARK} of it, to percentile {WHITE} of up to 256 of them; "
+    f"NIfTI: percentiles {PERCENTILES[0]} to {PERCENTILES[1]} of each "
+    "scan; clipped to [0, 1]"
 )
-CARVED = 0.1  # share of training subjects that become the validation split
 MOST_PIXELS = 64_000_000  # of an image; more is taken for a bomb
-MOST_SIDE = 4096  # voxels along an axis of a NIfTI file
 MOST_BYTES = 1 << 30  # of a file
+MOST_UNPACKED = 1 << 25  # of a slice in a NIfTI file
 MOST_INTENSITY = 1e30  # of a voxel; more is a damaged number or scale
 MOST_LISTED = 20  # problems listed in one error
-QUIET_BELOW = 500  # files that need no progress bar
+MOST_CUT = 0.1  # share of training images whose content --image-size may cut
+MOST_SLICES = 512  # of a subject on average; more are not of one person
 
 # --------------------------------------------------------------- 1. Layouts
 
@@ -64,46 +78,92 @@ class Layout:
     """How a data set lies on disk.
 
     Args:
-        split_folder: name of a split's folder, with `{}` for the split.
-        file_name: regex with groups `subject`, `slice` and maybe `week`.
+        prefix: of the name of a split's folder, before "train" or "test".
+        pattern: regex of paths below that folder, with groups `subject`,
+            `slice`, maybe `week` and `label`; None: to be guessed.
         example: a file name, for messages.
-        class_folders: folders inside a split that give the label.
-        nifti: whether files are NIfTI; PNG or JPEG otherwise.
     """
 
-    split_folder: str
-    file_name: str
-    example: str
-    class_folders: tuple = ()
-    nifti: bool = False
+    prefix: str = ""
+    pattern: str | None = None
+    example: str = "any.png, .jpeg, .nii or .nii.gz"
 
-    @property
-    def folders(self):
-        return {split: self.split_folder.format(split) for split in SPLITS}
+    def split_of(self, folder):
+        """Return the split that the name of a folder says, or None."""
+        name = folder.casefold()
+        if name.startswith(self.prefix):
+            return SPLIT_NAMES.get(name.removeprefix(self.prefix))
+        return None
 
 
 LAYOUTS = {
     "oasis": Layout(
-        "keras_png_slices_{}",
-        r"case_(?P<subject>\d+)_slice_(?P<slice>\d+)(\.nii)?\.(png|jpe?g)",
+        "keras_png_slices_",
+        r"(?is)^(.*/)?case_(?P<subject>\d+)_slice_(?P<slice>\d+)(\.nii)?"
+        r"\.(png|jpe?g)$",
         "case_001_slice_0.nii.png",
     ),
-    "adni": Layout(
-        "{}",
-        r"(?P<subject>\d+)_(?P<slice>\d+)\.(png|jpe?g)",
-        "218391_78.jpeg",
-        class_folders=("AD", "NC"),
-    ),
     "hipmri": Layout(
-        "keras_slices_{}",
-        r"case_(?P<subject>\d+)_week_(?P<week>\d+)_slice_(?P<slice>\d+)"
-        r"\.nii(\.gz)?",
+        "keras_slices_",
+        r"(?is)^(.*/)?case_(?P<subject>\d+)_week_(?P<week>\d+)"
+        r"_slice_(?P<slice>\d+)\.nii(\.gz)?$",
         "case_004_week_0_slice_10.nii.gz",
-        nifti=True,
     ),
+    "adni": Layout(
+        "",
+        r"(?is)^((?P<label>[^/]+)/)?(.*/)?(?P<subject>\d+)_(?P<slice>\d+)"
+        r"\.(png|jpe?g)$",
+        "218391_78.jpeg",
+    ),
+    "folder": Layout(),
 }
+SPLIT_NAMES = {  # of folders, whatever their case -> the split they hold
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validate", "validation", "valid", "val"), "validate"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SUFFIX = re.compile(r"(?i)(\.nii)?\.(png|jpe?g|nii|nii\.gz)$")
+IMAGE_FILE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(png|jpe?g|nii|nii\.gz)")
+# Masks may have names like those of slices.
+MASKS = re.compile(r"(?i)(.*[_-])?([a-z]*seg|mask)s?([_-].*)?")
+# How a path names a subject, surely enough to look for it anywhere.
+SUBJECTS = (
+    r"sub-[^\W_]+",  # BIDS
+    r"\d{3}_S_\d{4,5}",  # ADNI
+    r"OAS[1-9]_?\d{4,5}",  # OASIS
+    r"(?:subject|subj|sub|patient|pat|case|person|volunteer)[-_ ]?\d+",
+)
+# How a path without suffix may tell the subject and the slice, likely first;
+# the last two may mistake other words for subjects.
+GUESSES = (
+    *(
+        rf"(?i)(?P<subject>{name})(?![^\W_])(?:.*?(?P<slice>\d+)\D*$)?"
+        for name in SUBJECTS
+    ),
+    r"(?P<subject>[^/]*\d[^/]*)/[^/\d]*(?P<slice>\d+)[^/\d]*$",
+    r"(?i)(?P<subject>[^/]*\d[^/]*?)[-_. ]+[a-z]*[-_. ]*(?P<slice>\d+)[^/\d]*$",
+)
+
 
 # ------------------------------------------------------------------ 2. Scan
+
+
+class Index(typing.NamedTuple):
+    """The slices of a data set, unread.
+
+    Args:
+        root: Path of the folder that the paths are relative to.
+        table: DataFrame sorted by split, subject, scan and slice; columns
+            path, subject, scan, slice (int), position (rank in the scan,
+            0..1), label ("" unknown) and split.
+        ignored: list of the paths that are not read.
+        notes: list of lines that the reader should know.
+    """
+
+    root: Path
+    table: object
+    ignored: list
+    notes: list
 
 
 def _show(path):
@@ -132,14 +192,18 @@ def _subfolders(folder):
     return [p for p in paths if p.name[0] not in "._" and ".tmp-" not in p.name]
 
 
-def _find_base(root, layout):
+def _find_base(root, dataset):
     """Return the folder of the split folders: `root` or up to 3 below."""
-    level = [Path(os.path.abspath(root))]
-    for _ in range(4):
-        found = {}
-        for folder in level:
-            if any(os.path.isdir(folder / f) for f in layout.folders.values()):
-                found.setdefault(os.path.realpath(folder), folder)
+    if not os.path.isdir(root):
+        found = "a file" if os.path.exists(root) else "nothing there"
+        raise DataError(f"{_show(root)}: found {found}, expected a folder")
+    layout, level = LAYOUTS[dataset], [Path(os.path.abspath(root))]
+    for _ in range(4 if dataset != "folder" else 0):
+        found = {
+            os.path.realpath(folder): folder
+            for folder in level
+            if any(layout.split_of(p.name) for p in _subfolders(folder))
+        }
         if len(found) > 1:
             raise DataError(
                 f"{_show(root)}: found several data sets, expected one; name "
@@ -151,102 +215,103 @@ def _find_base(root, layout):
     return None
 
 
-def _check_root(root):
-    if not os.path.isdir(root):
-        found = "a file" if os.path.exists(root) else "nothing there"
-        raise DataError(f"{_show(root)}: found {found}, expected a folder")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise DataError(f"{_show(root)}: the folder is not readable")
-
-
 def detect_layout(root):
     """Return the name of the layout that lies under `root`."""
-    _check_root(root)
-    names = [n for n, layout in LAYOUTS.items() if _find_base(root, layout)]
-    if len(names) == 1:
-        return names[0]
-    if names:
+    names = [name for name in ("oasis", "hipmri") if _find_base(root, name)]
+    files = [f for f in _walk(root, []) if IMAGE_FILE.fullmatch(f)]
+    like_adni = sum(bool(re.search(LAYOUTS["adni"].pattern, f)) for f in files)
+    if not names and 2 * like_adni > len(files) and _find_base(root, "adni"):
+        names = ["adni"]
+    if len(names) > 1:
         raise DataError(
             f"{_show(root)}: found the layouts {', '.join(names)}; choose "
             "one with --dataset"
         )
-    looked = [x.split_folder.format("train") for x in LAYOUTS.values()]
-    raise DataError(
-        f"{_show(root)}: found no data set; looked for folders "
-        f"{', '.join(looked)}, found {_some(_listing(root))}"
-    )
+    if not names and not files:
+        raise DataError(
+            f"{_show(root)}: found no data set; looked for folders "
+            "keras_png_slices_train, keras_slices_train, train, and for any "
+            "PNG, JPEG or NIfTI files, found "
+            f"{_some(p.name for p in _subfolders(root))}"
+        )
+    return names[0] if names else "folder"
 
 
-def _listing(folder):
-    return [p.name for p in _subfolders(folder)]
-
-
-def scan(root, dataset):
-    """Return the index of the slices under `root`, unread.
+def scan(root, dataset, pattern=None, split=None):
+    """Return the `Index` of the slices under `root`, unread.
 
     Args:
         root: the data set's folder, its parent, or doubled as unzips do.
-        dataset: str, a key of `LAYOUTS`.
+        dataset: key of `LAYOUTS`; "folder" is any folder of slices.
+        pattern: regex that finds the groups `subject`, `slice` and `label`,
+            some of them, in the path of a file of "folder", without suffix.
+        split: name of the split of all images; by default folders tell.
 
-    Returns: DataFrame sorted by split, subject, scan and slice; columns
-        path (absolute), subject, scan, slice (int), position (rank in the
-        scan, 0..1), label ("" unknown) and split. `attrs["ignored"]` lists
-        the files that are not slices, `attrs["base"]` is the folder found.
     Raises:
         DataError: on a wrong layout, an empty split, an unreadable folder
             or a subject in two splits.
     """
-    _check_root(root)
-    layout = LAYOUTS[dataset]
-    base = _find_base(root, layout)
-    folders = layout.folders
-    present = [s for s in SPLITS if base and os.path.isdir(base / folders[s])]
-    if not {"train", "test"} <= set(present):
-        raise DataError(
-            f"{_show(base or root)}: not the {dataset} layout; looked for "
-            f"folders {_some(folders.values())}, found "
-            f"{_some(_listing(base or root))}"
-        )
-    rows, ignored = [], []
-    for split in present:
-        rows += _scan_split(base / folders[split], split, layout, ignored)
-    index = pd.DataFrame(rows)
-    if "validate" not in present:
-        is_train = index["split"] == "train"
-        carved = index["subject"].isin(carve(index["subject"][is_train]))
-        index.loc[is_train & carved, "split"] = "validate"
-    index = _sort(index)
-    _check_subjects(index, base)
-    index.attrs.update(ignored=ignored, base=str(base))
-    return index
+    any_folder, ignored = dataset == "folder", []
+    base = _find_base(root, dataset) or Path(os.path.abspath(root))
+    files = _list_files(base, dataset, ignored)
+    known, notes = _choose_pattern(files, dataset, pattern)
+    matches = [re.search(known, s) if known else None for s in files["stem"]]
+    rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
+    table = pd.DataFrame(
+        rows, columns="path subject scan slice label split".split()
+    )
+    lost = pd.Series([m is None for m in matches], dtype=bool)
+    lost &= bool(pattern) or not any_folder
+    # A slice may be there twice, zipped and not.
+    lost |= (
+        table[~lost]
+        .duplicated(["split", "scan", "slice"])
+        .reindex(lost.index, fill_value=True)
+    )
+    ignored += [str(base / path) for path in table["path"][lost]]
+    table = table[~lost].reset_index(drop=True)
+    _check_folders(set(table["split"]), base, dataset, ignored)
+    for name in ("subject", "scan", "label"):
+        table[name] = _unify(table[name])
+    if any_folder and table["label"].nunique() == 1:
+        table["label"] = ""  # one class tells nothing
+    if split:
+        table["split"] = split
+    else:
+        table = _with_splits(table, base, any_folder, ignored, notes)
+    table = _sort(table)
+    _check_subjects(table, base)
+    return Index(base, table, ignored, notes)
 
 
-def _scan_split(folder, split, layout, ignored):
-    """Return the rows of one split; add other files to `ignored`."""
-    rows, seen, others = [], {}, []
-    for path in _walk(folder):
-        row = _row(path, folder, split, layout)
-        key = row and (row["scan"], row["slice"])
-        real = os.path.realpath(path)
-        if row is None or key in seen.values():
-            others.append(path)
-        elif real not in seen:
-            seen[real] = key
-            rows.append(row)
-    if not rows:
-        raise DataError(
-            f"{_show(folder)}: no slices; looked for files like "
-            f"{layout.example}, found {_some(map(os.path.basename, others))}"
-        )
-    ignored += others
-    return rows
+def _list_files(base, dataset, ignored):
+    """Return a table of the files that may be slices.
+
+    Columns: path, relative to the base; folder, on the way, that gives the
+    split, and split, both "" for none; stem, the path without that folder.
+    """
+    layout, any_folder = LAYOUTS[dataset], dataset == "folder"
+    files = pd.Series(list(_walk(base, ignored)), dtype=object)
+    names = files.map(lambda path: os.path.relpath(path, base))
+    above, splits = "(?:[^/]+/)*?" * any_folder, "|".join(SPLIT_NAMES)
+    way = rf"(?is)^({above})({layout.prefix}(?:{splits}))/(.*)$"
+    parts = names.str.extract(way)
+    is_image = names.str.fullmatch(IMAGE_FILE).astype(bool)
+    fits = is_image if any_folder else parts[1].notna()
+    ignored += list(files[~fits & (is_image | any_folder)])
+    stem = (parts[0] + parts[2]).fillna(names)
+    if any_folder:
+        stem = stem.str.replace(SUFFIX, "", regex=True)
+    table = pd.DataFrame({"path": names, "folder": parts[1], "stem": stem})
+    table["split"] = table["folder"].dropna().map(layout.split_of)
+    return table[fits].fillna("").reset_index(drop=True)
 
 
-def _walk(folder):
-    """Yield the files below a folder, sorted.
+def _walk(folder, ignored):
+    """Yield the files below a folder, sorted; links are followed, but once.
 
-    So are folders that hold none, being empty or links that are not followed:
-    one may stand where a file should, and none is left without a word.
+    So are empty folders: one may stand where a file should. Masks, and
+    folders that were seen before, are added to `ignored` instead.
     """
 
     def refuse(error):
@@ -255,68 +320,175 @@ def _walk(folder):
             f"({error.strerror}); check its permissions"
         )
 
-    for parent, names, files in os.walk(folder, onerror=refuse):
-        # A folder of masks may hold names like those of slices.
-        names[:] = sorted(
-            n for n in names if not re.search(r"(^|_)seg(_|$)", n.lower())
-        )
-        if not names and not files and parent != folder:
+    seen, top = set(), os.fspath(folder)
+    for parent, names, files in os.walk(top, onerror=refuse, followlinks=True):
+        real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
+        names[:] = sorted(n for n in names if n[0] != "." and n != "__MACOSX")
+        paths = [os.path.join(parent, name) for name in sorted(files)]
+        if real in seen:
+            ignored.append(parent)
+            names.clear()
+        elif any(map(MASKS.fullmatch, inside.split(os.sep))):
+            ignored += filter(IMAGE_FILE.fullmatch, paths)
+        elif not names and not files and parent != top:
             yield parent
-        links = [n for n in names if os.path.islink(os.path.join(parent, n))]
-        for name in sorted(links + files):
-            yield os.path.join(parent, name)
+        else:
+            yield from paths
+        seen.add(real)
 
 
-def _row(path, folder, split, layout):
-    """Return the index row of a file, None if it is not a slice."""
-    name = os.path.basename(path)
-    match = re.fullmatch(layout.file_name, name, re.IGNORECASE)
-    parents = os.path.relpath(os.path.dirname(path), folder).split(os.sep)
-    label = "" if parents == ["."] else parents[0].upper()
-    if not layout.class_folders:
-        label = ""
-    elif label and label not in layout.class_folders:
-        return None
-    if match is None:
-        return None
-    groups = match.groupdict()
-    week = f"_week_{groups['week']}" if "week" in groups else ""
-    return {
-        "path": path,
-        "subject": groups["subject"],
-        "scan": groups["subject"] + week,
-        "slice": int(groups["slice"]),
-        "label": label,
-        "split": split,
-    }
+def _choose_pattern(files, dataset, pattern):
+    """Return the pattern to tell slices by, None for none, and notes."""
+    layout, notes = LAYOUTS[dataset], []
+    for folder in sorted(set(files["folder"]) - {""}):
+        split = layout.split_of(folder)
+        if folder.casefold() != layout.prefix + split:
+            notes.append(f"{_show(folder)} is read as the {split} split")
+    if dataset != "folder":
+        return layout.pattern, notes
+    pattern = pattern or _guess_pattern(files["stem"])
+    if pattern:
+        notes.append(f"subjects and slices are told by {pattern}")
+    else:
+        notes.append(
+            "no subject can be told from the file names, so every file counts "
+            "as one: slices of one person may be in several splits, and all "
+            "scores may be too good; tell subjects with --subject-pattern"
+        )
+    return pattern, notes
 
 
-def carve(subjects):
-    """Return the subjects to validate on: chosen by hash, on any machine."""
+def _guess_pattern(stems):
+    """Return the first of `GUESSES` that tells subjects, or None."""
+    for guess in GUESSES:
+        found = [m for m in (re.search(guess, stem) for stem in stems) if m]
+        count = len({_canonical(match["subject"]) for match in found})
+        fits = len(found) >= 0.9 * len(stems) and count > 1
+        if guess in GUESSES[-2:]:
+            fits &= count > 2 and len(found) <= MOST_SLICES * count
+        if fits:
+            return guess
+    return None
+
+
+def _row(file, match, any_folder):
+    """Return what the path of a slice tells, in the order of the table."""
+    groups, stem = match.groupdict() if match else {}, file.stem
+    number, label = (groups.get(name) or "" for name in ("slice", "label"))
+    subject = scan = groups.get("subject") or stem
+    if "week" in groups:
+        scan = f"{subject}_week_{groups['week']}"
+    if any_folder:
+        begin, end = match.span("slice") if number else (len(stem),) * 2
+        scan = f"{stem[:begin]}*{stem[end:]}"
+        first, slash, _ = stem.partition("/")
+        if slash and subject not in first and first not in subject:
+            label = label or first  # a class, as it does not name people
+    number = int(re.sub(r"\D", "", number) or 0)
+    # pandas takes all names for one that are not valid UTF-8.
+    subject, scan, label = map(_show, (subject, scan, label))
+    return file.path, subject, scan, number, label, file.split
+
+
+def _check_folders(filled, base, dataset, ignored):
+    """Refuse a data set of another layout, and splits without slices."""
+    layout, children = LAYOUTS[dataset], _subfolders(base)
+    found = {layout.split_of(path.name): path for path in children}
+    if dataset == "folder":
+        found = {} if filled else {"": base}
+    elif not {"train", "test"} <= set(found):
+        looked = [layout.prefix + split for split in SPLITS]
+        raise DataError(
+            f"{_show(base)}: not the {dataset} layout; looked for folders "
+            f"{_some(looked)}, found {_some(path.name for path in children)}"
+        )
+    for split in set(found) - {None} - filled:
+        names = [p for p in ignored if Path(p).is_relative_to(found[split])]
+        raise DataError(
+            f"{_show(found[split])}: no slices; looked for files like "
+            f"{layout.example}, found {_some(map(os.path.basename, names))}"
+        )
+
+
+def _canonical(name):
+    """Return what all spellings of an id share: case_001, CASE_1."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return re.sub(r"0*(\d+)", r"\1", text)
+
+
+def _unify(names):
+    """Replace each spelling of a name by the first one."""
+    first = {}
+    return names.map(lambda name: first.setdefault(_canonical(name), name))
+
+
+def _with_splits(table, base, any_folder, ignored, notes):
+    """Fill in the splits that no folder gives, by hash of the subject."""
+    given = table["split"] != ""
+    if given.any():  # what lies beside the folders of splits is not read
+        ignored += [str(base / path) for path in table["path"][~given]]
+        table = table[given].reset_index(drop=True)
+        absent = [split not in set(table["split"]) for split in SPLITS]
+        absent[2] &= any_folder
+        shares, own = np.multiply(CARVED, absent), table["split"] == "train"
+    else:
+        shares, own = SHARES, ~given
+        notes.append(
+            "no folders of splits: {:.0%} of the subjects train, {:.0%} "
+            "validate, {:.0%} test, chosen by hash".format(*SHARES)
+        )
+    if any(shares[1:]):
+        splits = split_subjects(table["subject"][own], shares)
+        table.loc[own, "split"] = table["subject"][own].map(splits)
+    found = set(table["split"])
+    if not {"train", "test"} <= found:
+        raise DataError(
+            f"{_show(base)}: found {table['subject'].nunique()} subjects, for "
+            f"{_some(sorted(found))}; expected at least 3, some to train on"
+        )
+    return table
+
+
+def split_subjects(subjects, shares):
+    """Return {subject: split}, chosen by hash: the same on any machine.
+
+    Args:
+        shares: of the subjects that train (what is left), validate and test.
+    """
     hashes = {
-        s: int(hashlib.sha256(s.encode()).hexdigest()[:8], 16) / 2**32
+        s: hashlib.sha256(s.encode(errors="surrogateescape")).hexdigest()[:8]
         for s in set(subjects)
     }
-    ranked = sorted(hashes, key=hashes.get)
-    carved = {s for s in ranked if hashes[s] < CARVED}
-    # Neither split may be empty, however few the subjects.
-    return (carved or set(ranked[:1])) - set(ranked[-1:])
+    ranked, splits = sorted(hashes, key=hashes.get), {}
+    _, validate, test = shares
+    for subject in ranked:
+        place = int(hashes[subject], 16) / 2**32 - validate
+        rest = "test" if place < test else "train"
+        splits[subject] = "validate" if place < 0 else rest
+    # No split may be empty, however few the subjects.
+    if ranked and "train" not in splits.values():
+        splits[ranked[-1]] = "train"
+    for split, share in (("test", test), ("validate", validate)):
+        train = [s for s in ranked if splits[s] == "train"]
+        if share and split not in splits.values() and len(train) > 1:
+            splits[train[0]] = split
+    return splits
 
 
-def _sort(index):
-    """Sort an index and add the position of each slice in its scan."""
-    order = index["split"].map(SPLITS.index).rename("order")
+def _sort(table):
+    """Sort the rows and add the position of each slice in its scan."""
+    order = table["split"].map(SPLITS.index)
     by = ["order", "subject", "scan", "slice"]
-    index = index.assign(order=order).sort_values(by, ignore_index=True)
-    groups = index.groupby(["split", "scan"])["slice"]
+    table = table.assign(order=order).sort_values(by, ignore_index=True)
+    groups = table.groupby(["split", "scan"])["slice"]
     last = groups.transform("size") - 1
     position = groups.cumcount() / last.clip(lower=1)
-    index.insert(4, "position", position.where(last > 0, 0.5))
-    return index.drop(columns="order")
+    table.insert(4, "position", position.where(last > 0, 0.5))
+    return table.drop(columns="order")
 
 
-def _check_subjects(index, base):
-    splits = index.groupby("subject")["split"].nunique()
+def _check_subjects(table, base):
+    splits = table.groupby("subject")["split"].nunique()
     shared = list(splits[splits > 1].index)
     if shared:
         raise DataError(
@@ -324,7 +496,7 @@ def _check_subjects(index, base):
             f"expected none: {_some(shared)}; scores would be of images "
             "learnt by heart"
         )
-    labels = index.groupby("scan")["label"].nunique()
+    labels = table.groupby("scan")["label"].nunique()
     if (labels > 1).any():
         raise DataError(
             f"{_show(base)}: a scan is in two class folders, expected one: "
@@ -332,415 +504,575 @@ def _check_subjects(index, base):
         )
 
 
-# ------------------------------------------------------------------ 3. Read
-#
-# One reader, in TensorFlow's graph, checks the files and feeds the training,
-# so what passes the check cannot fail later. On 2 cores it decodes 4000 PNG
-# (256x256) or 14000 JPEG (208x176) a second, Pillow under
-# `tf.numpy_function` 2200 or 3500; besides, Python inside a pipeline can hang
-# the interpreter when it ends on an error.
-
-_NIFTI_TYPES = {
-    2: "uint8",
-    4: "int16",
-    8: "int32",
-    16: "float32",
-    64: "float64",
-    256: "int8",
-    512: "uint16",
-    768: "uint32",
-    1024: "int64",
-    1280: "uint64",
-}
-
-
-def decode(data):
-    """Return the intensities (H, W), float64, in a file's contents."""
-    start = tf.strings.substr(data, 0, 2)
-
-    def png(dtype):
-        image = tf.io.decode_png(data, channels=1, dtype=dtype)
-        return tf.cast(image[..., 0], tf.float64)
-
-    def jpeg():
-        image = tf.io.decode_jpeg(
-            data, channels=1, dct_method="INTEGER_ACCURATE"
-        )
-        return tf.cast(image[..., 0], tf.float64)
-
-    def deep():
-        return tf.strings.substr(data, 24, 1) == b"\x10"
-
-    return tf.case(
-        [
-            (start == b"\xff\xd8", jpeg),
-            (start == b"\x89P", lambda: tf.cond(
-                deep(), lambda: png(tf.uint16), lambda: png(tf.uint8)
-            )),
-        ],
-        default=lambda: _decode_nifti(data),
-    )  # fmt: skip
-
-
-def _decode_nifti(data):
-    """Return the plane of a NIfTI-1 file whose header has been checked."""
-    data = tf.cond(
-        tf.strings.substr(data, 0, 2) == b"\x1f\x8b",
-        lambda: tf.io.decode_compressed(data, "GZIP"),
-        lambda: data,
-    )
-    big_endian = tf.strings.substr(data, 0, 1) == b"\x00"
-
-    def numbers(offset, count, dtype):
-        size = tf.dtypes.as_dtype(dtype).size
-        part = tf.strings.substr(data, offset, count * size)
-        values = tf.reshape(tf.io.decode_raw(part, tf.uint8), (count, size))
-        values = tf.cond(
-            big_endian, lambda: tf.reverse(values, [1]), lambda: values
-        )
-        return tf.reshape(tf.bitcast(values, dtype), [-1])
-
-    shape = tf.cast(numbers(40, 8, "int16"), tf.int32)[1:3]
-    code = numbers(70, 1, "int16")[0]
-    scale = tf.cast(numbers(108, 3, "float32"), tf.float64)
-    offset = tf.cast(scale[0], tf.int32)
-    is_scaled = tf.reduce_all(tf.math.is_finite(scale)) & (scale[1] != 0)
-
-    def voxels(dtype):
-        count = tf.reduce_prod(shape)
-        return tf.cast(numbers(offset, count, dtype), tf.float64)
-
-    which = tf.argmax(tf.constant([*_NIFTI_TYPES], tf.int16) == code)
-    values = tf.switch_case(
-        tf.cast(which, tf.int32),
-        [functools.partial(voxels, t) for t in _NIFTI_TYPES.values()],
-    )
-    values = tf.where(is_scaled, values * scale[1] + scale[2], values)
-    return tf.transpose(tf.reshape(values, tf.reverse(shape, [0])))
-
-
-def _rescale(values, low, high):
-    """Return float32 intensities in [0, 1], black at `low`, white at `high`."""
-    values = (tf.cast(values, tf.float64) - low) / (high - low)
-    return tf.cast(tf.clip_by_value(values, 0, 1), tf.float32)
-
-
-def _fingerprint(data):
-    return tf.strings.to_hash_bucket_fast(data, 2**63 - 1)
-
-
-@functools.cache
-def _decoder():
-    """Return `decode` as one compiled call, with the file's fingerprint."""
-    signature = [tf.TensorSpec([], tf.string)]
-    return tf.function(
-        lambda data: (decode(data), _fingerprint(data)),
-        input_signature=signature,
-        autograph=False,
-    )
-
-
-def read_image(path, low, high):
-    """Return one file as float32 (H, W) in [0, 1].
-
-    Args:
-        path: str, bytes or Path.
-        low, high: intensities that become 0 and 1, as `verify` gives them.
-    """
-    data = _read_bytes(path)
-    try:
-        return _rescale(_decoder()(data)[0], low, high).numpy()
-    except tf.errors.OpError as error:
-        raise DataError(f"{_show(path)}: {_undecodable(data)}") from error
-
-
-def _read_bytes(path):
-    try:
-        if not os.path.isfile(path):  # a pipe would be waited on for ever
-            found = "not a file" if os.path.lexists(path) else "nothing there"
-            raise DataError(f"{_show(path)}: found {found}, expected a file")
-        if os.path.getsize(path) > MOST_BYTES:
-            raise DataError(
-                f"{_show(path)}: found {os.path.getsize(path)} bytes, "
-                f"expected at most {MOST_BYTES}"
-            )
-        return Path(os.fsdecode(path)).read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{_show(path)}: cannot read the file ({error.strerror})"
-        ) from error
-
-
-# ---------------------------------------------------------------- 4. Verify
+# --------------------------------------------------------- 3. Read one file
 
 
 class _Unfit(Exception):
     """Why a file cannot be used: what was found, what was expected."""
 
 
-def verify(index, skip_bad=False):
-    """Read every file once; return the index with what was found.
+def _read_bytes(path):
+    if not os.path.isfile(path):  # a pipe would be waited on for ever
+        found = "not a file" if os.path.lexists(path) else "nothing there"
+        raise _Unfit(f"found {found}, expected a file")
+    try:
+        if os.path.getsize(path) > MOST_BYTES:
+            raise _Unfit(
+                f"found {os.path.getsize(path)} bytes, expected at most "
+                f"{MOST_BYTES}"
+            )
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise _Unfit(f"cannot read the file ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _library(kind):
+    """Turn whatever a library says of damaged bytes into `_Unfit`."""
+    try:
+        yield
+    except _Unfit:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        # Pillow's name for bytes in memory says nothing.
+        reason = "" if "BytesIO" in reason or not reason else f" ({reason})"
+        raise _Unfit(f"found a {kind}{reason}, expected a sound one") from error
+
+
+def _read_picture(data, name, notes):
+    """Return the grey pixels of a PNG or JPEG and its full scale."""
+    kinds = {b"\x89P": ("PNG", b"IEND"), b"\xff\xd8": ("JPEG", b"\xff\xd9")}
+    if data[:2] not in kinds:
+        raise _Unfit(f"found {data[:8]!r}, expected a PNG or JPEG")
+    kind, end = kinds[data[:2]]
+    if name.endswith(".png") != (kind == "PNG"):
+        notes.add("named otherwise than their contents; read by contents")
+    state = "damaged or unsupported" if end in data[-64:] else "truncated"
+    with _library(f"{state} {kind}"):
+        image = Image.open(io.BytesIO(data), formats=[kind])
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise _Unfit(
+                f"found {height}x{width} pixels, expected at most {MOST_PIXELS}"
+            )
+        if kind == "PNG":  # its checksums, which reading the pixels skips
+            image.verify()
+            image = Image.open(io.BytesIO(data), formats=[kind])
+        if image.getexif().get(0x0112, 1) != 1:
+            notes.add("turned upright as their EXIF orientation says")
+            image = ImageOps.exif_transpose(image)
+        image.load()
+        return _to_grey(image, notes)
+
+
+def _to_grey(image, notes):
+    if image.mode.startswith("I"):  # 16 bits; their clear value stays a number
+        pixels = np.asarray(image)
+        if (pixels == image.info.get("transparency", -1)).any():
+            raise _Unfit("found transparency, expected an opaque image")
+        return pixels, 65535
+    if image.mode == "CMYK":
+        raise _Unfit("found a CMYK image, expected grey; convert it")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    if "A" in image.getbands() and np.ptp(image.getchannel("A")):
+        raise _Unfit("found transparency, expected an opaque image")
+    if image.mode not in ("1", "L", "LA"):
+        if np.ptp(image.convert("RGB"), axis=-1).any():
+            notes.add("are in colour; converted to grey by luma")
+    return np.asarray(image.convert("L")), 255
+
+
+def _read_nifti(data, name, notes):
+    """Return the only plane in a NIfTI file, with its axes to RAS."""
+    is_zipped = data.startswith(b"\x1f\x8b")
+    if is_zipped != name.endswith(".gz"):
+        notes.add("named otherwise than their contents; read by contents")
+    nibabel.imageglobals.logger.setLevel("CRITICAL")  # else a line a file
+    with _library("damaged or unsupported NIfTI file"):
+        if is_zipped:  # to its end, which holds a checksum, but for a bomb
+            with gzip.open(io.BytesIO(data)) as stream:
+                data = stream.read(MOST_UNPACKED + 1)
+        if len(data) > MOST_UNPACKED:
+            raise _Unfit(
+                f"found over {MOST_UNPACKED} bytes, expected one plane"
+            )
+        kinds = [nibabel.Nifti1Image, nibabel.Nifti2Image]
+        kinds = [k for k in kinds if k.header_class.may_contain_header(data)]
+        if not kinds:
+            raise _Unfit(f"found {data[:8]!r}, expected a NIfTI file")
+        _check_header(kinds[0].header_class, data)
+        image = kinds[0].from_bytes(data)
+        voxels, codes = np.asanyarray(image.dataobj), "RAS"
+        if None not in nibabel.aff2axcodes(image.affine):
+            codes = "".join(nibabel.aff2axcodes(image.affine))
+            voxels = voxels.reshape(voxels.shape + (1,) * (3 - voxels.ndim))
+            turn = nibabel.io_orientation(image.affine)
+            voxels = nibabel.apply_orientation(voxels, turn)
+    if codes != "RAS":
+        notes.add(f"stored with axes to {codes}; turned to RAS")
+    sides = [n for n in voxels.shape if n > 1]
+    if len(sides) > 2:
+        raise _Unfit(f"found shape {voxels.shape}, expected one plane (H, W)")
+    return voxels.reshape(sides if len(sides) == 2 else voxels.shape[:2])
+
+
+def _check_header(header_class, data):
+    """Refuse a NIfTI header that nibabel would take for what it is not."""
+    size = header_class.template_dtype.itemsize
+    header = header_class(data[:size])
+    shape = tuple(map(int, header["dim"][1 : header["dim"][0] + 1]))
+    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+    need = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if not shape or min(shape) < 1:
+        raise _Unfit(f"found axes {shape}, expected two")
+    if dtype.kind not in "iuf":
+        raise _Unfit(f"found data type {dtype}, expected real numbers")
+    if offset < size:
+        raise _Unfit(f"found vox_offset {offset}, expected at least {size}")
+    if need > len(data):
+        raise _Unfit(f"found {len(data)} bytes, expected {need}: truncated")
+    if np.isinf(header["scl_slope"]):
+        raise _Unfit("found an infinite scl_slope, expected a finite one")
+
+
+def _read_file(path):
+    """Return what a file holds, as a dict, and its image as it is stored.
+
+    Raises:
+        _Unfit: if it cannot be used.
+    """
+    data, notes, full = _read_bytes(path), set(), 0
+    if not data:
+        raise _Unfit("found an empty file, expected an image")
+    name = os.path.basename(path).lower()
+    if name.endswith((".nii", ".nii.gz")):
+        image = _read_nifti(data, name, notes)
+    else:
+        image, full = _read_picture(data, name, notes)
+    fit = image.dtype.kind != "f" or np.abs(image) <= MOST_INTENSITY
+    if not np.all(fit):  # nor is a NaN
+        raise _Unfit(
+            f"found {np.count_nonzero(~fit)} voxels that are NaN, infinite or "
+            f"beyond {MOST_INTENSITY:g}, expected finite intensities"
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    return {"sha256": digest, "full": full, "notes": notes}, image
+
+
+# ----------------------------------------------------------- 4. Decode once
+#
+# Every file is decoded once, into one uint8 array on disk beside a table of
+# what was found. Both are named by a hash of all that they depend on, so later
+# starts open them; batches read rows of the array: memory stays flat.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slices:
+    """Images on disk, and what is known of each.
 
     Args:
-        index: DataFrame of `scan`.
-        skip_bad: leave out unfit files instead of refusing them all at once.
-
-    Returns: DataFrame with the columns sha256, height, width, low and high
-        (intensities that become 0 and 1) and fingerprint, by which training
-        notices that a file has changed. `attrs["rejected"]` is a DataFrame
-        of the files left out, in their order, with the columns path and
-        reason.
-    Raises:
-        DataError: naming the unfit files, or the files that are in two
-            splits with identical bytes; or if all images are constant.
+        file: Path of a .npy file, uint8 (N, H, W).
+        rows: (n,) ints, the images in it, one a row of the table.
+        table: DataFrame; columns path (relative to `root`), subject, scan,
+            slice, position, label, split, height, width, low, high (the
+            intensities in the file that become 0 and 1), sha256.
+        root: Path of the data set's folder.
+        size: (H, W) in pixels.
+        simulated: whether a simulator wrote the images.
+        intensity: dict {rule, low, high}, of full scale of PNG and JPEG.
+        ignored: paths of what was not read.
+        rejected: DataFrame of the unfit files, columns path and reason.
     """
-    found, notes = _inspect_all(index)
-    columns = ["sha256", "height", "width", "low", "high", "fingerprint"]
-    table = pd.DataFrame(found, columns=[*columns, "constant", "reason"])
-    index = index.reset_index(drop=True)
-    checked = index.drop(columns=columns, errors="ignore").join(table)
-    checked.attrs = dict(index.attrs)
-    _note_twins(checked)
-    rejected = checked.loc[checked["reason"] != "", ["path", "reason"]]
-    if len(rejected) and not skip_bad:
-        raise DataError(_listed(rejected, len(index)))
-    checked = _without(checked, rejected)
-    for note, count in notes.items():
-        _warn(f"{count} files {note}")
-    if checked["constant"].all():
-        raise DataError(
-            f"all {len(checked)} images are constant, expected contrast: "
-            f"{_some(checked['path'])}"
-        )
-    return checked.drop(columns=["constant", "reason"])
+
+    file: Path
+    rows: np.ndarray
+    table: object
+    root: Path
+    size: tuple
+    simulated: bool
+    intensity: dict
+    ignored: tuple = ()
+    rejected: object = ()
+
+    def __len__(self):
+        return len(self.rows)
+
+    @property
+    def subjects(self):
+        return self.table["subject"].to_numpy()
+
+    @property
+    def mirror_axis(self):
+        """Axis of a batch along which left and right of the body lie."""
+        names = self.table["path"].str.lower()
+        return 1 if names.str.endswith((".nii", ".nii.gz")).all() else 2
+
+    def read(self, numbers=None):
+        """Return images of rows of the table, float32 (n, H, W, 1), 0 to 1."""
+        return self.read_bytes(numbers) / np.float32(255)
+
+    def read_bytes(self, numbers=None):
+        """Return what `read` does as it is stored, uint8."""
+        rows = self.rows if numbers is None else self.rows[numbers]
+        images = np.empty((len(rows), *self.size, 1), np.uint8)
+        number, start = _open_array(self.file)
+        for image, row in zip(images, rows, strict=True):
+            data = os.pread(number, image.size, start + int(row) * image.size)
+            if len(data) < image.size:
+                raise DataError(
+                    f"{_show(self.file)}: found a cut file, expected decoded "
+                    "images; delete it"
+                )
+            image.flat = np.frombuffer(data, np.uint8)
+        return images
+
+    def take(self, numbers):
+        """Return the `Slices` of some rows of the table, in that order."""
+        table = self.table.iloc[numbers].reset_index(drop=True)
+        return dataclasses.replace(self, rows=self.rows[numbers], table=table)
+
+    def split(self, name):
+        """Return the `Slices` of a split."""
+        return self.take(np.flatnonzero(self.table["split"] == name))
+
+    def chunks(self, count=256):
+        """Yield (first row, uint8 (n, H, W)) of up to `count` images."""
+        for k in range(0, len(self), count):
+            rows = np.arange(k, min(k + count, len(self)))
+            yield k, self.read_bytes(rows)[..., 0]
 
 
-def _inspect_all(index):
-    """Return per row what was found, and {note: count}."""
-    found, notes = [{}] * len(index), collections.Counter()
-    paths = index["path"].tolist()
-    groups = index.groupby(["split", "scan"], sort=False).indices.values()
-    workers = 2 * (os.cpu_count() or 1)
-    with (
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-        tqdm.tqdm(
-            total=len(paths),
-            desc="checking",
-            unit="file",
-            disable=True if len(paths) < QUIET_BELOW else None,
-        ) as bar,
-    ):
-        tasks = ([paths[i] for i in rows] for rows in groups)
-        for rows, results in zip(
-            groups, pool.map(_inspect_scan, tasks), strict=True
-        ):
-            for i, (values, note) in zip(rows, results, strict=True):
-                found[i] = values
-                notes.update(note)
-            bar.update(len(rows))
-    return found, notes
+@functools.lru_cache(64)
+def _open_array(file):
+    """Return the descriptor of a .npy file, kept open, and its data's start."""
+    with open(file, "rb") as stream:
+        np.lib.format.read_magic(stream)
+        np.lib.format.read_array_header_1_0(stream)
+        return os.dup(stream.fileno()), stream.tell()
 
 
-def _inspect_scan(paths):
-    """Return (values, notes) of each file of one scan.
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How files become images; what is None follows from the files."""
 
-    Values are a row of the table of `verify`; the reason why a file is unfit
-    is "" if it is not.
+    size: tuple | None = None  # (H, W) of the frame: the most common size
+    kept: frozenset | None = None  # sizes not scaled but padded, cropped: all
+    white: float | None = None  # share of full scale that becomes 1
+
+
+def _most_common(values):
+    """Return the most common value, the larger of two, None without any."""
+    counts = collections.Counter(values)
+    return max(counts, key=lambda value: (counts[value], value), default=None)
+
+
+def _sizes(table):
+    return list(zip(table["height"], table["width"], strict=True))
+
+
+def _decode(table, root, plan, levels=None):
+    """Return the array file of images, and a table of what is in the files.
+
+    Args:
+        table: DataFrame with the columns path, scan and split.
+        plan: `_Plan`.
+        levels: (N, 2) low and high of each file, NaN where its own scan or
+            the plan gives them, as by default all.
     """
-    results, volume = [], []
-    for path in paths:
-        # A column of integers with gaps would be rounded to floats.
-        values, notes = {"reason": "", "fingerprint": 0}, set()
+    known = _cached(table, root, plan, levels)
+    file = known.with_suffix(".npy")
+    if file.is_file() and known.is_file():
+        words = dict.fromkeys(("reason", "notes", "sha256"), str)
+        options = {"keep_default_na": False, "float_precision": "round_trip"}
+        return file, pd.read_csv(known, dtype=words, **options)
+    names = np.array([os.path.join(root, path) for path in table["path"]], "O")
+    scans = [*table.groupby(["split", "scan"], sort=False).indices.values()]
+    is_train = (table["split"] == "train").to_numpy()
+    plan = _complete(plan, names[is_train | ~is_train.any()])
+    levels = np.full((len(names), 2), np.nan) if levels is None else levels
+    found = []
+
+    def write(path):
+        found.extend(_decode_files(names, scans, levels, plan, path))
+
+    utils.write_atomic(file, write)
+    found = pd.DataFrame(found)
+    # What could not be read now may be readable next time.
+    if not found["reason"].str.startswith("cannot read").any():
+        utils.write_csv(known, found)
+    return file, found
+
+
+def _cache_folder():
+    """Return the folder of decoded images; a temporary one if need be."""
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=CACHE).close()
+    except OSError:
+        return _private_folder()
+    return CACHE.absolute()
+
+
+@functools.cache
+def _private_folder():
+    folder = tempfile.TemporaryDirectory(prefix="mri-slices-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _cached(table, root, plan, levels=None):
+    """Return the path of the table of `_decode`: a hash of all behind it."""
+    levels = None if levels is None else levels.tolist()
+    kept = None if plan.kept is None else sorted(plan.kept)
+    about = 1, INTENSITY_RULE, plan.size, kept, plan.white, levels
+    digest = hashlib.sha256(repr(about).encode())
+    for row in zip(table["path"], table["scan"], table["split"], strict=True):
+        with contextlib.suppress(OSError):
+            s = os.stat(os.path.join(root, row[0]))
+            # The time of change too: contents may change with an old time.
+            row += (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        digest.update(repr(row).encode())
+    return _cache_folder() / f"{digest.hexdigest()[:20]}.csv"
+
+
+def _complete(plan, names):
+    """Return the plan with what follows from some training files filled in."""
+    sizes, shades = [], [np.ones(1)]
+    for row in utils.spread(len(names), 256):
+        with contextlib.suppress(_Unfit):  # it is named when all are read
+            values, image = _read_file(names[row])
+            sizes.append(image.shape)
+            if values["full"]:
+                shades.append(image.ravel()[::3] / values["full"])
+    white = float(np.percentile(np.concatenate(shades[1:] or shades), WHITE))
+    return _Plan(
+        plan.size or _most_common(sizes) or (32, 32),
+        plan.kept,
+        plan.white or (1.0 if white >= DARK or not white else white),
+    )
+
+
+def _in_parallel(work, tasks, title):
+    """Yield the result of `work` for each task, in their order."""
+    pool = concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1))
+    options = {"desc": title, "disable": None, "delay": 2}  # seconds
+    with pool:
         try:
-            found, image = _inspect(path, notes)
-            values.update(found)
-            if "low" not in found:
-                volume.append((image, values, notes))
-        except DataError as error:
-            reason = str(error).removeprefix(f"{_show(path)}: ")
-            values["reason"] = reason
+            done = pool.map(work, tasks)
+            yield from tqdm.tqdm(done, total=len(tasks), **options)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _decode_files(names, scans, levels, plan, path):
+    """Write the images of all files as one array; return what was found."""
+    found, (height, width) = [None] * len(names), plan.size
+    with open(path, "wb") as stream:
+        shape = (len(names), height, width)
+        about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, about)
+        stream.flush()
+        start, number = stream.tell(), stream.fileno()
+        os.truncate(number, start + len(names) * height * width)
+
+        def work(rows):
+            images = _decode_scan(names[rows], levels[rows], plan)
+            for row, (values, image) in zip(rows, images, strict=True):
+                found[row] = values
+                if image is not None:
+                    at = start + int(row) * height * width
+                    os.pwrite(number, image.tobytes(), at)
+
+        collections.deque(_in_parallel(work, scans, "reading scans"), 0)
+    return found
+
+
+_UNREAD = {  # what is known of a file that cannot be read
+    **dict.fromkeys(("reason", "notes", "sha256"), ""),
+    **dict.fromkeys(("height", "width", "full"), 0),
+    **dict.fromkeys(("low", "high"), 0.0),
+    **dict.fromkeys(("constant", "cut"), False),
+}
+
+
+def _decode_scan(names, levels, plan):
+    """Return (what was found, uint8 (H, W) or None) of each file of a scan."""
+    files, voxels = [], []
+    for name, (low, _) in zip(names, levels, strict=True):
+        try:
+            values, image = _read_file(name)
         except _Unfit as error:
-            values["reason"] = str(error)
-        results.append((values, notes))
-    if volume:
-        images = [image for image, _, _ in volume]
-        low, high = _window(np.concatenate([x.ravel() for x in images]))
-        for image, values, notes in volume:
-            values.update({"low": low, "high": high})
-            seen = np.ptp(np.clip(image, low, high)) * 255 >= high - low
-            if not seen and not values["constant"]:
-                notes.add("show nothing: others of their scan are far brighter")
+            files.append(({"reason": str(error), "notes": ()}, None))
+            continue
+        files.append((values, image))
+        if np.isnan(low) and not values["full"]:
+            voxels.append(image.ravel())
+    window, results = _window(np.concatenate(voxels)) if voxels else (), []
+    for (values, image), level in zip(files, levels, strict=True):
+        if image is not None:
+            if np.isnan(level[0]):
+                full = values["full"]
+                level = (0.0, plan.white * full) if full else window
+            image = _to_frame(image, values, *map(float, level), plan)
+        values["notes"] = "; ".join(sorted(values["notes"]))
+        results.append((_UNREAD | values, image))
     return results
 
 
 def _window(voxels):
     """Return the intensities of a scan that become 0 and 1."""
-    low, high = np.percentile(voxels, PERCENTILES)
+    low, high = map(float, np.percentile(voxels, PERCENTILES))
     if low == high:  # nearly all of it is background
-        low, high = voxels.min(), voxels.max()
-    return float(low), float(max(high, low + 1e-6 * max(1, abs(low))))
+        low, high = float(voxels.min()), float(voxels.max())
+    return low, max(high, low + 1e-6 * max(1, abs(low)))
 
 
-def _inspect(path, notes):
-    """Return what a file holds and its image; raise `_Unfit` if unfit."""
-    data = _read_bytes(path)
-    if not data:
-        raise _Unfit("found an empty file, expected an image")
-    name, values = os.path.basename(path).lower(), {}
-    if name.endswith((".nii", ".nii.gz")):
-        _check_nifti(data, name.endswith(".gz"), notes)
-    else:
-        values = {"low": 0.0, "high": _check_picture(data, name, notes)}
-    try:
-        image, fingerprint = (x.numpy() for x in _decoder()(data))
-    except tf.errors.OpError as error:
-        raise _Unfit(_undecodable(data)) from error
-    fit = np.abs(image) <= MOST_INTENSITY  # nor is a NaN
-    if not fit.all():
-        raise _Unfit(
-            f"found {np.count_nonzero(~fit)} voxels that are NaN, infinite or "
-            f"beyond {MOST_INTENSITY:g}, expected finite intensities"
+def _to_frame(image, values, low, high, plan):
+    """Return an image as uint8 of the plan's size; add to what is known."""
+    height, width = image.shape
+    scaled = np.clip((image.astype(np.float64) - low) / (high - low), 0, 1)
+    constant = bool(image.min() == image.max())
+    if np.ptp(scaled) * 255 < 1 and not constant:
+        values["notes"].add("show nothing: others of their scan are brighter")
+    resize = plan.kept is not None and (height, width) not in plan.kept
+    frame = fit_to(scaled.astype(np.float32), plan.size, resize)
+    content, shown = (x > utils.FOREGROUND for x in (scaled, frame))
+    values |= {"height": height, "width": width, "low": low, "high": high}
+    values["cut"] = not resize and bool(content.sum() > shown.sum())
+    values["constant"] = constant
+    return np.rint(frame * 255).astype(np.uint8)
+
+
+def fit_to(image, size, resize=False):
+    """Return an image (H, W) in [0, 1] at `size`.
+
+    Each axis is padded with black or cropped about its centre. With `resize`
+    the image is first scaled, its aspect ratio kept, so that it just fits.
+    """
+    if resize:
+        scale = min(n / m for n, m in zip(size, image.shape, strict=True))
+        height, width = (max(1, round(m * scale)) for m in image.shape)
+        image = Image.fromarray(image)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = np.asarray(image)
+    frame, into, taken = np.zeros(size, image.dtype), [], []
+    for n, m in zip(size, image.shape, strict=True):
+        begin, first = max(0, (n - m) // 2), max(0, (m - n) // 2)
+        into.append(slice(begin, begin + min(n, m)))
+        taken.append(slice(first, first + min(n, m)))
+    frame[tuple(into)] = image[tuple(taken)]
+    return frame
+
+
+# ------------------------------------------------------------------ 5. Load
+
+KNOWN = ["height", "width", "low", "high", "sha256"]
+
+
+def load(settings, image_size=None):
+    """Scan and check a data set, decode it, and print what it holds.
+
+    Args:
+        settings: `utils.DataSettings`.
+        image_size: (H, W) in pixels in place of that of the settings.
+
+    Returns: `Slices` of all splits.
+    Raises:
+        DataError: naming all unfit files.
+        FlagError: if the image size cuts off much content.
+    """
+    root, dataset = settings.data_dir, settings.dataset
+    if dataset == "phantom":
+        root, dataset = simulated_folder(settings.phantom_subjects), "oasis"
+    if root is None:
+        raise FlagError(
+            f"--data-dir: found none, expected the folder of the {dataset} data"
         )
-    values.update(
-        sha256=hashlib.sha256(data).hexdigest(),
-        height=image.shape[0],
-        width=image.shape[1],
-        fingerprint=int(fingerprint),
-        constant=bool(image.min() == image.max()),
+    index = scan(root, dataset, settings.subject_pattern)
+    size, resize = image_size or settings.image_size, settings.resize
+    plan = _Plan(size and tuple(size), frozenset() if resize else None)
+    slices, found = _load(index, plan, settings.skip_bad, root)
+    for line in _summary(slices, found, dataset, index.notes, plan):
+        print(line)
+    _check_size(slices, found, size)
+    counts = slices.table["split"].value_counts()
+    if counts["train"] == 1:
+        _warn("a single training image: nothing general can be learnt from it")
+    if "validate" not in counts:
+        _warn("a single training subject: none is left to validate on")
+    return slices
+
+
+def load_external(data_dir, dataset, run, skip_bad=False):
+    """Return another data set, all of it as test images of a run.
+
+    Args:
+        data_dir: its folder.
+        dataset: key of `LAYOUTS`, None to find out.
+        run: `utils.Run`. Its frame is taken; sizes that it does not know are
+            scaled.
+        skip_bad: leave out unfit files instead of refusing them.
+    """
+    dataset = dataset or detect_layout(data_dir)
+    index = scan(data_dir, dataset, split="test")
+    plan = _plan_of_run(run, utils.read_split_table(run))
+    slices, found = _load(index, plan, skip_bad, data_dir)
+    for line in _summary(slices, found, dataset, index.notes, plan):
+        print(line)
+    return slices
+
+
+def _load(index, plan, skip_bad, root):
+    """Return the `Slices` of an index, and what was found in their files."""
+    table, base = index.table, index.root
+    file, found = _decode(table, base, plan)
+    about = _read_marker(root, base)
+    if about is not None:  # a simulator knows the labels of its subjects
+        known = table["subject"].map(about.get("labels", {})).fillna("")
+        table["label"] = table["label"].where(table["label"] != "", known)
+    checked = table.join(found)
+    _note_twins(checked, base)
+    fit = (checked["reason"] == "").to_numpy()
+    rejected = checked.loc[~fit, ["path", "reason"]]
+    if len(rejected) and not skip_bad:
+        raise DataError(_listed(rejected, base, len(table)))
+    _check_left(checked, rejected, base)
+    notes = "; ".join(filter(None, checked["notes"][fit])).split("; ")
+    for note, count in collections.Counter(filter(None, notes)).items():
+        _warn(f"{count} files {note}")
+    kept = checked[fit].reset_index(drop=True)
+    high = (kept["high"] / kept["full"])[kept["full"] > 0].max()
+    slices = Slices(
+        file,
+        np.flatnonzero(fit),
+        kept[[*table, *KNOWN]],
+        base,
+        plan.size or _array_size(file),
+        about is not None,
+        {
+            "rule": INTENSITY_RULE,
+            "low": 0.0,
+            "high": float(np.nan_to_num(high)),
+        },
+        tuple(index.ignored),
+        rejected.reset_index(drop=True),
     )
-    return values, image
+    return slices, kept
 
 
-def _undecodable(data):
-    if data.startswith(b"\x89PNG"):
-        kind, end = "PNG", b"IEND"
-    elif data.startswith(b"\xff\xd8"):
-        kind, end = "JPEG", b"\xff\xd9"
-    else:
-        return "found a damaged file, expected a complete image"
-    state = "damaged" if end in data[-16:] else "truncated"
-    return f"found a {state} {kind}, expected a complete one"
+def _array_size(file):
+    return np.load(file, mmap_mode="r").shape[1:]
 
 
-def _check_picture(data, name, notes):
-    """Check a PNG or JPEG from its header; return its full scale."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 33:
-        kind, depth = "png", data[24]
-        width, height = struct.unpack(">II", data[16:24])
-        coloured = data[25] != 0 or b"tRNS" in data
-    elif data.startswith(b"\xff\xd8"):
-        kind, depth = "jpeg", 8
-        height, width, channels = _jpeg_header(data)
-        coloured = channels != 1
-        if channels == 4:
-            raise _Unfit("found a CMYK image, expected grey; convert it")
-    else:
-        raise _Unfit(f"found {data[:8]!r}, expected a PNG or JPEG")
-    if width * height > MOST_PIXELS:
-        raise _Unfit(
-            f"found {height}x{width} pixels, expected at most {MOST_PIXELS}"
-        )
-    if name.endswith(".png") != (kind == "png"):
-        notes.add("named otherwise than their contents; read by contents")
-    if coloured:
-        _check_colour(data, kind, notes)
-    return 65535.0 if depth == 16 else 255.0
-
-
-def _jpeg_header(data):
-    """Return height, width and channels from the frame header."""
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack(">HHB", data[at + 5 : at + 10])
-        length = struct.unpack(">H", data[at + 2 : at + 4])[0]
-        at += 1 if marker == 0xFF else 2 + length
-    raise _Unfit(_undecodable(data))
-
-
-def _check_colour(data, kind, notes):
-    try:
-        if kind == "png":
-            pixels = tf.io.decode_png(data, 0, tf.uint16).numpy()
-        else:
-            pixels = tf.io.decode_jpeg(data, 3).numpy()
-    except tf.errors.OpError as error:
-        raise _Unfit(_undecodable(data)) from error
-    if pixels.shape[-1] in (2, 4) and np.ptp(pixels[..., -1]):
-        raise _Unfit("found transparency, expected an opaque image")
-    colours = pixels[..., :3] if pixels.shape[-1] > 2 else pixels[..., :1]
-    if np.ptp(colours, axis=-1).any():
-        notes.add("are in colour; converted to grey by luma")
-
-
-def _check_nifti(data, named_gz, notes):
-    """Check a NIfTI-1 file: its header, its length, its checksum."""
-    is_gz = data.startswith(b"\x1f\x8b")
-    if is_gz != named_gz:
-        notes.add("named otherwise than their contents; read by contents")
-    stream = zlib.decompressobj(31) if is_gz else None
-    try:
-        header = stream.decompress(data, 352) if is_gz else data[:352]
-        need = _check_nifti_header(header)
-        length = len(data)
-        if is_gz:
-            # One byte more than needed, and some padding, is let through:
-            # the rest of a bomb is never unpacked.
-            rest = stream.decompress(stream.unconsumed_tail, need + (1 << 20))
-            length = len(header) + len(rest)
-            if length >= need and not stream.eof:
-                stream.decompress(stream.unconsumed_tail, 1)
-    except zlib.error as error:
-        raise _Unfit(
-            f"found a damaged gzip stream ({error}), expected a whole one"
-        ) from error
-    if length < need:
-        raise _Unfit(f"found {length} bytes, expected {need}: truncated")
-    if is_gz and (not stream.eof or stream.unused_data):
-        found = "data after the end" if stream.eof else "no end"
-        raise _Unfit(f"found {found} of the gzip stream, expected a whole one")
-
-
-def _check_nifti_header(header):
-    """Check the header; return the bytes that the file must hold."""
-    order = "<" if header[:4] == b"\x5c\x01\0\0" else ">"
-    magic = len(header) == 352 and header[344:348] == b"n+1\0"
-    if not magic or struct.unpack(order + "i", header[:4])[0] != 348:
-        raise _Unfit(f"found {header[:8]!r}, expected a NIfTI-1 file")
-    axes, *shape = struct.unpack(order + "8h", header[40:56])
-    used = shape[:axes] if 1 <= axes <= 7 else ()
-    # A plane may be stored with more axes of length 1 behind its own two.
-    if any(not 1 <= n <= MOST_SIDE for n in used) or len(used) < 2:
-        raise _Unfit(
-            f"found {axes} axes, {tuple(used)}, expected 2 of 1 to {MOST_SIDE}"
-        )
-    if any(n != 1 for n in used[2:]):
-        raise _Unfit(f"found shape {tuple(used)}, expected one plane (H, W)")
-    code = struct.unpack(order + "h", header[70:72])[0]
-    if code not in _NIFTI_TYPES:
-        raise _Unfit(f"found data type {code}, expected real numbers")
-    offset = struct.unpack(order + "f", header[108:112])[0]
-    if not 352 <= offset <= MOST_BYTES:
-        raise _Unfit(f"found vox_offset {offset:g}, expected at least 352")
-    slope, intercept = struct.unpack(order + "2f", header[112:120])
-    # By the standard a slope of 0 says that there is none; nibabel takes NaN
-    # for the same.
-    unscaled = slope == 0 or np.isnan(slope)
-    if not unscaled and not np.isfinite([slope, intercept]).all():
-        raise _Unfit(
-            f"found scl_slope {slope:g}, scl_inter {intercept:g}, expected "
-            "finite numbers"
-        )
-    size = np.dtype(_NIFTI_TYPES[code]).itemsize
-    return int(offset) + used[0] * used[1] * size
-
-
-def _note_twins(checked):
+def _note_twins(checked, base):
     """Fill in the reason of files whose bytes are in a later split too."""
     quiet = (checked["reason"] != "").any()
     # Blank slices are alike by nature, and nothing can be learnt from them.
-    alike = checked[checked["constant"].eq(False)]
+    alike = checked[~checked["constant"] & (checked["reason"] == "")]
     alike = alike[alike.duplicated("sha256", keep=False)]
     copies = 0
     for _, group in alike.groupby("sha256", sort=False):
@@ -751,164 +1083,323 @@ def _note_twins(checked):
         for row in leaked.itertuples():
             checked.loc[row.Index, "reason"] = (
                 f"found the same bytes in {row.split} and as "
-                f"{_show(kept['path'])} in {kept['split']}, expected each "
-                "image in one split"
+                f"{_show(base / kept['path'])} in {kept['split']}, expected "
+                "each image in one split"
             )
     if copies and not quiet:
         _warn(f"{copies} files repeat others of their split")
 
 
-def _listed(rejected, total, advice=" (--skip-bad leaves them out)"):
+def _listed(rejected, base, total, advice=" (--skip-bad leaves them out)"):
     """Return one line for one file, else a count and the first lines."""
-    rows = rejected.itertuples()
-    lines = [f"{_show(row.path)}: {row.reason}" for row in rows]
-    if len(lines) == 1:
+    lines = [
+        f"{_show(base / row.path)}: {row.reason}"
+        for row in rejected.head(MOST_LISTED).itertuples()
+    ]
+    if len(rejected) == 1:
         return lines[0]
-    more = len(lines) - MOST_LISTED
+    if (more := len(rejected) - MOST_LISTED) > 0:
+        lines.append(f"... and {more} more")
     return "\n".join(
-        [f"{len(lines)} of {total} files are unfit{advice}"]
-        + lines[:MOST_LISTED]
-        + ([f"... and {more} more"] if more > 0 else [])
+        [f"{len(rejected)} of {total} files are unfit{advice}", *lines]
     )
 
 
-def _without(checked, rejected):
-    """Drop the unfit files, saying so; no split may become empty."""
-    kept = checked.drop(rejected.index).reset_index(drop=True)
+def _check_left(checked, rejected, base):
+    """Say what was left out; refuse if a split is empty or all is constant."""
     if len(rejected):
-        names = _some(rejected["path"], most=1)
-        _warn(f"{len(rejected)} unfit files left out: {names}")
+        first = _show(base / rejected["path"].iloc[0])
+        _warn(f"{len(rejected)} unfit files left out, such as {first}")
     for split, part in checked.groupby("split"):
-        if part.index.isin(rejected.index).all():
-            lost = rejected.loc[part.index]
-            listed = _listed(lost, len(part), advice="")
+        if (part["reason"] != "").all():
+            listed = _listed(part, base, len(part), advice="")
             raise DataError(f"{split}: no file is left; {listed}")
-    kinds = {"height": int, "width": int, "low": float, "high": float}
-    kept = kept.astype(kinds)
-    # Last: pandas cannot `astype` or `concat` with a table among the attrs.
-    kept.attrs["rejected"] = rejected.reset_index(drop=True)
-    return kept
+    if checked["constant"][checked["reason"] == ""].all():
+        raise DataError(
+            f"all {len(checked)} images are constant, expected contrast: "
+            f"{_some(str(base / path) for path in checked['path'])}"
+        )
 
 
-# ----------------------------------------------------------------- 5. Index
-
-
-def load_index(root, dataset, skip_bad=False, image_size=None):
-    """Scan and verify a data set, print what it holds, return its index.
-
-    Args:
-        root, dataset: as for `scan`.
-        skip_bad: as for `verify`.
-        image_size: (H, W) in pixels that will be trained at, by default
-            `native_size`.
-
-    Returns: DataFrame of `verify`; `attrs["simulated"]` tells whether a
-        simulator wrote the images. It knows the labels of its subjects, so
-        they are there whether or not the layout has folders for them.
-    """
-    index = verify(scan(root, dataset), skip_bad)
-    about = _read_marker(root, index.attrs["base"])
-    index.attrs["simulated"] = about is not None
-    known = index["subject"].map((about or {}).get("labels", {})).fillna("")
-    index["label"] = index["label"].where(index["label"] != "", known)
-    for line in _summary(index, dataset, image_size):
-        print(line)
-    if (index["split"] == "train").sum() == 1:
-        _warn("a single training image: nothing general can be learnt from it")
-    if not (index["split"] == "validate").any():
-        _warn("a single training subject: none is left to validate on")
-    return index
-
-
-def index_files(paths):
-    """Return a verified index of single files, all in the test split.
-
-    Their label is "" and their position NaN: unknown.
-    """
-    rows = [
-        {
-            "path": os.path.abspath(path),
-            "subject": Path(path).name,
-            "scan": Path(path).name,
-            "slice": 0,
-            "position": np.nan,
-            "label": "",
-            "split": "test",
-        }
-        for path in paths
-    ]
-    return verify(pd.DataFrame(rows))
-
-
-def native_size(index):
-    """Return the most common (height, width) in pixels; the larger of two."""
-    sizes = collections.Counter(zip(index["height"], index["width"]))  # noqa: B905
-    height, width = max(sizes, key=lambda size: (sizes[size], size))
-    return int(height), int(width)
+def _check_size(slices, found, asked):
+    """Refuse an image size that cuts off content of many training images."""
+    train = found["cut"][found["split"] == "train"]
+    native = _most_common(_sizes(found))
+    if asked and np.less(asked, native).any() and train.mean() > MOST_CUT:
+        raise FlagError(
+            f"--image-size {utils.size_text(asked)}: cuts off content of "
+            f"{train.sum()} of {len(train)} training images; use --resize, or "
+            f"{utils.size_text(native)}"
+        )
+    if found["cut"].any():
+        print(f"content of {found['cut'].sum()} images is cut at the border")
 
 
 def _read_marker(root, base):
     """Return what the simulator noted, None for images it did not write."""
     for path in (Path(folder) / MARKER for folder in (root, base)):
-        if not os.path.exists(path):
-            continue
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            about = None
-        if not isinstance(about, dict):
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"{_show(path)}: found a damaged file, expected what the "
                 "simulator wrote"
-            )
-        return about
+            ) from error
     return None
 
 
-def _summary(index, dataset, image_size):
-    """Yield lines: splits, labels, plane sizes, what was left out."""
-    kind = "simulated, " if index.attrs["simulated"] else ""
-    yield f"{_show(index.attrs['base'])} ({kind}layout {dataset})"
+def _summary(slices, found, dataset, notes, plan):
+    """Yield lines: splits, labels, sizes, intensities, what was left out."""
+    table = slices.table
+    kind = "simulated, " if slices.simulated else ""
+    yield f"{_show(slices.root)} ({kind}layout {dataset})"
+    yield from notes
     for split in SPLITS:
-        part = index[index["split"] == split]
+        part = table[table["split"] == split]
         labels = part["label"][part["label"] != ""].value_counts()
         counts = "".join(f", {labels[x]} {x}" for x in sorted(labels.index))
         subjects = part["subject"].nunique()
         yield f"{split:9}{subjects} subjects, {len(part)} images{counts}"
-    sizes = index.groupby(["height", "width"]).size()
-    sizes = sizes.sort_values(ascending=False, kind="stable").items()
-    height, width = image_size or native_size(index)
-    yield (
-        "plane sizes: "
-        + ", ".join(f"{h}x{w} ({count})" for (h, w), count in sizes)
-        + f"; padded or cropped to {height}x{width}"
-    )
-    if dataset == "adni" and not index.attrs["simulated"]:
+    yield _sizes_line(slices, plan)
+    for full, rows in found[found["full"] > 0].groupby("full"):
+        high = rows["high"].iloc[0]
+        yield f"intensities: 0 to {high:g} of {full} become black to white"
+    if (found["full"] == 0).any():
+        low, high = PERCENTILES
+        yield f"intensities: percentiles {low} to {high} of each NIfTI scan"
+    if dataset == "adni" and not slices.simulated:
         yield (
             "ids may name scans, not persons: that no person is in two "
             "splits cannot be proved"
         )
-    if ignored := index.attrs["ignored"]:
-        names = _some(map(os.path.basename, ignored))
-        yield f"{len(ignored)} files ignored: {names}"
+    yield from _summary_of_ignored(slices)
+
+
+def _sizes_line(slices, plan):
+    """Return in words which sizes there are and what becomes of them."""
+    counts = collections.Counter(_sizes(slices.table)).most_common()
+    texts = [f"{utils.size_text(size)} ({count})" for size, count in counts]
+    frame, kept = utils.size_text(slices.size), plan.kept
+    fitted = f"padded or cropped to {frame}"
+    if kept is not None and not kept.issuperset(size for size, _ in counts):
+        fitted = f"scaled to {frame}, their aspect ratio kept"
+    return f"plane sizes: {_some(texts, 8)}; {fitted}"
+
+
+def _summary_of_ignored(slices):
+    """Yield lines: ignored files, and folders of which nothing was read."""
+    read = {"", *map(os.path.dirname, slices.table["path"])}
+    names, folders = [], collections.Counter()
+    for path in slices.ignored:
+        folder = os.path.dirname(os.path.relpath(path, slices.root))
+        if folder in read or not IMAGE_FILE.fullmatch(path):
+            names.append(os.path.basename(path))
+        else:
+            folders[folder] += 1
+    if names:
+        yield f"{len(names)} files ignored: {_some(names)}"
+    for folder, count in sorted(folders.items()):
+        yield f"{_show(folder)} is not read: {count} images ignored"
+
+
+def load_run(run, data_dir=None, needed=SPLITS):
+    """Return the images of a run: {split: `Slices`}.
+
+    Args:
+        run: `utils.Run`.
+        data_dir: where the data set is now, by default where it was.
+        needed: splits of which no file may be missing.
+
+    Raises:
+        DataError: if files are gone or are not those of the run.
+    """
+    table, root = utils.read_split_table(run), _root_of_run(run, data_dir)
+    there = np.array([os.path.isfile(root / path) for path in table["path"]])
+    _refuse_lost(root, table[~there], needed, "are gone")
+    table = table[there].reset_index(drop=True)
+    data, size = run.settings.data, tuple(run.info["image_size"])
+    kept = frozenset() if data.resize else None
+    file, found = _decode(table, root, _Plan(data.image_size, kept))
+    levels = table[["low", "high"]].to_numpy()
+    own = found[["low", "high"]]
+    if _array_size(file) != size or not np.allclose(own, levels, rtol=1e-9):
+        # Of a part of the data, say: what it had in the whole.
+        file, found = _decode(table, root, _Plan(size, kept, 1.0), levels)
+    same = (found["sha256"] == table["sha256"]).to_numpy()
+    _refuse_lost(root, table[~same], needed, "have changed")
+    slices = _slices_of_run(run, file, table, root).take(np.flatnonzero(same))
+    return {split: slices.split(split) for split in SPLITS}
+
+
+def _root_of_run(run, data_dir):
+    data = run.settings.data
+    root = Path(data_dir or run.info["data_dir"])
+    if data.dataset == "phantom" and not root.is_dir():
+        root = simulated_folder(data.phantom_subjects)
+    if data_dir and data.dataset not in ("phantom", "folder"):
+        root = _find_base(root, data.dataset) or root
+    return root.absolute()
+
+
+def _refuse_lost(root, lost, needed, what):
+    names = lost["path"][lost["split"].isin(needed)]
+    if len(names):
+        raise DataError(
+            f"{_show(root)}: {len(names)} images of the run {what}: "
+            f"{_some(names)}; name the folder that holds them with --data-dir"
+        )
+
+
+def _slices_of_run(run, file, table, root):
+    return Slices(
+        file,
+        np.arange(len(table)),
+        table,
+        root,
+        tuple(run.info["image_size"]),
+        run.info["simulated"],
+        run.info["intensity"],
+    )
+
+
+def _plan_of_run(run, own, white=None):
+    """Return how images that are not of a run's data become its images."""
+    kept = frozenset() if run.settings.data.resize else frozenset(_sizes(own))
+    return _Plan(tuple(run.info["image_size"]), kept, white)
+
+
+def read_files(paths, run):
+    """Return image files as a run sees them: `Slices`, all test.
+
+    A file of the run's data set is read as in training. Of others, PNG and
+    JPEG take the run's intensities; NIfTI files in one folder whose names
+    differ by their last number are one scan. Their label is "" and their
+    position NaN: unknown.
+
+    Args:
+        paths: files, or folders of files.
+        run: `utils.Run`.
+    """
+    own, here = utils.read_split_table(run), Path.cwd()
+    known = own.drop_duplicates("sha256").set_index("sha256")
+    files = [file for path in paths for file in _files_below(path)]
+    table = pd.DataFrame([_row_of_file(file, known) for file in files])
+    plan = _plan_of_run(run, own, run.info["intensity"]["high"] or None)
+    levels = table[["low", "high"]].to_numpy("float64")
+    file, found = _decode(table, here, plan, levels)
+    rejected = found.assign(path=table["path"])[found["reason"] != ""]
+    if len(rejected):
+        raise DataError(_listed(rejected, here, len(table), advice=""))
+    table = table.drop(columns=["low", "high"]).join(found[KNOWN])
+    alone = ~table["scan"].duplicated(keep=False) & np.isnan(levels[:, 0])
+    if count := (alone & (found["full"] == 0)).sum():
+        print(f"{count} NIfTI files are scaled by their own percentiles")
+    slices = _slices_of_run(run, file, table, here)
+    if not plan.kept.issuperset(_sizes(table)):
+        print(_sizes_line(slices, plan))
+    return slices
+
+
+def _files_below(path):
+    """Return a file as it is; of a folder, its images."""
+    if not os.path.isdir(path):
+        return [os.fspath(path)]
+    files = [f for f in _walk(path, []) if IMAGE_FILE.fullmatch(f)]
+    if not files:
+        raise DataError(f"{_show(path)}: found no PNG, JPEG or NIfTI file")
+    return files
+
+
+def _row_of_file(path, known):
+    """Return the row of a file, with what the run knows of its bytes."""
+    try:
+        digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+    except _Unfit as error:
+        raise DataError(f"{_show(path)}: {error}") from error
+    row = {"path": path, "subject": _show(os.path.basename(path)), "slice": 0}
+    row["scan"] = _show(re.sub(r"\d+(\D*)$", r"*\1", os.path.abspath(path)))
+    row |= {"position": np.nan, "label": "", "split": "test"}
+    row |= {"low": np.nan, "high": np.nan}
+    if digest in known.index:
+        names = ("subject", "slice", "position", "label", "low", "high")
+        row |= {name: known.at[digest, name] for name in names}
+    return row
+
+
+def content_box(slices, multiple, margin=4):
+    """Return the box that holds the content of all images.
+
+    Args:
+        slices: `Slices`.
+        multiple: what its height and width are rounded up to.
+        margin: pixels kept around the content.
+
+    Returns: (top, left, height, width) in pixels; the whole frame along an
+        axis where a box would not be smaller.
+    """
+    largest = np.zeros(slices.size, np.uint8)
+    for _, images in slices.chunks():
+        np.maximum(largest, images.max(axis=0), out=largest)
+    box = []
+    for axis, length in enumerate(slices.size):
+        places = np.flatnonzero(
+            (largest > utils.FOREGROUND * 255).any(1 - axis)
+        )
+        first, last = (places[0], places[-1]) if len(places) else (0, length)
+        side = last + 1 - first + 2 * margin
+        side = min(-(-side // multiple) * multiple, length)
+        begin = np.clip((first + last + 1 - side) // 2, 0, length - side)
+        box.append((int(begin), int(side)))
+    (top, height), (left, width) = box
+    return top, left, height, width
+
+
+def outside(slices, box):
+    """Return the rows of the table whose images have content outside a box.
+
+    Args:
+        slices: `Slices`.
+        box: (top, left, height, width), as of `content_box`.
+    """
+    (top, left, height, width), rows = box, []
+    for first, images in slices.chunks():
+        images[:, top : top + height, left : left + width] = 0
+        seen = (images > utils.FOREGROUND * 255).any(axis=(1, 2))
+        rows.append(first + np.flatnonzero(seen))
+    return np.concatenate([*rows, np.zeros(0, int)]).astype(int)
 
 
 # --------------------------------------------------------------- 6. Batches
+#
+# Rows of the array are read in Python inside the pipeline: TensorFlow has no
+# operation for it. If the interpreter ends while such a call waits for it,
+# the process hangs, which it did half the time after an error in a pipeline;
+# so the end waits until the pipelines have filled their buffers.
+
+_reads = []  # that are under way in pipelines
+_last_read = 0.0  # when one was done
 
 
-def fit_to(image, size, resize=False):
-    """Return an image (H, W) at `size`, in a dataset's graph or outside.
+def _read_in_pipeline(slices, rows):
+    global _last_read
+    _reads.append(len(rows))
+    try:
+        return slices.read_bytes(rows)
+    finally:
+        _reads.pop()
+        _last_read = time.monotonic()
 
-    Each axis is padded with black or cropped about its centre. With `resize`
-    the image is first scaled, its aspect ratio kept, so that it just fits.
-    """
-    image = image[..., None]
-    if resize:
-        image = tf.image.resize(
-            image, size, preserve_aspect_ratio=True, antialias=True
-        )
-        image = tf.clip_by_value(image, 0, 1)
-    return tf.image.resize_with_crop_or_pad(image, *size)[..., 0]
+
+@atexit.register
+def _wait_for_pipelines(quiet=0.1, most=5):
+    started = now = time.monotonic()
+    while _last_read and now < started + most:
+        if not _reads and now > max(_last_read, started) + quiet:
+            break
+        time.sleep(quiet / 4)
+        now = time.monotonic()
 
 
 def steps_per_epoch(count, batch_size):
@@ -931,304 +1422,216 @@ def divisible_batch_size(count, batch_size, parts):
     return 0
 
 
-def make_dataset(
-    index,
-    image_size,
+def training_batches(
+    source,
     batch_size,
-    *,
-    seed=None,
-    epochs=1,
-    start_step=0,
+    steps_per_epoch,
+    seed,
+    first_step=0,
     parts=(0, 1, 1),
-    resize=False,
-    cache=False,
+    transform=None,
 ):
-    """Return batches of images as a `tf.data.Dataset`.
+    """Return endless full batches as a `tf.data.Dataset`.
 
-    The order of an epoch is a function of (seed, epoch) only, so starting at
-    a later step gives exactly the rest of the uninterrupted sequence.
+    Step t is of epoch t // `steps_per_epoch`. The order of an epoch is a
+    function of (seed, epoch) only, so starting at a later step gives exactly
+    the rest of the uninterrupted sequence. An epoch that ends inside a batch
+    goes on from its own beginning.
 
     Args:
-        index: DataFrame with the columns path, low, high and fingerprint.
-        image_size: (H, W) in pixels; see `fit_to` for `resize`.
-        batch_size: int >= 1. No batch straddles two epochs.
-        seed: int >= 0, None for the order of the index.
-        epochs: int >= 0, passes over the index.
-        start_step: int >= 0, batches left out, counted over all epochs.
+        source: `Slices` (batches of float32 images in [0, 1]), an array, or
+            a dict or tuple of these, all equally long.
+        batch_size: int >= 1.
+        steps_per_epoch: int >= 1.
+        seed: int >= 0.
+        first_step: int >= 0, where to start.
         parts: (first, last, count): parts `first` to `last` - 1 of each batch,
             one after the other, of `count` parts that are as large as each
             other, or one image larger.
-        resize: bool, scale images instead of only padding and cropping.
-        cache: bool, hold all images in memory, rounded to 1/255.
-
-    Returns: Dataset of float32 (B, H, W, 1) in [0, 1].
-    Raises:
-        ResourceError: if a cache would take half of the free memory.
+        transform: function (batch, epoch, rows) -> batch of TensorFlow
+            operations; rows are those of the source.
     """
-    size = tuple(int(n) for n in image_size)
-    order = _batches(len(index), batch_size, seed, epochs, start_step, parts)
-    if cache:
-        images = _decode_all(index, size, resize)
+    count = _count(source)
+    first_epoch, skipped = divmod(first_step, steps_per_epoch)
 
-        def load(rows):
-            return _rescale(tf.gather(images, rows), 0.0, 255.0)[..., None]
+    def epoch_rows(epoch):
+        # The stream of a named algorithm is the same on every device and with
+        # every version of TensorFlow; that of a shuffle is not promised.
+        keys = tf.random.stateless_uniform(
+            [count], [seed, epoch], None, None, tf.int64, "philox"
+        )
+        numbers = tf.range(steps_per_epoch * batch_size) % count
+        rows = tf.gather(tf.argsort(keys), numbers)
+        begin = tf.where(epoch == first_epoch, skipped * batch_size, 0)
+        rows = tf.data.Dataset.from_tensor_slices(rows[begin:])
+        return rows.batch(batch_size).map(lambda rows: (epoch, rows))
 
-    else:
-        load_one = _loader(index, size, resize)
-        spec = tf.TensorSpec(size, tf.float32)
-
-        def load(rows):
-            return tf.map_fn(load_one, rows, fn_output_signature=spec)[
-                ..., None
-            ]
-
-    return _loaded(order, load)
-
-
-def array_batches(
-    arrays, batch_size, *, seed=None, epochs=1, start_step=0, parts=(0, 1, 1)
-):
-    """Return batches of a structure of arrays, ordered as `make_dataset`."""
-    with tf.device("CPU"):
-        arrays = tf.nest.map_structure(tf.constant, arrays)
-    count = len(tf.nest.flatten(arrays)[0])
-    order = _batches(count, batch_size, seed, epochs, start_step, parts)
-
-    def load(rows):
-        return tf.nest.map_structure(lambda a: tf.gather(a, rows), arrays)
-
-    return _loaded(order, load)
+    epochs = tf.data.Dataset.range(first_epoch, 2**62)
+    order = epochs.flat_map(_plain(epoch_rows))
+    return _batches(source, order, parts, transform)
 
 
-def _loaded(order, load):
-    """Return the batches that `load` makes of those of row numbers."""
-    # It has no Python loop to convert, which would take most of the time.
-    load = tf.autograph.experimental.do_not_convert(load)
-    return order.map(load, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+def ordered_batches(source, batch_size=32, parts=(0, 1, 1)):
+    """Return every row once, in order; the arguments are as of training."""
+    rows = tf.data.Dataset.range(_count(source), output_type=tf.int32)
+    order = rows.batch(batch_size).map(
+        lambda rows: (tf.zeros([], "int64"), rows)
+    )
+    batches = _batches(source, order, parts)
+    steps = steps_per_epoch(_count(source), batch_size) * (parts[1] - parts[0])
+    return batches.apply(tf.data.experimental.assert_cardinality(steps))
 
 
-def distributed(strategy, batches):
+def _plain(function):
+    """Keep autograph away: there is no Python loop to convert."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def _count(source):
+    count = len(tf.nest.flatten(source)[0])
+    if not count:
+        raise DataError("no images, expected at least one")
+    return count
+
+
+def _batches(source, order, parts, transform=None):
+    """Return the batches at the (epoch, rows) of a dataset."""
+    begin, end, total = parts
+
+    def cut(epoch, rows):
+        size = tf.size(rows)
+        return tf.data.Dataset.range(begin, end, output_type=tf.int32).map(
+            lambda k: (epoch, rows[size * k // total : size * (k + 1) // total])
+        )
+
+    if total > 1:
+        order = order.flat_map(_plain(cut))
+    fetch = tf.nest.map_structure(_fetch, source)
+
+    def load(epoch, rows):
+        batch = tf.nest.map_structure(lambda get: get(rows), fetch)
+        return transform(batch, epoch, rows) if transform else batch
+
+    batches = order.map(_plain(load), tf.data.AUTOTUNE, deterministic=True)
+    return batches.prefetch(2)
+
+
+def _fetch(data):
+    """Return a function: row numbers -> batch, inside a dataset's graph."""
+    if not isinstance(data, Slices):
+        with tf.device("CPU"):
+            data = tf.constant(data)
+        return lambda rows: tf.gather(data, rows)
+    read = functools.partial(_read_in_pipeline, data)
+
+    def fetch(rows):
+        images = tf.numpy_function(read, [rows], tf.uint8, stateful=False)
+        images = tf.ensure_shape(images, (None, *data.size, 1))
+        return tf.cast(images, tf.float32) / 255
+
+    return fetch
+
+
+def distributed(strategy, make):
     """Return batches of which each replica gets its part.
 
     Args:
         strategy: of `tf.distribute`.
-        batches: function that returns a `tf.data.Dataset`; it takes `parts`,
-            see `make_dataset`.
+        make: function that returns a `tf.data.Dataset`; it takes `parts`, see
+            `training_batches`.
     """
     replicas = strategy.num_replicas_in_sync
     if replicas == 1:
-        return batches()
+        return make()
 
     def of_worker(context):
         own = replicas // context.num_input_pipelines
         first = own * context.input_pipeline_id
-        return batches(parts=(first, first + own, replicas))
+        return make(parts=(first, first + own, replicas))
 
     return strategy.distribute_datasets_from_function(of_worker)
 
 
-def jitter(images, seed, numbers, shift=4, gain=0.1):
-    """Return images moved a little and made a little brighter or darker.
+def augment(
+    images, seed, numbers, strength=1.0, flips=False, epoch=0, mirror_axis=2
+):
+    """Return images turned, scaled, shifted and brightened a little.
 
-    What happens to an image is a function of (seed, number) only: it is the
-    same in any batch, in a dataset's graph or outside.
+    What happens to an image is a function of (seed, epoch, number) only: it
+    is the same in any batch, in a dataset's graph or outside.
 
-    >>> images = next(iter(make_dataset(index, (128, 112), 8)))
-    >>> jitter(images, seed=0, numbers=range(8)).shape
+    >>> augment(slices.read(), seed=0, numbers=range(len(slices))).shape
     TensorShape([8, 128, 112, 1])
 
     Args:
         images: (B, H, W, 1), intensities in [0, 1].
-        seed: int >= 0; another one, say of another epoch, moves otherwise.
-        numbers: (B,) ints >= 0, say the rows of the index.
-        shift: int >= 0, pixels that an image moves at most, each way; black
-            enters at the border.
-        gain: in [0, 1]; intensities are multiplied by a factor of 1 - gain
-            to 1 + gain and clipped.
+        seed, epoch: ints >= 0.
+        numbers: (B,) ints >= 0, say the rows of a table.
+        strength: float or scalar tensor >= 0; at 1 up to 6 degrees, 6 % each
+            way, 3 pixels of 176 and 7 % of the intensity.
+        flips: whether to mirror every other image.
+        mirror_axis: of the batch, as of `Slices.mirror_axis`.
 
     Returns: float32 (B, H, W, 1) in [0, 1].
     """
     images = tf.convert_to_tensor(images, tf.float32)
-    seed, numbers = tf.cast(seed, tf.int64), tf.cast(numbers, tf.int64)
-    uniforms = _uniforms()(seed, numbers)
-    # 0 to 2 * shift: where the image begins inside its black margin.
-    begin = tf.cast(uniforms[:, :2] * (2 * shift + 1), tf.int32)
-    margin = (shift, shift)
-    images = tf.pad(images, ((0, 0), margin, margin, (0, 0)))
-    for axis in (1, 2):
-        kept = tf.range(tf.shape(images)[axis] - 2 * shift)
-        images = tf.gather(
-            images, begin[:, axis - 1, None] + kept, axis=axis, batch_dims=1
-        )
-    factor = 1 + gain * (2 * uniforms[:, 2] - 1)
-    return tf.clip_by_value(images * factor[:, None, None, None], 0, 1)
+    seed, epoch = tf.cast(seed, tf.int64), tf.cast(epoch, tf.int64)
+    draws = _uniforms()(seed, epoch, tf.cast(numbers, tf.int64))
+    if flips:
+        mirrored = tf.reverse(images, [mirror_axis])
+        flip = draws[:, 0, None, None, None] < 0
+        images = tf.where(flip, mirrored, images)
+    draws *= tf.cast(strength, tf.float32)
+    height, width = images.shape[1:3]
+    turn = draws[:, 1] * np.float32(np.radians(6))
+    scale_y, scale_x = (1 + 0.06 * draws[:, k] for k in (2, 3))
+    shift_y, shift_x = (
+        3 / 176 * max(height, width) * draws[:, k] for k in (4, 5)
+    )
+    # Where a pixel of the result comes from: x' = a x + b y + c.
+    y, x = (height - 1) / 2, (width - 1) / 2
+    xx, xy = tf.cos(turn) * scale_x, tf.sin(turn) * scale_y
+    yx, yy = -tf.sin(turn) * scale_x, tf.cos(turn) * scale_y
+    zero = tf.zeros_like(turn)
+    matrix = [
+        xx, xy, (x - (xx * x + xy * y)) + shift_x,
+        yx, yy, (y - (yx * x + yy * y)) + shift_y,
+        zero, zero,
+    ]  # fmt: skip
+    images = tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=tf.stack(matrix, axis=1),
+        output_shape=[height, width],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+    )
+    gain = 1 + 0.07 * draws[:, 6, None, None, None]
+    return tf.clip_by_value(images * gain, 0, 1)
 
 
 @functools.cache
 def _uniforms():
-    """Return a compiled call: seed, numbers (B,) -> uniform (B, 3)."""
+    """Return a compiled call: seed, epoch, numbers (B,) -> (B, 7), -1 to 1."""
 
-    def draw(seed, numbers):
-        # A stateless draw takes one seed, so the images take turns; the loop
-        # runs inside the graph, 20 microseconds an image.
+    def draw(seed, epoch, numbers):
+        # A stateless draw takes one seed of two numbers, so the images come
+        # one by one; the loop runs inside the graph, 20 microseconds each.
+        key = tf.random.experimental.stateless_fold_in([seed, epoch], 0)
         return tf.map_fn(
             lambda number: tf.random.stateless_uniform(
-                [3], [seed, number], alg="philox"
+                [7],
+                tf.random.experimental.stateless_fold_in(key, number),
+                -1,
+                1,
+                alg="philox",
             ),
             numbers,
-            fn_output_signature=tf.TensorSpec([3], tf.float32),
+            fn_output_signature=tf.TensorSpec([7], tf.float32),
         )
 
-    signature = [tf.TensorSpec([], tf.int64), tf.TensorSpec([None], tf.int64)]
+    number = tf.TensorSpec([], tf.int64)
+    signature = [number, number, tf.TensorSpec([None], tf.int64)]
     return tf.function(draw, input_signature=signature, autograph=False)
-
-
-def _batches(count, batch_size, seed, epochs, start_step, parts=(0, 1, 1)):
-    """Return a Dataset of batches of row numbers, or of parts of each."""
-    if count == 0:
-        raise DataError("no images, expected at least one")
-    steps = steps_per_epoch(count, batch_size)
-    first, skipped = divmod(start_step, steps)
-
-    @tf.autograph.experimental.do_not_convert
-    def epoch_batches(epoch):
-        rows = _order(count, seed, epoch)
-        begin = tf.where(epoch == first, skipped * batch_size, 0)
-        rows = tf.data.Dataset.from_tensor_slices(rows[begin:])
-        return rows.batch(batch_size)
-
-    order = tf.data.Dataset.range(first, max(first, epochs))
-    order = order.flat_map(epoch_batches)
-    left = max(0, steps * epochs - start_step)
-    begin, end, total = parts
-    if total > 1:
-        numbers = tf.range(begin, end)
-
-        @tf.autograph.experimental.do_not_convert
-        def cut(rows):
-            size = tf.size(rows)
-            return tf.data.Dataset.from_tensor_slices(numbers).map(
-                lambda k: rows[size * k // total : size * (k + 1) // total]
-            )
-
-        order = order.flat_map(cut)
-        left *= end - begin
-    return order.apply(tf.data.experimental.assert_cardinality(left))
-
-
-def _order(count, seed, epoch):
-    """Return the rows of an epoch in its order."""
-    if seed is None:
-        return tf.range(count)
-    # The stream of a named algorithm is the same on every device and with
-    # every version of TensorFlow; that of a shuffle is not promised.
-    keys = tf.random.stateless_uniform(
-        [count],
-        [tf.cast(seed, tf.int64), tf.cast(epoch, tf.int64)],
-        minval=None,
-        maxval=None,
-        dtype=tf.int64,
-        alg="philox",
-    )
-    return tf.argsort(keys)
-
-
-def _loader(index, size, resize):
-    """Return a function: row number -> image, inside a dataset's graph."""
-    with tf.device("CPU"):  # bytes: a name need not be valid UTF-8
-        paths = tf.constant([os.fsencode(path) for path in index["path"]])
-        low = tf.constant(index["low"].to_numpy("float64"))
-        high = tf.constant(index["high"].to_numpy("float64"))
-        prints = tf.constant(index["fingerprint"].to_numpy("int64"))
-    read = _reader(size, resize)
-
-    def load(row):
-        data = tf.io.read_file(paths[row])
-        same = tf.debugging.Assert(
-            _fingerprint(data) == prints[row],
-            ["file changed since it was checked", paths[row]],
-        )
-        with tf.control_dependencies([same]):
-            data = tf.identity(data)
-        return read(data, low[row], high[row])
-
-    return load
-
-
-@functools.cache
-def _reader(size, resize):
-    """Return a compiled call: contents, low, high -> image (H, W).
-
-    Compiled once, not for every dataset: a run makes a score of them.
-    """
-
-    def read(data, low, high):
-        image = _rescale(decode(data), low, high)
-        return tf.ensure_shape(fit_to(image, size, resize), size)
-
-    number = tf.TensorSpec([], tf.float64)
-    signature = [tf.TensorSpec([], tf.string), number, number]
-    return tf.function(read, input_signature=signature, autograph=False)
-
-
-@contextlib.contextmanager
-def naming_files():
-    """Turn TensorFlow's error over a file gone or changed into a `DataError`.
-
-    Wrap what iterates over a dataset in it: training, evaluation.
-    """
-    try:
-        yield
-    except (tf.errors.OpError, UnicodeDecodeError) as error:
-        text = str(error)
-        if isinstance(error, UnicodeDecodeError):
-            # TensorFlow cannot make its error from a path that is not UTF-8.
-            text = os.fsdecode(error.object)
-        changed = re.search(r"\[(file changed [^]]*)\] \[(.*)\]", text)
-        lost = re.search(rf"(?s).*: ((?:/|\w:).*?); ({_losses()})", text)
-        if changed:
-            path, _ = codecs.escape_decode(os.fsencode(changed[2]))
-            raise DataError(f"{_show(path)}: {changed[1]}") from error
-        if lost:
-            raise DataError(
-                f"{_show(lost[1])}: {lost[2]}, expected the file that was "
-                "checked"
-            ) from error
-        raise
-
-
-def _losses():
-    """Return a pattern of what the system says of a file it cannot read."""
-    names = "ENOENT ENOTDIR EISDIR EACCES EPERM EIO ELOOP ESTALE".split()
-    numbers = [getattr(errno, n) for n in names if hasattr(errno, n)]
-    return "|".join(re.escape(os.strerror(n)) for n in numbers)
-
-
-def _decode_all(index, size, resize):
-    """Return all images of an index as one uint8 tensor (N, H, W)."""
-    need, free = len(index) * size[0] * size[1], _free_memory()
-    if need > free / 2:
-        raise utils.ResourceError(
-            f"{len(index)} images of {size[0]}x{size[1]} take {need >> 20} MB, "
-            f"over half of the free {free >> 20} MB; use --no-cache"
-        )
-    images, at = np.empty((len(index), *size), np.uint8), 0
-    with naming_files():
-        for batch in make_dataset(index, size, 64, resize=resize):
-            block = np.rint(batch[..., 0].numpy() * 255)
-            images[at : at + len(block)] = block
-            at += len(block)
-    with tf.device("CPU"):
-        return tf.constant(images)
-
-
-def _free_memory():
-    """Return the bytes of memory that can still be had."""
-    try:
-        lines = Path("/proc/meminfo").read_text()
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", lines)[1])
-    except (OSError, TypeError):
-        return 4 << 30  # not Linux: a size that any machine of use has
 
 
 # ------------------------------------------------------------- 7. Simulator
@@ -1400,15 +1803,13 @@ def _simulate_pelvis(rng, size):
 
 
 def ventricle_area(images):
-    """Return the share of each image's pixels that ventricles cover.
+    """Return the share of each image's pixels that ventricles cover, (B,).
 
     Counted are dark pixels deep inside the brain: below half of its bright
     level, and further from its outline than half of the deepest point.
 
     Args:
         images: (B, H, W) or (B, H, W, 1), intensities in [0, 1].
-
-    Returns: float64 (B,); 0 for a blank image.
     """
     return np.array([_ventricle_area(i) for i in np.asarray(images)])
 
@@ -1444,8 +1845,7 @@ def ventricle_areas(images, positions):
         images: (N, H, W) or (N, H, W, 1), intensities in [0, 1].
         positions: (N,) slice positions in [0, 1].
 
-    Returns: float64 (N,); NaN outside of `VENTRICLE_POSITIONS`, so
-        `np.nanmean` gives the mean over the slices that count.
+    Returns: float64 (N,); NaN outside of `VENTRICLE_POSITIONS`.
     """
     images, positions = np.asarray(images), np.asarray(positions)
     low, high = VENTRICLE_POSITIONS
@@ -1487,9 +1887,7 @@ def add_lesion(image, seed):
     return np.clip(image, 0, 1).astype(np.float32), mask
 
 
-def simulate(
-    dest, layout="oasis", subjects=60, image_size=128, seed=0, workers=None
-):
+def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
     """Write a data set of simulated slices, return its folder.
 
     Subject k of a seed is the same whatever the other arguments but the
@@ -1497,44 +1895,44 @@ def simulate(
 
     Args:
         dest: folder to make.
-        layout: key of `LAYOUTS`; "hipmri" gives pelvises, others brains.
+        layout: "oasis", "adni" or, of pelvises, "hipmri".
         subjects: int >= 3; about 75 % train, 10 % validate, 15 % test.
         image_size: long side in pixels, a multiple of 16.
         seed: int >= 0.
-        workers: threads, by default one a core. SciPy releases the
-            interpreter lock: two threads are 1.95 times as fast as one.
 
     Raises:
         DataError: if `dest` holds anything else.
     """
     dest = Path(dest)
-    settings = Simulate(
+    options = Simulate(
         dest=str(dest),
         layout=layout,
         subjects=subjects,
         image_size=image_size,
         seed=seed,
     )
-    about = _about(settings)
+    people = list(_people(options))
+    about = {
+        "about": "simulated: brains from the MNI152 anatomy, pelvises from "
+        "simple solids; no person was scanned",
+        "layout": layout,
+        "subjects": subjects,
+        "image_size": image_size,
+        "seed": seed,
+        "labels": {subject: label for subject, label, _ in people},
+    }
     if _holds(dest, about):
         return dest
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(
-        tempfile.mkdtemp(prefix=f"{dest.name}.tmp-", dir=dest.parent)
-    )
-    temporary.chmod(0o755)  # as of any folder, not as of a secret one
     try:
-        _simulate_all(temporary, settings, workers or os.cpu_count() or 1)
-        utils.write_json(temporary / MARKER, about)
-        try:
-            if dest.exists():
-                dest.rmdir()
-            os.rename(temporary, dest)
-        except OSError:  # unless another process was faster
-            if not _holds(dest, about):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with _new_folder(dest) as folder:
+            _anatomy() if layout != "hipmri" else None  # before the threads
+            work = functools.partial(_simulate_subject, folder, options)
+            people = list(enumerate(people))
+            collections.deque(_in_parallel(work, people, "simulating"), 0)
+            utils.write_json(folder / MARKER, about)
+    except OSError:
+        if not _holds(dest, about):  # another process may have been faster
+            raise
     return dest
 
 
@@ -1550,150 +1948,491 @@ def simulated_folder(subjects, layout="oasis", image_size=128):
     return simulate(Path("data") / name, layout, subjects, image_size)
 
 
-def _about(settings):
-    """Return what the marker file of a simulation says."""
-    people = range(settings.subjects)
-    return {
-        "about": "simulated: brains from the MNI152 anatomy, pelvises from "
-        "simple solids; no person was scanned",
-        "layout": settings.layout,
-        "subjects": settings.subjects,
-        "image_size": settings.image_size,
-        "seed": settings.seed,
-        "labels": {_subject(settings, k): _label(settings, k) for k in people},
-    }
+def _people(options):
+    """Yield (subject, label, split); ADNI has no folder to validate."""
+    first = {"oasis": 1, "adni": 100_001, "hipmri": 4}[options.layout]
+    count = options.subjects
+    test, validate = max(1, round(0.15 * count)), max(1, round(0.1 * count))
+    validate *= options.layout != "adni"
+    for k in range(count):
+        label = ("AD" if k % 2 else "NC") if options.layout != "hipmri" else ""
+        later = (k >= count - validate - test) + (k >= count - test)
+        yield f"{first + k:03d}", label, SPLITS[later]
 
 
-def _subject(settings, number):
-    first = {"oasis": 1, "adni": 100_001, "hipmri": 4}[settings.layout]
-    return f"{first + number:03d}"
-
-
-def _label(settings, number):
-    if settings.layout == "hipmri":
-        return ""
-    return "AD" if number % 2 else "NC"
-
-
-def _holds(dest, about):
+def _holds(dest, about=None):
     """Tell whether a folder holds this simulation; refuse any other."""
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return False
-    try:
-        if json.loads((dest / MARKER).read_text(encoding="utf-8")) == about:
+    found = "other files"
+    if about and (dest / MARKER).exists():
+        if _read_marker(dest, dest) == about:
             return True
         found = "another simulation"
-    except (OSError, ValueError):
-        found = "other files"
     raise DataError(
         f"{_show(dest)}: found {found}, expected a new or an empty folder"
     )
 
 
-def _simulate_all(folder, settings, workers):
-    _anatomy() if settings.layout != "hipmri" else None
-    numbers = range(settings.subjects)
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
-    bar = tqdm.tqdm(
-        total=len(numbers), desc="simulating", unit="subject", disable=None
-    )
-    with pool, bar:
-        work = functools.partial(_simulate_subject, folder, settings)
-        try:
-            for _ in pool.map(work, numbers):
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+@contextlib.contextmanager
+def _new_folder(dest):
+    """Yield a folder that becomes `dest` unless there is an error."""
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    name = tempfile.mkdtemp(prefix=f"{dest.name}.tmp-", dir=dest.parent)
+    os.chmod(name, 0o755)  # as of any folder, not as of a secret one
+    try:
+        yield Path(name)
+        if dest.exists():
+            dest.rmdir()
+        os.rename(name, dest)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
 
 
-def _simulate_subject(folder, settings, number):
+def _simulate_subject(folder, options, person):
     """Write the slices of one subject."""
-    layout = settings.layout
-    label, subject = _label(settings, number), _subject(settings, number)
-    rng = np.random.default_rng([settings.seed, number])
-    parent = folder / _split_folder(settings, number)
+    number, (subject, label, split) = person
+    layout, size = options.layout, options.image_size
+    rng = np.random.default_rng([options.seed, number])
+    parent = folder / f"{LAYOUTS[layout].prefix}{split}"
+    if layout == "adni":
+        parent /= label
+    parent.mkdir(parents=True, exist_ok=True)
     if layout == "hipmri":
-        for k, plane in enumerate(_simulate_pelvis(rng, settings.image_size)):
+        for k, plane in enumerate(_simulate_pelvis(rng, size)):
             data = nibabel.Nifti1Image(plane, np.eye(4)).to_bytes()
             path = parent / f"case_{subject}_week_0_slice_{k}.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(gzip.compress(data, mtime=0))
         return
-    images = _simulate_brain(
-        rng, label, settings.image_size, BRAIN_PLANES[layout]
-    )
+    images = _simulate_brain(rng, label, size, BRAIN_PLANES[layout])
     first = int(rng.integers(60, 90))
     for k, image in enumerate(images):
         image = Image.fromarray(np.rint(image * 255).astype(np.uint8))
         if layout == "adni":
-            path = parent / label / f"{subject}_{first + k}.jpeg"
+            image.save(parent / f"{subject}_{first + k}.jpeg", quality=95)
         else:
-            path = parent / f"case_{subject}_slice_{k}.nii.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **({"quality": 95} if layout == "adni" else {}))
+            image.save(parent / f"case_{subject}_slice_{k}.nii.png")
 
 
-def _split_folder(settings, number):
-    """Return the folder of a subject's split; ADNI has none to validate."""
-    count = settings.subjects
-    test = max(1, round(0.15 * count))
-    validate = 0 if settings.layout == "adni" else max(1, round(0.1 * count))
-    train = count - validate - test
-    split = SPLITS[(number >= train) + (number >= train + validate)]
-    return LAYOUTS[settings.layout].folders[split]
+# ---------------------------------------------------- 8. Slicing of volumes
+
+VOLUME_FILE = re.compile(
+    r"(?is)(.*/)?(?P<stem>[^./][^/]*?)\.(nii|nii\.gz|img|img\.gz|mgz|mgh|mnc)"
+)
+# Of the axes (right, front, up): along which slices are stacked, which way
+# their top and their right point; and how a picture says so.
+PLANES = {
+    "axial": (2, 1, 0, "top: front, left: left of the body"),
+    "coronal": (1, 2, 0, "top: head, left: left of the body"),
+    "sagittal": (0, 2, 1, "top: head, left: back"),
+}
+INSIDE = 0.1  # of the intensity range: what is brighter is content
 
 
-# ---------------------------------------------------------- 8. Command line
+@utils.settings
+class Slice:
+    """Cut volumes into slices that train.py reads."""
+
+    src: Positional[Annotated[str, arg(metavar="SRC")]]
+    """Volume (NIfTI, Analyze, MGZ, MINC) or folder of volumes."""
+    dest: Positional[Annotated[str, arg(metavar="DEST")]]
+    """Folder to make."""
+    layout: Literal["folder", "oasis"] = "folder"
+    """Names of the files; only folder has labels and several sessions."""
+    match: str = "*"
+    """Take only volumes whose path fits, such as '*T1w*'."""
+    subject_pattern: str | None = None
+    """Regular expression of the subject in a path (default: BIDS, ADNI and
+    OASIS names, else the file name)."""
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Plane of the slices; the left of the body is on their left."""
+    slices: utils.Number[1, 1024] = 32
+    """Slices of a volume, evenly spread."""
+    start: Annotated[utils.Fraction, arg(name="from")] = 0.0
+    """Where the slices begin in what holds content; 0: its low end."""
+    stop: Annotated[utils.Fraction, arg(name="to")] = 1.0
+    """Where they end; 1: its high end."""
+    spacing: utils.Real[0.05, 20] = 1.0
+    """Side of a pixel in mm."""
+    image_size: utils.ImageSize | None = None
+    """Height and width in pixels (default: what holds all content)."""
+    bits: Literal[8, 16] = 8
+    """Bits of a pixel."""
+    split: str = ",".join(map(str, SHARES))
+    """Shares of the subjects that train, validate and test."""
+    labels: utils.Folder = None
+    """Table (.csv, .tsv) of subjects and their labels."""
+    label_column: str = "group"
+    """Column of the labels."""
+    skip_bad: bool = False
+    """Leave out unfit volumes."""
+
+    @property
+    def shares(self):
+        try:
+            shares = tuple(map(float, self.split.split(",")))
+        except ValueError:
+            shares = ()
+        if len(shares) != 3 or min(shares) < 0 or not 0.99 < sum(shares) < 1.01:
+            raise FlagError(
+                f"--split: found {self.split}, expected three shares of 1, "
+                "such as 0.7,0.15,0.15"
+            )
+        return shares
 
 
-@dataclasses.dataclass(frozen=True)
+def slice_volumes(options):
+    """Cut volumes into a new folder of slices; see `Slice`."""
+    dest, shares = Path(options.dest), options.shares
+    if options.start >= options.stop:
+        raise FlagError(f"--from: found {options.start}, expected below --to")
+    _holds(dest)
+    table = _find_volumes(Path(options.src), options)
+    table["label"] = _read_labels(table["subject"], options)
+    splits = split_subjects(table["subject"], shares)
+    table["split"] = table["subject"].map(splits)
+    with _new_folder(dest) as folder, tempfile.TemporaryDirectory() as parts:
+        work = functools.partial(_cut_to_file, options=options, folder=parts)
+        cuts = list(_in_parallel(work, table["source"], "slicing"))
+        table = table.join(pd.DataFrame(cuts, columns=["file", "notes"]))
+        unfit = table[table["file"] == ""]
+        unfit = unfit.assign(path=unfit["source"], reason=unfit["notes"])
+        if len(unfit) and not options.skip_bad or len(unfit) == len(table):
+            raise DataError(_listed(unfit, Path(), len(table)))
+        table = table.drop(unfit.index)
+        images = {k: np.load(name, "r") for k, name in table["file"].items()}
+        largest = np.max([cut.shape[1:] for cut in images.values()], axis=0)
+        size = options.image_size or tuple(-(-largest // 16) * 16)
+        rows = []
+        for volume in table.itertuples():
+            cut = images[volume.Index]
+            rows += _write_slices(folder, volume, cut, size, options)
+        utils.write_csv(folder / "manifest.csv", pd.DataFrame(rows))
+        shown = list(images.values())[:4]
+        utils.image_grid(
+            folder / "orientation.png",
+            [cut[utils.spread(len(cut), 8)] / 65535 for cut in shown],
+            titles=list(table["scan"][:4]),
+            title=PLANES[options.plane][3],
+        )
+    for row in unfit.itertuples():
+        print(f"left out {_show(row.path)}: {row.reason}")
+    notes = collections.Counter("; ".join(table["notes"]).split("; "))
+    for note, count in notes.items():
+        print(f"{count} volumes: {note}" if note else "", end="\n" * bool(note))
+    print(
+        f"{len(rows)} slices of {len(table)} volumes in {_show(dest)}; look at "
+        "orientation.png in it before you train"
+    )
+
+
+def _find_volumes(source, options):
+    """Return a table of the volumes: source, subject, number, scan."""
+    if not source.exists():
+        raise DataError(f"{_show(source)}: found nothing there")
+    files, others = [str(source)], []
+    if source.is_dir():
+        files = list(filter(VOLUME_FILE.fullmatch, _walk(source, others)))
+    masks = [f for f in files if MASKS.fullmatch(_stem(f))]
+    files = [
+        file
+        for file in sorted(set(files) - set(masks))
+        if fnmatch.fnmatch(os.path.relpath(file, source.parent), options.match)
+    ]
+    if not files:
+        raise DataError(
+            f"{_show(source)}: found no volume that fits {options.match}, "
+            "expected NIfTI, Analyze, MGZ or MINC files"
+        )
+    if masks:
+        print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
+    table = pd.DataFrame({"source": files})
+    names = [os.path.relpath(file, source.parent) for file in files]
+    find = functools.partial(_subject_of, pattern=options.subject_pattern)
+    table["subject"] = _unify(pd.Series(map(find, names)))
+    table["number"] = 1 + pd.factorize(table["subject"])[0]
+    session = 1 + table.groupby("subject").cumcount()
+    if options.layout == "oasis" and session.max() > 1:
+        raise FlagError(
+            "--layout: found several volumes of a subject, such as "
+            f"{table['subject'][session > 1].iloc[0]}, expected folder "
+            "or --match"
+        )
+    table["scan"] = "sub-" + table["subject"] + "_ses-" + session.map(str)
+    return table
+
+
+def _stem(path):
+    match = VOLUME_FILE.fullmatch(os.path.basename(path))
+    return match["stem"] if match else os.path.basename(path)
+
+
+def _subject_of(path, pattern=None):
+    """Return the subject that a path names, in letters and digits."""
+    found = _stem(path)
+    for name in [pattern] if pattern else SUBJECTS:
+        if match := re.search(rf"(?i)(?<![^\W_])(?:{name})(?![^\W_])", path):
+            found = match.groupdict().get("subject") or match[0]
+            break
+    return re.sub(r"^sub-|[\W_]", "", found) or "x"
+
+
+def _read_labels(subjects, options):
+    """Return the label of each subject, "" if unknown."""
+    if options.labels is None:
+        return ""
+    if options.layout == "oasis":
+        raise FlagError("--labels: the OASIS layout has none; use folder")
+    try:
+        text = {"dtype": str, "keep_default_na": False}
+        known = pd.read_csv(options.labels, sep=None, engine="python", **text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{_show(options.labels)}: {error}") from error
+    if options.label_column not in known:
+        raise FlagError(
+            f"--label-column: found {_some(known)}, expected "
+            f"{options.label_column}"
+        )
+    labels = known.pop(options.label_column).str.replace(
+        r"[^\w.]+", "-", regex=True
+    )
+    wanted = subjects.map(_canonical)
+    keys = known.map(lambda value: _canonical(_subject_of(value)))
+    column = max(keys, key=lambda name: keys[name].isin(wanted).sum())
+    found = dict(zip(keys[column][::-1], labels[::-1], strict=True))
+    result = wanted.map(found).fillna("")
+    if (result == "").any():
+        print(f"{(result == '').sum()} of {len(result)} volumes have no label")
+    return result
+
+
+def _cut_to_file(source, options, folder):
+    """Cut a volume; return the file of its slices, "" if unfit, and notes."""
+    try:
+        images, notes = cut_volume(source, options)
+    except _Unfit as error:
+        return "", str(error)
+    number, name = tempfile.mkstemp(".npy", dir=folder)
+    with open(number, "wb") as file:
+        np.save(file, images)
+    return name, "; ".join(notes)
+
+
+def cut_volume(path, options):
+    """Return slices of a volume, and notes on what was done to it.
+
+    The volume is turned to RAS, scaled to [0, 1] by percentiles, and
+    resampled to square pixels about the middle of its content.
+
+    Args:
+        path: of any file that nibabel opens.
+        options: `Slice`.
+
+    Returns: uint16 (N, h, w), h and w even; list of str.
+    """
+    depth, up, right, _ = PLANES[options.plane]
+    image, notes = _open_volume(path)
+    spacing = nibabel.affines.voxel_sizes(image.affine)[[depth, up, right]]
+    volume = np.asarray(image.dataobj).transpose(depth, up, right)[:, ::-1]
+    low, high = _window(volume[::2, ::2, ::2])
+    inside = volume > low + INSIDE * (high - low)
+    if not inside.any() or inside.all():
+        raise _Unfit("found no contrast, expected anatomy")
+    high = float(np.percentile(volume[inside][::8], PERCENTILES[1]))
+    volume, inside = _choose_planes(volume, inside, spacing[0], options)
+    sides, begins = [], []
+    step = options.spacing / spacing[1:]  # of a pixel, in voxels
+    for axis in (1, 2):
+        mass = inside.sum(axis=(0, 3 - axis))
+        places = np.flatnonzero(mass > 0.002 * mass.max())  # but for specks
+        middle = np.average(np.arange(len(mass)), weights=mass)
+        away = max(middle - places[0], places[-1] - middle) + 0.5
+        sides.append(2 * int(np.ceil(away / step[axis - 1])))
+        begins.append(middle - (sides[-1] - 1) / 2 * step[axis - 1])
+    # A pixel larger than a voxel is about the mean of its voxels.
+    volume = ndimage.gaussian_filter(
+        volume, (0, *np.sqrt(np.maximum(0, step**2 - 1) / 12))
+    )
+    sample = functools.partial(
+        ndimage.affine_transform,
+        matrix=np.diag(step),
+        offset=begins,
+        output_shape=tuple(sides),
+        order=1,
+        cval=low,
+    )
+    scaled = (np.stack([*map(sample, volume)]) - low) / max(high - low, 1e-6)
+    return np.rint(np.clip(scaled, 0, 1) * 65535).astype(np.uint16), notes
+
+
+def _open_volume(path):
+    """Return a volume as a float32 image with axes to RAS, and notes."""
+    notes = []
+    nibabel.imageglobals.logger.setLevel("CRITICAL")  # else lines a file
+    with _library("damaged or unsupported volume"):
+        if path.lower().endswith(("gz", "mgz")):  # nibabel skips the checksum
+            with gzip.open(path) as stream:
+                collections.deque(
+                    iter(lambda: stream.read(MOST_UNPACKED), b""), 0
+                )
+        image = nibabel.load(path)
+        if image.ndim < 3:
+            raise _Unfit(f"found shape {image.shape}, expected a volume")
+        voxels = np.asanyarray(image.dataobj[(..., *[0] * (image.ndim - 3))])
+        if np.prod(image.shape[3:]) > 1:
+            notes.append("the first of several volumes in a file is taken")
+        if voxels.dtype.kind not in "iuf":
+            raise _Unfit(f"found {voxels.dtype} voxels, expected real numbers")
+        if None in nibabel.aff2axcodes(image.affine):
+            raise _Unfit("found an affine without orientation, expected one")
+        voxels, fit = voxels.astype(np.float32), np.isfinite(voxels)
+        if not fit.all():
+            notes.append("voxels that are NaN or infinite are made black")
+            voxels = np.where(fit, voxels, voxels[fit].min(initial=0))
+        image = nibabel.Nifti1Image(voxels, image.affine)
+        return nibabel.as_closest_canonical(image), notes
+
+
+def _choose_planes(volume, inside, thickness, options):
+    """Return the planes to show, and where they hold content.
+
+    Between thin planes is interpolated; thick ones are taken as they are.
+    """
+    mass = np.cumsum([0, *inside.sum(axis=(1, 2))]) / inside.sum()
+    low, high = np.interp((0.005, 0.995), mass, np.arange(len(mass)) - 0.5)
+    share = (np.arange(options.slices) + 0.5) / options.slices
+    share = options.start + share * (options.stop - options.start)
+    at = np.clip(low + share * (high - low), 0, len(volume) - 1)
+    if thickness > 2 * options.spacing:
+        at = np.unique(np.rint(at))
+    below = np.floor(at).astype(int)
+    above = np.minimum(below + 1, len(volume) - 1)
+    part = (at - below)[:, None, None].astype(np.float32)
+    planes = volume[below] * (1 - part) + volume[above] * part
+    inside = inside[below] | inside[above]
+    if not inside.any():
+        raise _Unfit("found no content between --from and --to")
+    return planes, inside
+
+
+def _write_slices(folder, volume, images, size, options):
+    """Write the slices of a volume; return their rows of the manifest."""
+    rows = []
+    for k, image in enumerate(images):
+        name = f"{volume.scan}_slice-{k:03d}.png"
+        name = "/".join(filter(None, (volume.split, volume.label, name)))
+        if options.layout == "oasis":
+            name = f"case_{volume.number:03d}_slice_{k}.nii.png"
+            name = f"{LAYOUTS['oasis'].prefix}{volume.split}/{name}"
+        image = fit_to(image, size)
+        if options.bits == 8:
+            image = np.rint(image / 257).astype(np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+        about = ("subject", "scan", "label", "split", "source", "notes")
+        about = {key: getattr(volume, key) for key in about}
+        rows.append({"path": name, "slice": k, **about})
+    return rows
+
+
+# ---------------------------------------------------------- 9. Command line
+
+
+@utils.settings
 class Check:
     """Show what would be trained on, and every file that cannot be."""
 
-    dir: str = utils.positional("folder of a data set")
-    dataset: str = utils.flag("auto", "its layout", choices=("auto", *LAYOUTS))
-    skip_bad: bool = utils.flag(False, "leave out unfit files")
+    dir: Positional[Annotated[str, arg(metavar="DIR")]]
+    """Folder of a data set."""
+    dataset: Literal["auto", "oasis", "adni", "hipmri", "folder"] = "auto"
+    """Its layout."""
+    subject_pattern: str | None = None
+    """For --dataset folder: regular expression of paths with groups named
+    subject, slice, label (default: guessed)."""
+    image_size: utils.ImageSize | None = None
+    """Height and width in pixels (default: the most common size)."""
+    resize: bool = False
+    """Resample images of another size."""
+    skip_bad: bool = False
+    """Leave out unfit files."""
+    preview: utils.Folder = None
+    """Picture to write: slices of each split as the model sees them."""
 
-    def __post_init__(self):
-        utils.check_fields(self)
 
-
-@dataclasses.dataclass(frozen=True)
+@utils.settings
 class Simulate:
     """Write simulated slices in the layout of a real data set."""
 
-    dest: str = utils.positional("folder to make")
-    layout: str = utils.flag(
-        "oasis", "layout of the files", choices=tuple(LAYOUTS)
-    )
-    subjects: int = utils.flag(60, "simulated people", 3, 100_000)
-    image_size: int = utils.flag(
-        128, "long side in pixels, a multiple of 16", 32, 1024
-    )
-    seed: int = utils.flag(0, "seed of every random choice", 0, 2**31 - 1)
+    dest: Positional[Annotated[str, arg(metavar="DEST")]]
+    """Folder to make."""
+    layout: Literal["oasis", "adni", "hipmri"] = "oasis"
+    """Layout of the files."""
+    subjects: utils.Number[3, 100_000] = 60
+    """Simulated people."""
+    image_size: utils.Number[32, 1024] = 128
+    """Long side in pixels, a multiple of 16."""
+    seed: utils.Seed = 0
+    """Seed of every random choice."""
 
     def __post_init__(self):
-        utils.check_fields(self)
         if self.image_size % 16:
-            raise utils.FlagError(
+            raise FlagError(
                 f"--image-size: {self.image_size} is not a multiple of 16"
             )
 
 
+def check(options):
+    """Print what a folder holds; draw a few slices of each split."""
+    values = dataclasses.asdict(options)
+    folder, preview = values.pop("dir"), values.pop("preview")
+    if options.dataset == "auto":
+        known = options.subject_pattern is not None
+        values["dataset"] = "folder" if known else detect_layout(folder)
+    slices = load(utils.DataSettings(data_dir=folder, **values))
+    for row in slices.rejected.itertuples():
+        print(f"left out {_show(slices.root / row.path)}: {row.reason}")
+    some = slices.read(utils.spread(len(slices), 256))
+    shades, _ = np.histogram(some, (0, 0.05, 0.35, 0.65, 0.95, 1))
+    names = ("black", "dark grey", "grey", "light grey", "white")
+    print(
+        f"pixels of {len(some)} images: "
+        + ", ".join(
+            f"{share:.0%} {name}"
+            for share, name in zip(shades / some.size, names, strict=True)
+        )
+    )
+    if preview:
+        _draw_preview(slices, Path(preview))
+
+
+def _draw_preview(slices, path):
+    """Draw a few slices of each split."""
+    parts = {name: slices.split(name) for name in SPLITS}
+    parts = {name: part for name, part in parts.items() if len(part)}
+    rows = {k: utils.spread(len(part), 8) for k, part in parts.items()}
+    captions = [
+        [f"{r.subject} {r.slice}" for r in parts[k].table.iloc[n].itertuples()]
+        for k, n in rows.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    utils.image_grid(
+        path,
+        [parts[name].read(numbers)[..., 0] for name, numbers in rows.items()],
+        captions,
+        list(rows),
+        f"{slices.root.name}, {utils.size_text(slices.size)} pixels",
+    )
+    print(f"{_show(path)}: a few slices of each split")
+
+
 def main(argv):
     """Run a verb of the command line."""
-    verbs = {"check": Check, "simulate": Simulate}
+    verbs = {"check": Check, "slice": Slice, "simulate": Simulate}
     verb, options = utils.parse_verbs(verbs, argv, description=__doc__)
     if verb == "simulate":
         print(simulate(**dataclasses.asdict(options)))
-        return
-    layout = options.dataset
-    if layout == "auto":
-        layout = detect_layout(options.dir)
-    index = load_index(options.dir, layout, options.skip_bad)
-    for row in index.attrs["rejected"].itertuples():
-        print(f"left out {_show(row.path)}: {row.reason}")
+    else:
+        {"check": check, "slice": slice_volumes}[verb](options)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Models: vector quantizer, VQ-VAE of one to three levels, three priors.
+"""Models: VQ-VAE of one to three levels, its decoder stage, three priors.
 
-Opening a saved model needs this module imported first::
+Import this module before opening a saved model::
 
     import keras
     import modules
     vqvae = keras.models.load_model("runs/NAME/vqvae.keras")
 
-Dimension letters: B batch, H W image, h w latent grid, C channels,
-D length of a code vector, K number of code vectors.
+Dimension letters: B batch, H W frame of an image, h w latent grid,
+C channels, D length of a code vector, K number of code vectors.
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -18,13 +20,15 @@ import os
 import signal
 import time
 import typing
+import zipfile
 from pathlib import Path
 
+import utils  # first: it sets the environment that Keras reads
+
+# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
-
-import utils
 
 register = keras.saving.register_keras_serializable("mri_vqvae")
 
@@ -38,35 +42,47 @@ def require(condition: bool, message: str) -> None:
 def within(low: float, high: float, **arguments) -> None:
     """Raise a `ValueError` that names the argument not in `[low, high]`."""
     for name, value in arguments.items():
-        require(
-            low <= value <= high,
-            f"{name}: expected {low}..{high}, found {value}",
-        )
+        message = f"{name}: expected {low}..{high}, found {value}"
+        require(low <= value <= high, message)
 
 
-class Configurable:
-    """Mixin: `get_config` from the names in `ARGUMENTS`.
+def one_of(*choices, **arguments) -> None:
+    """Raise a `ValueError` that names the argument not among `choices`."""
+    for name, value in arguments.items():
+        words = ", ".join(map(str, choices))
+        require(value in choices, f"{name}: expected {words}, found {value!r}")
 
-    Each constructor argument is kept as an attribute of the same name:
-    `self.keep(locals())` in `__init__` does that.
+
+# === Training step ===
+
+
+class TrainableModel(keras.Model):
+    """Model with a custom `train_step` and `test_step` over one loss.
+
+    A subclass gives `_batch_loss(batch, training)`: the mean loss over the
+    images of a batch. It also updates the trackers that an epoch logs.
+
+    Under a strategy of `tf.distribute` each replica trains on its part of the
+    batch; the step equals that of one device with the whole batch.
+
+    Attributes:
+        accumulation_steps: int >= 1. Parts that a replica splits its batch
+            into, to need the memory of one part only. An EMA codebook moves
+            with each part.
+        optimizers: list of all optimizers, for checkpoints.
     """
 
-    ARGUMENTS: tuple[str, ...] = ()
+    accumulation_steps = 1
 
-    def keep(self, arguments: dict) -> None:
-        for name in self.ARGUMENTS:
-            if name in arguments:  # a subclass keeps those that it adds
-                setattr(self, name, arguments[name])
-
-    def get_config(self) -> dict:
-        own = {name: getattr(self, name) for name in self.ARGUMENTS}
-        return {**super().get_config(), **own}
+    def __new__(cls, *args, **kwargs):
+        # A layer records its arguments for `get_config`, a model would not.
+        return keras.layers.Layer.__new__(cls, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config):
-        """Also gives the layers inside the saved precision policy.
+        """Make the model under the precision policy that it was saved with.
 
-        They take the global one, which is that of the training only there.
+        Inner layers take the global policy at the time they are made.
         """
         current = keras.config.dtype_policy()
         policy = keras.dtype_policies.get(config.get("dtype"))
@@ -76,52 +92,36 @@ class Configurable:
         finally:
             keras.config.set_dtype_policy(current)
 
-
-class TrainableModel(Configurable, keras.Model):
-    """Model with a custom `train_step` and `test_step` over one loss.
-
-    A subclass gives `_batch_loss(batch, training)`, which returns the mean
-    loss over the images of a batch and updates every tracker in `metrics`:
-    what an epoch logs is what these average, not Keras's own loss tracker.
-
-    Under a strategy of `tf.distribute` each replica trains on its part of the
-    batch, and the step is that of the whole batch (`batch_parts` in
-    dataset.py cuts it).
-
-    Attributes:
-        accumulation_steps: int >= 1. Parts that a replica takes its batch in,
-            one after the other: a step then needs the memory of one part. An
-            EMA codebook moves with each part.
-    """
-
-    accumulation_steps = 1
+    @property
+    def optimizers(self):
+        return [self.optimizer]
 
     def train_step(self, batch):
         gradients, images = self._accumulated_gradients(batch)
         variables = self.trainable_variables
-        gradients, norm = self._over_replicas(gradients, images)
-        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        # Of this step, not means. A NaN voxel can leave the loss finite, for
-        # a fused ReLU turns it into 0, and then the weights are all that
-        # tells: these two are what `FiniteCheck` needs besides the loss.
-        return self._logged(
-            self.get_metrics_result()
-            | {
-                "gradient_norm": norm,
-                "parameter_norm": tf.linalg.global_norm(self.float_weights),
-            }
-        )
+        norm = self._apply(self.optimizer, variables, gradients, images)
+        return self._step_logs(norm)
+
+    def _step_logs(self, gradient_norm):
+        """Metrics, and two norms of this step that `FiniteCheck` looks at.
+
+        A NaN voxel can leave the loss finite, since a fused ReLU turns it
+        into 0. Then only gradients and weights tell.
+        """
+        floats = [w.value for w in self.weights if w.dtype.startswith("float")]
+        norms = {
+            "gradient_norm": gradient_norm,
+            "parameter_norm": tf.linalg.global_norm(floats),
+        }
+        return self._logged(self.get_metrics_result() | norms)
 
     def _accumulated_gradients(self, batch):
         """Gradients of the mean loss over a batch, and its images."""
         gradients = None
         for part, share in self._parts(batch):
-            # A part begins when the one before has let go of its memory.
+            # A part begins when the one before has freed its memory.
             with tf.control_dependencies(gradients or []):
-                with tf.GradientTape() as tape:
-                    loss = share * self._batch_loss(part, training=True)
-                    loss = self.optimizer.scale_loss(loss)
-                added = tape.gradient(loss, self.trainable_variables)
+                added = self._part_gradients(part, share)
                 # Dense: a norm over slices would not add up those of a row.
                 added = [tf.convert_to_tensor(gradient) for gradient in added]
             if gradients:
@@ -129,8 +129,15 @@ class TrainableModel(Configurable, keras.Model):
             gradients = added
         return gradients, tf.shape(tf.nest.flatten(batch)[0])[0]
 
+    def _part_gradients(self, part, share):
+        """Gradients of `share` times the mean loss over part of a batch."""
+        with tf.GradientTape() as tape:
+            loss = share * self._batch_loss(part, training=True)
+            loss = self.optimizer.scale_loss(loss)
+        return tape.gradient(loss, self.trainable_variables)
+
     def _parts(self, batch):
-        """Parts of a batch, and the share of its images that each has."""
+        """Parts of a batch, each with its share of the images."""
         count = self.accumulation_steps
         if count == 1:
             return [(batch, 1.0)]
@@ -138,18 +145,25 @@ class TrainableModel(Configurable, keras.Model):
         bounds = [images * k // count for k in range(count + 1)]
         return [
             (
-                _rows(batch, first, last),
-                tf.cast((last - first) / images, tf.float32),
+                tf.nest.map_structure(lambda x, a=a, b=b: x[a:b], batch),
+                tf.cast((b - a) / images, tf.float32),
             )
-            for first, last in itertools.pairwise(bounds)
+            for a, b in itertools.pairwise(bounds)
         ]
 
-    def _over_replicas(self, gradients, images):
+    def _apply(self, optimizer, variables, gradients, images):
+        """Update `variables`; return the norm of the unscaled gradients."""
+        gradients, norm = self._over_replicas(optimizer, gradients, images)
+        scale = optimizer.scale_loss(tf.constant(1.0))
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return norm / scale
+
+    def _over_replicas(self, optimizer, gradients, images):
         """Gradients to apply, and the norm of those of the whole batch.
 
-        The optimizer clips the gradients of each replica, then adds them up.
-        So that the whole batch is what is clipped, they are added up and
-        clipped here, and each replica applies its share.
+        The optimizer would clip the gradients of each replica, then add them.
+        To clip those of the whole batch they are added and clipped here, and
+        each replica applies its share.
         """
         replicas = tf.distribute.get_replica_context()
         count = replicas.num_replicas_in_sync
@@ -160,64 +174,55 @@ class TrainableModel(Configurable, keras.Model):
         gradients = replicas.all_reduce("SUM", [weight * g for g in gradients])
         norm = tf.linalg.global_norm(gradients)
         scale = 1 / count
-        if limit := self.optimizer.global_clipnorm:
+        if limit := optimizer.global_clipnorm:
             scale *= tf.minimum(1.0, limit / norm)
         return [scale * g for g in gradients], norm
 
-    def _logged(self, values):
-        """Values of a step in the form that Keras takes the mean of.
+    def test_step(self, batch):
+        self._batch_loss(batch, training=False)
+        return self._logged(self.get_metrics_result())
 
-        Of several workers it reduces the first axis, of replicas none.
+    def _logged(self, values):
+        """Values of a step in the form that Keras averages.
+
+        For several workers it reduces the first axis, for replicas none.
         """
         if not utils.is_multi_worker(self.distribute_strategy):
             return values
         return {name: tf.reshape(v, (1,)) for name, v in values.items()}
 
     def _get_metrics_result_or_logs(self, logs):
-        """Metrics of an epoch, over all replicas, and the norms of its end.
-
-        Keras would take the logs of the last step if they hold more than
-        metrics do; these are of one replica.
-        """
+        # Keras would take the logs of the last step, which are those of one
+        # replica, if they hold more than the metrics do.
         return {**logs, **self.get_metrics_result()}
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Build the optimizer only: the model is built when it is made.
-
-        Keras would trace it on a batch, which fails where each replica has a
-        batch of its own (github.com/keras-team/keras/issues/20585).
-        """
+        # The model is built when it is made. Keras would trace it on a batch,
+        # which fails where each replica has a batch of its own
+        # (github.com/keras-team/keras/issues/20585).
         if self.optimizer and not self.optimizer.built:
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
 
+    def _make_trackers(self, *names):
+        self._trackers = {name: keras.metrics.Mean(name=name) for name in names}
+
+    def _track(self, batch, **values):
+        """Update trackers with means over a batch of tensors."""
+        for name, value in values.items():
+            images = tf.shape(batch)[0]
+            self._trackers[name].update_state(value, sample_weight=images)
+
     @property
-    def float_weights(self):
-        """What training changes, the averages of a codebook among it."""
-        return [
-            weight.value
-            for weight in self.weights
-            if weight.dtype.startswith("float")
-        ]
-
-    def test_step(self, batch):
-        self._batch_loss(batch, training=False)
-        return self._logged(self.get_metrics_result())
-
-
-def _rows(batch, first, last):
-    """Images `first` to `last` - 1 of a structure of tensors."""
-    return tf.nest.map_structure(lambda x: x[first:last], batch)
+    def metrics(self):
+        return list(self._trackers.values())
 
 
 # === Callbacks ===
 
 
 class FiniteCheck(keras.callbacks.Callback):
-    """Ends a training at the first number that is not finite.
-
-    Looks at what every step and every epoch logs. It comes before
-    `Checkpoint` in the list, so that nothing is saved after such a step.
+    """Stop a training at the first logged number that is not finite.
 
     Args:
         stage: name of the training, for the message.
@@ -229,16 +234,16 @@ class FiniteCheck(keras.callbacks.Callback):
     def __init__(self, stage):
         super().__init__()
         self.stage = stage
-        self.epoch = 0
+        self.round = 0
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch
+        self.round = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        self._check(f"in step {batch + 1} of epoch {self.epoch + 1}", logs)
+        self._check(f"in step {batch + 1} of round {self.round + 1}", logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._check(f"after epoch {epoch + 1}", logs)
+        self._check(f"after round {epoch + 1}", logs)
 
     def _check(self, when, logs):
         bad = [k for k, v in logs.items() if not math.isfinite(float(v))]
@@ -246,117 +251,88 @@ class FiniteCheck(keras.callbacks.Callback):
         if hasattr(self.model.optimizer, "inner_optimizer"):
             bad = [name for name in bad if name != "gradient_norm"]
         if bad:
-            flag = "learning-rate"
-            if self.stage != "vqvae":
-                flag = f"prior-{flag}"
+            prefix = {"vqvae": "", "decoder": "decoder-"}
+            flag = f"--{prefix.get(self.stage, 'prior-')}learning-rate"
             raise utils.NumericsError(
                 f"{self.stage}: not finite {when}: {', '.join(bad)}; no model "
-                f"was saved from it, try a smaller --{flag}"
+                f"was saved from it, try a smaller {flag}"
             )
 
 
-class Checkpoint(keras.callbacks.Callback):
-    """Saves a training now and then, to go on from any batch.
+class RoundCheckpoint(keras.callbacks.Callback):
+    """Save a training after every round and resume it at a round.
 
-    A checkpoint holds all that the rest of the training follows from: weights
-    and averages, states of the random generators, metrics, optimizer, best
-    weights so far, and the place in the data. Training on from it gives the
-    weights of a training that was never interrupted; on a CPU to the bit.
+    A round is what Keras calls an epoch. A checkpoint holds all that the rest
+    of the training depends on: variables of the model, states of random
+    generators, optimizers, best weights so far. A resumed training ends with
+    the weights of one that was never interrupted, on a CPU bit for bit.
 
-    >>> checkpoint = Checkpoint("checkpoint/vqvae", minutes=5)
-    >>> model.fit(
-    ...     batches(start_step=checkpoint.steps_done(steps_per_epoch)),
-    ...     initial_epoch=checkpoint.epoch,
-    ...     callbacks=[checkpoint],
-    ... )
+    The state after a round is saved when the next one begins: by then
+    `SwapEMAWeights`, earlier in the list, has put back the weights that
+    training continues from. Pass `initial_epoch=checkpoint.round` to `fit`.
 
     Args:
-        path: of the two files, `PATH.npz` and, the one before,
-            `PATH.previous.npz`. If there is one, the training goes on from it.
-        minutes: save after a batch when so long has passed; 0: never.
-        steps: save after every so many batches; 0: never.
-        stopping: `EarlyStopping` before this in the list, whose state is
-            saved too, or None.
-        signals: `utils.StopSignals`, which end the training after a batch.
+        path: of the files; see `utils.write_checkpoint`. If they exist,
+            training resumes from them.
+        stopping: `EarlyStopping` earlier in the list, saved too, or None.
+        signals: `utils.StopSignals`. A signal stops the training at the end of
+            the round if that is `NEAR`, else at once.
 
     Attributes:
-        epoch: int, whole epochs done when this began.
-        step: int, batches done besides.
+        round: int, rounds done and saved.
         seconds: float, time that the training took so far.
     """
 
-    def __init__(self, path, minutes=5, steps=0, stopping=None, signals=None):
+    NEAR = 3.0  # seconds
+
+    def __init__(self, path, stopping=None, signals=None):
         super().__init__()
-        self.path, self.minutes, self.steps = Path(path), minutes, steps
-        self.stopping, self.signals = stopping, signals
+        self.path, self.stopping, self.signals = Path(path), stopping, signals
         self.state, self.arrays = utils.read_checkpoint(self.path)
-        self.epoch = self.state.get("epoch", 0)
-        self.step = self.state.get("step", 0)
+        self.round = self.state.get("round", 0)
         self.started = time.monotonic() - self.state.get("seconds", 0.0)
-        self.saved = time.monotonic()
-        self.current_epoch = self.epoch
 
     @property
     def seconds(self):
         return time.monotonic() - self.started
 
-    def steps_done(self, steps_per_epoch):
-        """Batches that the data begin after."""
-        return self.epoch * steps_per_epoch + self.step
-
-    def was_done(self, batch):
-        """Whether a batch of this epoch was trained on before."""
-        return self.current_epoch == self.epoch and batch < self.step
-
     def on_train_begin(self, logs=None):
         if self.state:
-            self._restore(("model", "optimizer"))
-            if self.stopping:
-                self._restore_best()
-            self._skip_steps_done()
+            self._restore()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.current_epoch = epoch
-        if self.state and epoch == self.epoch:  # Keras has just reset them
-            self._restore(("metrics",))
+        self.round_started = time.monotonic()
+        if epoch > self.round:
+            self.round = epoch
+            self._save()
+        self._stop_if(True)
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.was_done(batch):
-            return
-        wait = time.monotonic() - self.saved
-        stop = bool(self.signals and self.signals.received)
-        due = (
-            stop
-            or (self.minutes and wait >= 60 * self.minutes)
-            or (self.steps and (batch + 1) % self.steps == 0)
-        )
-        # Workers save and stop together: reading a metric needs all of them.
+        done = batch + 1
+        pace = (time.monotonic() - self.round_started) / done
+        self._stop_if(pace * (self.params["steps"] - done) > self.NEAR)
+
+    def _stop_if(self, due):
+        """Raise `utils.Stopped` if `due` and a worker received a signal."""
+        received = self.signals.received if self.signals else 0
         strategy = self.model.distribute_strategy
-        due, stop = utils.any_worker(strategy, [due, stop])
-        if due:
-            self._save(batch + 1, logs)
+        (stop,) = utils.any_worker(strategy, [bool(received and due)])
         if stop:
-            raise utils.Stopped(self.signals.received or signal.SIGTERM)
+            raise utils.Stopped(received or signal.SIGTERM)
 
     def _variables(self):
-        return {
-            "model": self.model.variables,
-            "metrics": self.model.metrics_variables,
-            "optimizer": self.model.optimizer.variables,
-        }
+        groups = {"model": self.model.variables}
+        for number, optimizer in enumerate(self.model.optimizers):
+            groups[f"optimizer_{number}"] = optimizer.variables
+        return groups
 
-    def _save(self, step, logs):
+    def _save(self):
         arrays = {
             f"{group}/{number}": np.asarray(variable)
             for group, variables in self._variables().items()
             for number, variable in enumerate(variables)
         }
-        state = {
-            "epoch": self.current_epoch,
-            "step": step,
-            "seconds": self.seconds,
-            "logs": {name: float(value) for name, value in logs.items()},
-        }
+        state = {"round": self.round, "seconds": self.seconds}
         if self.stopping and self.stopping.best_weights is not None:
             state["best"] = {
                 "best": float(self.stopping.best),
@@ -366,11 +342,10 @@ class Checkpoint(keras.callbacks.Callback):
             for number, weight in enumerate(self.stopping.best_weights):
                 arrays[f"best/{number}"] = weight
         utils.write_checkpoint(self.path, state, arrays)
-        self.saved = time.monotonic()
 
-    def _restore(self, groups):
-        for group in groups:
-            for number, variable in enumerate(self._variables()[group]):
+    def _restore(self):
+        for group, variables in self._variables().items():
+            for number, variable in enumerate(variables):
                 value = self.arrays.get(f"{group}/{number}")
                 if value is None or value.shape != tuple(variable.shape):
                     raise utils.RunError(
@@ -378,114 +353,49 @@ class Checkpoint(keras.callbacks.Callback):
                         f"has another shape than {tuple(variable.shape)}"
                     )
                 variable.assign(value)
-
-    def _restore_best(self):
-        for name, value in self.state.get("best", {}).items():
-            setattr(self.stopping, name, value)
-        count = sum(name.startswith("best/") for name in self.arrays)
-        if count:
+        if self.stopping and "best" in self.state:
+            vars(self.stopping).update(self.state["best"])
+            count = sum(name.startswith("best/") for name in self.arrays)
             best = [self.arrays[f"best/{number}"] for number in range(count)]
             self.stopping.best_weights = best
 
-    def _skip_steps_done(self):
-        """Let the first steps of the epoch pass without any training.
 
-        Keras begins with whole epochs only. The data begin after these steps.
-        """
-        train_function = self.model.train_function
-        left = self.step
-
-        def skip(iterator):
-            nonlocal left
-            if left == 0:
-                self.model.train_function = train_function
-                return train_function(iterator)
-            left -= 1
-            return self.state["logs"]
-
-        self.model.train_function = skip
-
-
-class TensorBoardLog(keras.callbacks.Callback):
-    """Writes what TensorBoard shows of a training.
-
-    Numbers after every epoch, pictures after the first, the last and every
-    few between. Keras's own callback counts epochs from 0, logs validation
-    twice, and would log again what a resumed training repeats.
-
-    It draws no random number, so that weights are the same without it.
+class Pictures(keras.callbacks.Callback):
+    """Show TensorBoard pictures of a training after some of its rounds.
 
     Args:
-        path: of a folder; in it `train`, `validate` and `pictures` hold a
-            file of events for each part of the training.
-        epoch: int, epochs done before. What is there of later ones, of which
-            a killed training saved nothing, is removed.
-        every: int. Epochs between pictures; 0: none.
-        draw: function without arguments that logs the pictures with
-            `tf.summary`, or None.
+        path: folder of the event files.
+        draw: function without arguments that calls `tf.summary.image`. It
+            must not change the state of a random generator.
+        rounds: collection of int. Rounds after which to draw, from 1.
     """
 
-    def __init__(self, path, epoch=0, every=0, draw=None):
+    def __init__(self, path, draw, rounds):
         super().__init__()
-        self.path, self.epoch = Path(path), epoch
-        self.every, self.draw = every if draw else 0, draw
-        self.writers = {}
-
-    def on_train_begin(self, logs=None):
-        utils.drop_events(self.path, self.epoch)
+        self.path, self.draw, self.rounds = path, draw, rounds
+        self.writer = None
 
     def on_epoch_end(self, epoch, logs=None):
-        self.epoch = epoch + 1
-        rate = float(self.model.optimizer.learning_rate)
-        for name, value in {**logs, "learning_rate": rate}.items():
-            part = "validate" if name.startswith("val_") else "train"
-            with self._writer(part):
-                tf.summary.scalar(name.removeprefix("val_"), value)
-        last = self.epoch == self.params["epochs"] or self.model.stop_training
-        if self.every and not last:
-            if epoch == 0 or self.epoch % self.every == 0:
-                self._draw()
-        # Before the next checkpoint, which counts this epoch as logged.
-        for writer in self.writers.values():
-            writer.flush()
-
-    def on_train_end(self, logs=None):
-        if self.every:  # by now with the best weights
-            self._draw()
-        for writer in self.writers.values():
-            writer.close()
-
-    def _draw(self):
-        with self._writer("pictures"):
-            self.draw()
-
-    def _writer(self, part):
-        """Context in which `tf.summary` writes to a part of the folder."""
-        if part not in self.writers:
-            folder = str(self.path / part)
-            self.writers[part] = tf.summary.create_file_writer(folder)
-        return self.writers[part].as_default(self.epoch)
+        if epoch + 1 in self.rounds:
+            if self.writer is None:
+                self.writer = tf.summary.create_file_writer(str(self.path))
+            with self.writer.as_default(epoch + 1):
+                self.draw()
+            self.writer.flush()
 
 
 # === Vector quantizer ===
 
 
 class Quantized(typing.NamedTuple):
-    """What a `VectorQuantizer` makes of latents `(B, ..., D)`.
+    """Result of a `VectorQuantizer` for latents `(B, ..., D)`, in float32."""
 
-    Attributes:
-        vectors: `(B, ..., D)` float32, the nearest code vectors.
-        indices: `(B, ...)` int32 in [0, K).
-        loss: float32, see `VectorQuantizer`.
-        latents: `(N, D)` float32 as they were compared, without gradient.
-        errors: `(N,)` float32, squared distances to the code vectors.
-    """
-
-    vectors: tf.Tensor
-    indices: tf.Tensor
-    loss: tf.Tensor
-    latents: tf.Tensor
-    errors: tf.Tensor
+    vectors: tf.Tensor  # (B, ..., D), the nearest code vectors
+    indices: tf.Tensor  # (B, ...) int32 in [0, K)
+    commitment_loss: tf.Tensor
+    codebook_loss: tf.Tensor
+    latents: tf.Tensor  # (N, D), without gradient
+    errors: tf.Tensor  # (N,), squared distances to the code vectors
 
 
 def count_codes(indices, num_embeddings):
@@ -504,7 +414,7 @@ def gathered(tensor):
 
 
 @register
-class VectorQuantizer(Configurable, keras.layers.Layer):
+class VectorQuantizer(keras.layers.Layer):
     """Replace each latent vector by its nearest code vector.
 
     Nearest in squared Euclidean distance, computed in float32 whatever the
@@ -520,18 +430,9 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
     quantization error, and its moving statistics restart with it.
 
     Args:
-        num_embeddings: int >= 2. Number of code vectors, K.
-        embedding_dim: int >= 1. Length of a code vector, D.
-        commitment_cost: float >= 0. Weight beta of the commitment term, eq. 3.
-        codebook_update: "ema" or "gradient".
-        codebook_distance: "euclidean", or "cosine": latents and code vectors
-            are scaled to length 1, so that only directions are compared and
-            no latent can outgrow the codebook.
-        decay: float in [0, 1). Moving-average factor per training step.
         epsilon: float > 0. Laplace smoothing of the counts, in latents.
-        restart_threshold: float >= 0, as a fraction of the mean use; 0 never
-            restarts a code.
-        seed: int. Which latents are drawn at a start or restart.
+        seed: int. Selects the latents at a start or restart.
+        others: see `utils.VQVAESettings`.
 
     Input shape: `(batch, ..., D)`, any float dtype.
     Output shape: `(batch, ..., D)` float32 quantized;
@@ -544,26 +445,10 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
 
     Reference: van den Oord et al., 2017, arXiv:1711.00937, sec. 3.2, app. A.1.
     Restarts: Dhariwal et al., 2020, arXiv:2005.00341, sec. 3.1.
-    Cosine: Yu et al., 2022, arXiv:2110.04627, sec. 3.2.
-
-    Example:
-    >>> tuple(VectorQuantizer(8, 4)(keras.ops.zeros((2, 5, 5, 4)))[1].shape)
-    (2, 5, 5)
     """
 
-    ARGUMENTS = (
-        "num_embeddings",
-        "embedding_dim",
-        "commitment_cost",
-        "codebook_update",
-        "codebook_distance",
-        "decay",
-        "epsilon",
-        "restart_threshold",
-        "seed",
-    )
-    # That latents are compared in: of a piece, the scores of all codes stay
-    # in the processor's cache.
+    # The scores of all codes for one piece of the latents stay in the cache
+    # of the processor.
     PIECES = 16
 
     def __init__(
@@ -572,7 +457,6 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         embedding_dim,
         commitment_cost=0.25,
         codebook_update="ema",
-        codebook_distance="euclidean",
         decay=0.99,
         epsilon=1e-5,
         restart_threshold=0.02,
@@ -582,25 +466,19 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         within(2, 2**20, num_embeddings=num_embeddings)
         within(1, 2**14, embedding_dim=embedding_dim)
         within(0, math.inf, commitment_cost=commitment_cost)
-        require(
-            codebook_update in ("ema", "gradient"),
-            f"codebook_update: expected ema or gradient, found "
-            f"{codebook_update!r}",
-        )
-        require(
-            codebook_distance in ("euclidean", "cosine"),
-            f"codebook_distance: expected euclidean or cosine, found "
-            f"{codebook_distance!r}",
-        )
+        one_of("ema", "gradient", codebook_update=codebook_update)
         require(0 <= decay < 1, f"decay: expected [0, 1), found {decay}")
         require(epsilon > 0, f"epsilon: expected > 0, found {epsilon}")
-        require(
-            0 <= restart_threshold < 1,
-            f"restart_threshold: expected [0, 1), found {restart_threshold}",
-        )
+        within(0, 1, restart_threshold=restart_threshold)
         # Half precision picks wrong neighbours, so float32 is not a choice.
         super().__init__(**{**kwargs, "dtype": "float32"})
-        self.keep(locals())
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.codebook_update = codebook_update
+        self.decay, self.epsilon = decay, epsilon
+        self.restart_threshold = restart_threshold
+        self.seed = seed
 
     def build(self, input_shape):
         require(
@@ -608,122 +486,91 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
             f"last axis of the latents: expected {self.embedding_dim}, "
             f"found {input_shape[-1]}",
         )
+        # All replicas assign the same values; always read as float32.
+        variable = functools.partial(
+            self.add_weight, aggregation="only_first_replica", autocast=False
+        )
+        state = functools.partial(variable, trainable=False)
         shape = (self.num_embeddings, self.embedding_dim)
-        # All replicas assign the same to these; float32 wherever they are used.
-        same = {"aggregation": "only_first_replica", "autocast": False}
-        self.codebook = self.add_weight(
+        self.codebook = variable(
             name="codebook",
             shape=shape,
             initializer=keras.initializers.RandomUniform(seed=self.seed),
             trainable=self.codebook_update == "gradient",
-            **same,
         )
         # Counts of one and sums equal to the codebook: with zero counts the
         # first update would send unused codes far away or to zero.
-        self.ema_count = self.add_weight(
-            name="ema_count",
-            shape=shape[:1],
-            initializer="ones",
-            trainable=False,
-            **same,
-        )
-        self.ema_sum = self.add_weight(
+        self.ema_count = state(shape[:1], "ones", name="ema_count")
+        self.ema_sum = state(
+            shape,
+            lambda *_, **__: tf.identity(self.codebook.value),
             name="ema_sum",
-            shape=shape,
-            initializer=lambda *_, **__: tf.identity(self.codebook.value),
-            trainable=False,
-            **same,
         )
-        self.step = self.add_weight(
-            name="step",
-            shape=(),
-            dtype="int32",
-            initializer="zeros",
-            trainable=False,
-            **same,
-        )
+        self.step = state((), "zeros", "int32", name="step")
 
     def call(self, inputs, training=False):
         result = self.nearest(inputs)
-        self.add_loss(result.loss)
+        self.add_loss(result.commitment_loss + result.codebook_loss)
         if training:
             self.update(result)
         return result.vectors, result.indices
 
     def nearest(self, inputs):
-        """The inputs as `Quantized`; changes nothing."""
+        """Quantize the inputs, as `Quantized`; changes no variable."""
         latents = tf.cast(inputs, tf.float32)
         latents = tf.reshape(latents, (-1, self.embedding_dim))  # (B*h*w, D)
-        latents = self._scaled(latents)
-        indices = self._nearest_codes(tf.stop_gradient(latents))
+        fixed = tf.stop_gradient(latents)
+        indices = self._nearest_codes(fixed)
         quantized = self.lookup(indices)  # (B*h*w, D)
-        passed = latents + tf.stop_gradient(quantized - latents)
+        codes = tf.stop_gradient(quantized)
+        commitment = tf.reduce_mean((codes - latents) ** 2)
+        codebook_loss = tf.constant(0.0)
+        if self.codebook_update == "gradient":
+            codebook_loss = tf.reduce_mean((quantized - fixed) ** 2)
+        passed = latents + tf.stop_gradient(codes - latents)
         return Quantized(
             vectors=tf.reshape(passed, tf.shape(inputs)),
             indices=tf.reshape(indices, tf.shape(inputs)[:-1]),
-            loss=self._loss(latents, quantized),
-            latents=tf.stop_gradient(latents),
-            errors=tf.reduce_sum(tf.stop_gradient(latents - quantized) ** 2, 1),
+            commitment_loss=self.commitment_cost * commitment,
+            codebook_loss=codebook_loss,
+            latents=fixed,
+            errors=tf.reduce_sum((fixed - codes) ** 2, axis=1),
         )
 
     def _nearest_codes(self, latents):
         """Index `(N,)` of the code vector nearest to each of `(N, D)` latents.
 
-        By |e|^2 - 2 z.e, which orders the code vectors as |z - e|^2 does; on
-        vectors of length 1, as the cosine does.
+        By |e|^2 - 2 z.e, which orders the code vectors as |z - e|^2 does.
         """
-        codebook = self._scaled(tf.convert_to_tensor(self.codebook))
+        codebook = tf.convert_to_tensor(self.codebook)
         # Far from the origin the two terms would cancel badly: move it.
         origin = tf.reduce_mean(codebook, axis=0)
         codebook -= origin
         squares = tf.reduce_sum(codebook**2, axis=1)
         latents -= origin
         count, found = tf.shape(latents)[0], []
-        for k in range(self.PIECES):
-            rows = slice(
-                count * k // self.PIECES, count * (k + 1) // self.PIECES
-            )
-            products = tf.matmul(latents[rows], -2 * codebook, transpose_b=True)
+        bounds = [count * k // self.PIECES for k in range(self.PIECES + 1)]
+        for a, b in itertools.pairwise(bounds):
+            products = tf.matmul(latents[a:b], -2 * codebook, transpose_b=True)
             scores = tf.nn.bias_add(products, squares)  # (N / PIECES, K)
             found.append(tf.argmin(scores, axis=1, output_type=tf.int32))
         return tf.concat(found, axis=0)
 
     def lookup(self, indices):
         """Code vectors `(..., D)` of integer `indices` `(...)`."""
-        return self._scaled(tf.gather(self.codebook, indices))
-
-    def _scaled(self, vectors):
-        """`vectors` `(..., D)` as they are compared."""
-        if self.codebook_distance == "euclidean":
-            return vectors
-        # An epsilon that keeps the gradient at a latent of zeros small.
-        return tf.math.l2_normalize(vectors, axis=-1, epsilon=1e-8)
-
-    def _loss(self, latents, quantized):
-        commitment = tf.reduce_mean(
-            (tf.stop_gradient(quantized) - latents) ** 2
-        )
-        loss = self.commitment_cost * commitment
-        if self.codebook_update == "gradient":
-            fixed = tf.stop_gradient(latents)
-            loss += tf.reduce_mean((quantized - fixed) ** 2)
-        return loss
+        return tf.gather(self.codebook, indices)
 
     def update(self, result):
-        """Move averages, then the codebook; restart what is dead.
+        """Update the codebook after a training batch `result`, `Quantized`.
 
         Over the latents of all replicas, so that their codebooks stay equal.
         `tf.where` rather than `tf.cond`: a variable may not be assigned in a
         branch under `tf.distribute`.
-
-        Args:
-            result: `Quantized` of a training batch.
         """
+        size = self.num_embeddings
         indices = tf.reshape(result.indices, (-1,))
-        counts = count_codes(indices, self.num_embeddings)  # (K,)
-        sums = tf.math.unsorted_segment_sum(
-            result.latents, indices, self.num_embeddings
-        )  # (K, D)
+        counts = count_codes(indices, size)  # (K,)
+        sums = tf.math.unsorted_segment_sum(result.latents, indices, size)
         replicas = tf.distribute.get_replica_context()
         counts, sums = replicas.all_reduce("SUM", [counts, sums])
         # Latents move fast at first: average over fewer steps then.
@@ -735,14 +582,14 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         if self.codebook_update == "ema":
             codes = total / self._smoothed(count)[:, None]
 
-        mean_use = tf.reduce_sum(counts) / self.num_embeddings
+        mean_use = tf.reduce_sum(counts) / size
         level = self.restart_threshold * mean_use
         dead = (count < level) | (self.step == 0)  # (K,)
         # High enough above `level` for a new code to find its latents.
         fresh_count = tf.maximum(5 * level, 0.1 * mean_use)
-        # The first draws to the dead: later ones prefer large errors less.
+        # Dead codes take the first draws: later ones prefer large errors less.
         rank = tf.cumsum(tf.cast(dead, tf.int32), exclusive=True)
-        drawn = self._draw(result.latents, result.errors)
+        drawn = self._draw_latents(result.latents, result.errors)
         fresh = tf.gather(drawn, rank)  # (K, D)
         codes = tf.where(dead[:, None], fresh, codes)
         self.ema_count.assign(tf.where(dead, fresh_count, count))
@@ -751,18 +598,15 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         self.step.assign_add(1)
 
     def _smoothed(self, count):
-        total = tf.reduce_sum(count)
-        share = (count + self.epsilon) / (
-            total + self.num_embeddings * self.epsilon
-        )
-        return share * total
+        total, size = tf.reduce_sum(count), self.num_embeddings
+        return (count + self.epsilon) / (total + size * self.epsilon) * total
 
-    def _draw(self, latents, errors):
+    def _draw_latents(self, latents, errors):
         """K latents, drawn with probability proportional to `errors`.
 
         Without replacement (Gumbel top-k) while there are K of them; with
-        fewer, they repeat. Of several replicas each proposes its best, and
-        all draw the same from these: what one would draw from the whole batch.
+        fewer, they repeat. Each replica proposes its best, and all draw the
+        same from these, as one device would draw from the whole batch.
         """
         replicas = tf.distribute.get_replica_context()
         own = tf.shape(errors)[0]
@@ -772,191 +616,28 @@ class VectorQuantizer(Configurable, keras.layers.Layer):
         uniform = tf.random.stateless_uniform(
             [tf.reduce_sum(counts)], seed, 1e-9, 1.0
         )[before : before + own]
-        scores = tf.math.log(tf.maximum(errors, 1e-12)) - tf.math.log(
-            -tf.math.log(uniform)
-        )
-        best, order = tf.math.top_k(
-            scores, tf.minimum(self.num_embeddings, own)
-        )
+        scores = tf.math.log(tf.maximum(errors, 1e-12))
+        scores -= tf.math.log(-tf.math.log(uniform))
+        size = self.num_embeddings
+        best, order = tf.math.top_k(scores, tf.minimum(size, own))
         best, latents = gathered(best), gathered(tf.gather(latents, order))
-        available = tf.minimum(self.num_embeddings, tf.shape(best)[0])
+        available = tf.minimum(size, tf.shape(best)[0])
         _, order = tf.math.top_k(best, available)
-        picks = tf.gather(order, tf.range(self.num_embeddings) % available)
+        picks = tf.gather(order, tf.range(size) % available)
         return tf.gather(latents, picks)
 
 
-# === VQ-VAE ===
-
-
-@register
-class ResidualStack(Configurable, keras.layers.Layer):
-    """Blocks of ReLU, 3x3, ReLU, 1x1 convolution, each added to its input.
-
-    Args:
-        channels: int. Channels of input and output.
-        blocks: int >= 0.
-        residual_channels: int >= 1. Channels between the two convolutions.
-
-    Input and output shape: `(B, h, w, channels)`.
-    Reference: arXiv:1711.00937, sec. 4.1.
-    """
-
-    ARGUMENTS = ("channels", "blocks", "residual_channels")
-
-    def __init__(self, channels, blocks, residual_channels, **kwargs):
-        super().__init__(**kwargs)
-        self.keep(locals())
-        self.inner = [
-            keras.layers.Conv2D(residual_channels, 3, padding="same")
-            for _ in range(blocks)
-        ]
-        self.outer = [keras.layers.Conv2D(channels, 1) for _ in range(blocks)]
-
-    def build(self, input_shape):
-        for inner, outer in zip(self.inner, self.outer, strict=True):
-            inner.build(input_shape)
-            outer.build((*input_shape[:-1], self.residual_channels))
-
-    def call(self, x):
-        for inner, outer in zip(self.inner, self.outer, strict=True):
-            x = x + outer(tf.nn.relu(inner(tf.nn.relu(x))))
-        return tf.nn.relu(x)
-
-
-def stage_widths(channels: int, downsampling: int) -> list[int]:
-    """Channels after each halving; the last has `channels`.
-
-    >>> stage_widths(64, 8)
-    [16, 32, 64]
-    """
-    stages = downsampling.bit_length() - 1
-    return [max(channels >> (stages - 1 - s), 1) for s in range(stages)]
-
-
-@register
-class Encoder(Configurable, keras.layers.Layer):
-    """Strided 4x4 convolutions, then a residual stack.
-
-    Args:
-        channels: int. Channels of the output; each stage before has half.
-        downsampling: int, a power of 2. Input height over output height.
-        residual_blocks, residual_channels: see `ResidualStack`.
-
-    Input shape: `(B, H, W, any)`. Output shape: `(B, H/f, W/f, channels)`.
-    """
-
-    ARGUMENTS = (
-        "channels",
-        "downsampling",
-        "residual_blocks",
-        "residual_channels",
-    )
-
-    def __init__(
-        self,
-        channels,
-        downsampling,
-        residual_blocks,
-        residual_channels,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.keep(locals())
-
-        self.halvings = [
-            keras.layers.Conv2D(
-                width, 4, strides=2, padding="same", activation="relu"
-            )
-            for width in stage_widths(channels, downsampling)
-        ]
-        self.mix = keras.layers.Conv2D(channels, 3, padding="same")
-        self.residual = ResidualStack(
-            channels, residual_blocks, residual_channels
-        )
-
-    def call(self, x):
-        for halving in self.halvings:
-            x = halving(x)
-        return self.residual(self.mix(x))
-
-
-@register
-class Decoder(Configurable, keras.layers.Layer):
-    """Residual stack, then doublings of the grid; mirrors `Encoder`.
-
-    The last doubling is a 3x3 convolution to 4 values a position, rearranged
-    to 2x2 pixels (Shi et al., 2016, arXiv:1609.05158): it reaches as far as a
-    strided transposed convolution and costs less at full resolution.
-
-    Args:
-        filters: int. Channels of the output.
-        channels: int. Channels at the coarsest grid; halved by each stage.
-        upsampling: int, a power of 2. Output height over input height.
-        residual_blocks, residual_channels: see `ResidualStack`.
-
-    Input shape: `(B, h, w, any)`. Output shape: `(B, h*f, w*f, filters)`.
-    """
-
-    ARGUMENTS = (
-        "filters",
-        "channels",
-        "upsampling",
-        "residual_blocks",
-        "residual_channels",
-    )
-
-    def __init__(
-        self,
-        filters,
-        channels,
-        upsampling,
-        residual_blocks,
-        residual_channels,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.keep(locals())
-
-        self.mix = keras.layers.Conv2D(channels, 3, padding="same")
-        self.residual = ResidualStack(
-            channels, residual_blocks, residual_channels
-        )
-        self.doublings = [
-            keras.layers.Conv2DTranspose(
-                width, 4, strides=2, padding="same", activation="relu"
-            )
-            for width in reversed(stage_widths(channels, upsampling)[:-1])
-        ]
-        self.head = keras.layers.Conv2D(4 * filters, 3, padding="same")
-
-    def call(self, x):
-        x = self.residual(self.mix(x))
-        for doubling in self.doublings:
-            x = doubling(x)
-        return tf.nn.depth_to_space(self.head(x), 2)
-
-
-@register
 class CodebookUsage(keras.metrics.Metric):
-    """Share of codes in use and perplexity over all indices of an epoch.
+    """Share of codes in use (0..1) and perplexity (1..K) over an epoch.
 
-    Over a whole epoch, not a batch: both numbers depend on how many indices
-    they are taken over.
-
-    Args:
-        num_embeddings: int. K.
-
-    Result: dict with `codebook_usage` in (0, 1] and `perplexity` in codes,
-        1..K; the keys end in the name's suffix for levels above the first.
+    Not means over batches: both depend on the number of indices. The names of
+    the two results end in `suffix`, for levels above the first.
     """
 
-    def __init__(self, num_embeddings, suffix="", name=None, **kwargs):
-        super().__init__(name=name or "codebook" + suffix, **kwargs)
-        self.num_embeddings = num_embeddings
-        self.suffix = suffix
-        self.counts = self.add_weight(
-            name="counts", shape=(num_embeddings,), initializer="zeros"
-        )
+    def __init__(self, num_embeddings, suffix=""):
+        super().__init__(name="codebook" + suffix)
+        self.num_embeddings, self.suffix = num_embeddings, suffix
+        self.counts = self.add_weight((num_embeddings,), "zeros", name="counts")
 
     def update_state(self, indices):
         self.counts.assign_add(count_codes(indices, self.num_embeddings))
@@ -971,12 +652,116 @@ class CodebookUsage(keras.metrics.Metric):
             f"perplexity{self.suffix}": tf.exp(entropy),
         }
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_embeddings": self.num_embeddings,
-            "suffix": self.suffix,
-        }
+
+# === VQ-VAE ===
+
+
+@register
+class ResidualStack(keras.layers.Layer):
+    """Blocks of ReLU, 3x3, ReLU, 1x1 convolution, each added to its input.
+
+    Input and output shape: `(B, h, w, channels)`; between the convolutions
+    are `residual_channels`. Reference: arXiv:1711.00937, sec. 4.1.
+    """
+
+    def __init__(self, channels, blocks, residual_channels, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = [conv(residual_channels, 3) for _ in range(blocks)]
+        self.outer = [conv(channels, 1) for _ in range(blocks)]
+
+    def call(self, x):
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            x = x + outer(tf.nn.relu(inner(tf.nn.relu(x))))
+        return tf.nn.relu(x)
+
+
+def conv(filters, kernel_size, **options):
+    """A convolution that keeps the size of the grid, or strides over it."""
+    return keras.layers.Conv2D(filters, kernel_size, padding="same", **options)
+
+
+def stage_widths(channels: int, downsampling: int) -> list[int]:
+    """Channels after each halving; the last has `channels`.
+
+    >>> stage_widths(64, 8)
+    [16, 32, 64]
+    """
+    stages = downsampling.bit_length() - 1
+    return [max(channels >> (stages - 1 - s), 1) for s in range(stages)]
+
+
+@register
+class Encoder(keras.layers.Layer):
+    """Strided 4x4 convolutions, then a residual stack.
+
+    Each stage has twice the channels of the one before. `residual` gives
+    blocks and inner channels of the stack.
+
+    Input shape: `(B, H, W, any)`. Output shape: `(B, H/f, W/f, channels)`.
+    """
+
+    def __init__(self, channels, downsampling, residual, **kwargs):
+        super().__init__(**kwargs)
+        self.halvings = [
+            conv(width, 4, strides=2, activation="relu")
+            for width in stage_widths(channels, downsampling)
+        ]
+        self.mix = conv(channels, 3)
+        self.residual = ResidualStack(channels, *residual)
+
+    def call(self, x):
+        for halving in self.halvings:
+            x = halving(x)
+        return self.residual(self.mix(x))
+
+
+@register
+class Decoder(keras.layers.Layer):
+    """Residual stack, then doublings of the grid; mirrors `Encoder`.
+
+    The last doubling is a 3x3 convolution to 4 values a position, rearranged
+    to 2x2 pixels (Shi et al., 2016, arXiv:1609.05158): it reaches as far as a
+    strided transposed convolution and costs less at full resolution. With
+    `upsampling_blocks` the full resolution, too, has channels and residual
+    blocks, which can draw finer detail.
+
+    Input shape: `(B, h, w, any)`. Output shape: `(B, h*f, w*f, filters)`.
+    """
+
+    def __init__(
+        self,
+        filters,
+        channels,
+        upsampling,
+        residual,
+        upsampling_blocks=0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.mix = conv(channels, 3)
+        self.residual = ResidualStack(channels, *residual)
+        self.detailed = upsampling_blocks > 0
+        widths = stage_widths(channels, upsampling << self.detailed)[-2::-1]
+        self.doublings = [
+            keras.layers.Conv2DTranspose(
+                width, 4, strides=2, padding="same", activation="relu"
+            )
+            for width in widths
+        ]
+        self.details = [
+            ResidualStack(width, upsampling_blocks, width)
+            for width in widths * self.detailed
+        ]
+        self.head = conv(filters if self.detailed else 4 * filters, 3)
+
+    def call(self, x):
+        x = self.residual(self.mix(x))
+        for k, doubling in enumerate(self.doublings):
+            x = doubling(x)
+            if self.detailed:
+                x = self.details[k](x)
+        x = self.head(x)
+        return x if self.detailed else tf.nn.depth_to_space(x, 2)
 
 
 @register
@@ -988,24 +773,28 @@ class VQVAE(TrainableModel):
     quantizing and decoding run top to bottom: a level quantizes its encoder
     features together with the decoded level above.
 
+    Images are frames of one size. With a `crop` only that box of a frame is
+    encoded; decoded images are black outside it. Losses are of the box.
+
     Args:
-        image_size: (H, W) in pixels, multiples of
+        image_size: (H, W) of a frame in pixels.
+        crop: (top, left, height, width) of the box, or None for the whole
+            frame. Height and width are multiples of
             `downsampling * 2**(levels - 1)`.
-        levels: int, 1 to 3.
-        downsampling: int f, a power of 2 from 2 to 64. Pixels a side for each
-            position of the bottom grid.
-        channels: int. Width of encoder and decoder at the latent grids.
-        residual_blocks, residual_channels: see `ResidualStack`.
-        num_embeddings, embedding_dim, commitment_cost, codebook_update,
-            codebook_distance, decay, restart_threshold, seed: see
-            `VectorQuantizer`.
-        ssim_weight: float >= 0. Weight of `1 - SSIM` in the reconstruction
-            loss, beside `MSE / data_variance`.
+        data_variance: float > 0. Variance of the training pixels; the
+            reconstruction loss is `MSE / data_variance + ssim_weight * (1 -
+            SSIM)`.
+        mask_weight: float >= 0. Weight of the cross-entropy of a mask that
+            the decoder predicts beside the intensity: pixels outside it are
+            exactly black. Slices that were stripped of skull and background
+            end in a rim one pixel sharp, which squared error alone blurs. 0
+            predicts no mask.
         upper_weight: float >= 0. Weight of the loss by which each level above
-            the first must give the image, averaged to the grid below, from
-            what is decoded of it and the levels above alone. Without it a
-            level may fall silent once the one below does well enough.
-        data_variance: float > 0. Variance of the training pixels.
+            the first must give the image, averaged to the grid below, without
+            the levels below. Without it a level may carry no information once
+            the one below does well enough.
+        seed: int. Of the codebooks.
+        others: see `utils.VQVAESettings`.
 
     Input shape: `(B, H, W, 1)` float in [0, 1].
     Output shape: `(B, H, W, 1)` float32, near [0, 1]; `reconstruct` clips.
@@ -1021,264 +810,484 @@ class VQVAE(TrainableModel):
     [(2, 8, 8)]
     """
 
-    ARGUMENTS = (
-        "image_size",
-        "levels",
-        "downsampling",
-        "channels",
-        "residual_blocks",
-        "residual_channels",
-        "num_embeddings",
-        "embedding_dim",
-        "commitment_cost",
-        "codebook_update",
-        "codebook_distance",
-        "decay",
-        "restart_threshold",
-        "ssim_weight",
-        "upper_weight",
-        "data_variance",
-        "seed",
-    )
-
     def __init__(
         self,
         image_size,
+        crop=None,
         levels=1,
         downsampling=4,
         channels=128,
         residual_blocks=2,
         residual_channels=32,
+        upsampling_blocks=0,
         num_embeddings=512,
         embedding_dim=64,
         commitment_cost=0.25,
         codebook_update="ema",
-        codebook_distance="euclidean",
         decay=0.99,
         restart_threshold=0.02,
         ssim_weight=0.0,
-        upper_weight=0.0,
+        mask_weight=0.0,
+        upper_weight=0.25,
         data_variance=1.0,
         seed=0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         within(1, 3, levels=levels)
-        require(
-            downsampling in (2, 4, 8, 16, 32, 64),
-            f"downsampling: expected a power of 2 in 2..64, found "
-            f"{downsampling}",
-        )
+        one_of(2, 4, 8, 16, 32, 64, downsampling=downsampling)
         within(1, 4096, channels=channels, residual_channels=residual_channels)
         within(0, 64, residual_blocks=residual_blocks)
+        within(0, 64, upsampling_blocks=upsampling_blocks)
         within(0, math.inf, ssim_weight=ssim_weight, upper_weight=upper_weight)
+        within(0, math.inf, mask_weight=mask_weight)
         require(
             data_variance > 0,
             f"data_variance: expected > 0, found {data_variance}",
         )
-        total = downsampling * 2 ** (levels - 1)
-        require(
-            all(0 < side <= 4096 and side % total == 0 for side in image_size),
-            f"image_size: expected multiples of {total} up to 4096, found "
-            f"{tuple(image_size)}",
-        )
-        image_size = tuple(image_size)
-        self.keep(locals())
+        self.image_size = tuple(image_size)
+        self.crop = tuple(crop) if crop else None
+        self.box = self.crop or (0, 0, *self.image_size)
+        self.levels, self.downsampling = levels, downsampling
+        self._check_sizes()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.ssim_weight, self.upper_weight = ssim_weight, upper_weight
+        self.mask_weight = mask_weight
+        self.data_variance = data_variance
+        residual = (residual_blocks, residual_channels)
         for level in range(1, levels + 1):
-            self._add_level(level)
+            factor = downsampling if level == 1 else 2
+            self._add_level(
+                level,
+                encoder=Encoder(channels, factor, residual),
+                quantizer=VectorQuantizer(
+                    num_embeddings,
+                    embedding_dim,
+                    commitment_cost,
+                    codebook_update,
+                    decay,
+                    restart_threshold=restart_threshold,
+                    seed=seed + level,
+                ),
+                decoder=Decoder(
+                    1 + (mask_weight > 0) if level == 1 else embedding_dim,
+                    channels,
+                    factor,
+                    residual,
+                    upsampling_blocks,
+                ),
+            )
         names = ["loss", "reconstruction_loss", "commitment_loss", "ssim"]
-        if levels > 1:
-            names.append("upper_loss")
-        self._trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        names += ["codebook_loss"] * (codebook_update == "gradient")
+        names += ["upper_loss"] * (levels > 1)
+        self._make_trackers(*names)
         self(tf.zeros((1, *self.image_size, 1)))  # makes the weights
 
-    def _add_level(self, level):
-        """Attributes `encoder_1`, `quantizer_1`, ... : named, not listed.
+    def _check_sizes(self):
+        total = self.downsampling << (self.levels - 1)
+        name = "crop" if self.crop else "image_size"
+        places = zip(self.box[:2], self.box[2:], self.image_size, strict=True)
+        require(
+            all(
+                0 <= start < start + side <= whole <= 4096 and side % total == 0
+                for start, side, whole in places
+            ),
+            f"{name}: expected multiples of {total} inside a frame of at most "
+            f"4096 pixels, found {self.crop} in {self.image_size}",
+        )
+
+    def _add_level(self, level, **parts):
+        """Add attributes `encoder_1`, `quantizer_1`, ...: named, not listed.
 
         Keras restores the members of a list by class and position, so a list
         of levels could be loaded in the wrong order without an error.
         """
-        factor = self.downsampling if level == 1 else 2
-        shared = (self.residual_blocks, self.residual_channels)
-        parts = {
-            "encoder": Encoder(self.channels, factor, *shared),
-            "projection": keras.layers.Conv2D(self.embedding_dim, 1),
-            "quantizer": VectorQuantizer(
-                self.num_embeddings,
-                self.embedding_dim,
-                commitment_cost=self.commitment_cost,
-                codebook_update=self.codebook_update,
-                codebook_distance=self.codebook_distance,
-                decay=self.decay,
-                restart_threshold=self.restart_threshold,
-                seed=self.seed + level,
-            ),
-            "decoder": Decoder(
-                1 if level == 1 else self.embedding_dim,
-                self.channels,
-                factor,
-                *shared,
-            ),
-            "usage": CodebookUsage(
-                self.num_embeddings, "" if level == 1 else f"_{level}"
-            ),
-        }
+        parts["projection"] = conv(self.embedding_dim, 1)
+        parts["usage"] = CodebookUsage(
+            self.num_embeddings, "" if level == 1 else f"_{level}"
+        )
         if level > 1:
-            parts["preview"] = keras.layers.Conv2D(
-                1, 1, dtype="float32", name="preview"
-            )
+            parts["preview"] = conv(1, 1, dtype="float32", name="preview")
         parts["quantizer"].build((None, self.embedding_dim))
         for name, part in parts.items():
             setattr(self, f"{name}_{level}", part)
 
     def part(self, name: str, level: int):
-        """`encoder`, `projection`, `quantizer`, `decoder`, `usage`; `preview`.
+        """`encoder`, `projection`, `quantizer`, `decoder`, `usage` of a level.
 
-        The last of them above the first level only.
+        Also `preview` above the first level.
         """
         return getattr(self, f"{name}_{level}")
 
     @property
     def latent_grids(self) -> list[tuple[int, int]]:
         """(h, w) of each level, bottom first."""
-        factors = [self.downsampling * 2**i for i in range(self.levels)]
-        return [tuple(side // f for side in self.image_size) for f in factors]
+        height, width = self.box[2:]
+        factors = [self.downsampling << level for level in range(self.levels)]
+        return [(height // f, width // f) for f in factors]
 
-    def call(self, images, training=False):
-        output, quantized, _ = self._forward(images)
-        for result in quantized:
-            self.add_loss(result.loss)
-        if training:
-            self._update_codebooks(quantized)
-        return output
+    def cropped(self, images):
+        """The box of frames that is encoded, `(B, height, width, 1)`."""
+        return tf.image.crop_to_bounding_box(images, *self.box)
+
+    def framed(self, images):
+        """Put images of the box back into black frames `(B, H, W, 1)`."""
+        place = (*self.box[:2], *self.image_size)
+        return tf.image.pad_to_bounding_box(images, *place)
+
+    def foreground_cells(self, images) -> list[np.ndarray]:
+        """Whether a pixel of a cell exceeds `utils.FOREGROUND`.
+
+        Returns: an `(N, h, w)` bool array for each level, bottom first.
+        """
+        images = self.cropped(tf.cast(images, tf.float32))
+        factors = [self.downsampling << level for level in range(self.levels)]
+        most = [tf.nn.max_pool2d(images, f, f, "VALID") for f in factors]
+        return [(x[..., 0] > utils.FOREGROUND).numpy() for x in most]
+
+    def call(self, images):
+        decoded = self._forward(self.cropped(images))[0]
+        return self.framed(self.render(decoded))
 
     def _forward(self, images):
-        """Reconstruction `(B, H, W, 1)`; `Quantized` of each level; previews.
+        """What `decoder_1` makes of cropped images; `quantize_levels`."""
+        results, previews, inputs = self.quantize_levels(images)
+        return tf.cast(self.decoder_1(inputs), tf.float32), results, previews
 
-        Both lists are bottom first. A preview `(B, h, w, 1)` is the image as
-        an upper level alone shows it, on the grid of the level below.
+    def quantize_levels(self, images):
+        """Quantize cropped images.
+
+        Returns: list of `Quantized`; list of previews `(B, h, w, 1)`, the
+            image as an upper level alone shows it on the grid below; both
+            bottom first; the input of `decoder_1`.
         """
-        features = self._features(images)
-        results, previews, decoded = [], [], None
+        features, x = [], tf.cast(images, self.compute_dtype)
+        for level in range(1, self.levels + 1):
+            x = self.part("encoder", level)(x)
+            features.append(x)
+        results, previews, above = [], [], None
         for level in range(self.levels, 0, -1):
-            x = features[level - 1]
-            if decoded is not None:
-                x = tf.concat([x, decoded], axis=-1)
+            x = self._joined(features[level - 1], above)
             latents = self.part("projection", level)(x)
             result = self.part("quantizer", level).nearest(latents)
             results.insert(0, result)
-            decoded = self._decode_level(level, result.vectors, decoded)
+            inputs = self._joined(result.vectors, above)
             if level > 1:
-                previews.insert(0, self.part("preview", level)(decoded))
-        return tf.cast(decoded, tf.float32), results, previews
+                above = self.part("decoder", level)(inputs)
+                previews.insert(0, self.part("preview", level)(above))
+        return results, previews, inputs
 
-    def _update_codebooks(self, quantized):
-        for level, result in enumerate(quantized, start=1):
-            self.part("quantizer", level).update(result)
-
-    def _features(self, images):
-        features = []
-        for level in range(1, self.levels + 1):
-            images = self.part("encoder", level)(images)
-            features.append(images)
-        return features
-
-    def _decode_level(self, level, quantized, above):
-        x = tf.cast(quantized, self.compute_dtype)
-        if above is not None:
-            x = tf.concat([x, tf.cast(above, x.dtype)], axis=-1)
-        return self.part("decoder", level)(x)
+    def _joined(self, x, above):
+        """Features of a level and what is decoded of the levels above."""
+        x = tf.cast(x, self.compute_dtype)
+        return x if above is None else tf.concat([x, above], axis=-1)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def encode(self, images):
-        """Indices of each level, bottom first: list of `(B, h, w)` int32.
-
-        Args:
-            images: `(B, H, W, 1)` in [0, 1].
-        """
-        _, quantized, _ = self._forward(tf.cast(images, self.compute_dtype))
-        return [result.indices for result in quantized]
+        """Indices `(B, h, w)` int32 of each level, bottom first."""
+        results, _, _ = self.quantize_levels(self.cropped(images))
+        return [result.indices for result in results]
 
     @tf.function(reduce_retracing=True, autograph=False)
     def decode_indices(self, indices):
-        """Images `(B, H, W, 1)` in [0, 1] from the indices of each level.
-
-        Args:
-            indices: list as returned by `encode`, bottom first.
-        """
+        """Images `(B, H, W, 1)` in [0, 1] from the result of `encode`."""
         decoded = None
         for level in range(self.levels, 0, -1):
-            quantized = self.part("quantizer", level).lookup(indices[level - 1])
-            decoded = self._decode_level(level, quantized, decoded)
-        return tf.clip_by_value(tf.cast(decoded, tf.float32), 0.0, 1.0)
+            vectors = self.part("quantizer", level).lookup(indices[level - 1])
+            inputs = self._joined(vectors, decoded)
+            decoded = self.part("decoder", level)(inputs)
+        images = tf.clip_by_value(self.render(decoded), 0.0, 1.0)
+        return self.framed(images)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def reconstruct(self, images):
         """Images after encoding and decoding, clipped to [0, 1]."""
-        images = tf.cast(images, self.compute_dtype)
-        return tf.clip_by_value(self._forward(images)[0], 0.0, 1.0)
+        return tf.clip_by_value(self(images), 0.0, 1.0)
 
     @property
     def metrics(self):
         usages = [self.part("usage", i + 1) for i in range(self.levels)]
         return [*self._trackers.values(), *usages]
 
+    def render(self, decoded):
+        """Images `(B, h, w, 1)` float32 from the output of `decoder_1`."""
+        decoded = tf.cast(decoded, tf.float32)
+        if not self.mask_weight:
+            return decoded
+        intensity, mask = tf.split(decoded, 2, axis=-1)
+        soft = tf.sigmoid(mask)
+        # All or nothing in the image, smooth for the gradient.
+        return intensity * (soft + tf.stop_gradient(tf.round(soft) - soft))
+
+    def reconstruction_losses(self, images, decoded):
+        """Reconstruction loss and mean SSIM of cropped images.
+
+        Args:
+            decoded: output of `decoder_1` for them.
+        """
+        output, extra = self.render(decoded), 0.0
+        error = images - output
+        if self.mask_weight:
+            intensity, mask = tf.split(decoded, 2, axis=-1)
+            inside = tf.cast(images > utils.FOREGROUND, tf.float32)
+            error = inside * (images - intensity)
+            extra = self.mask_weight * tf.reduce_mean(
+                tf.nn.sigmoid_cross_entropy_with_logits(inside, mask)
+            )
+        loss = tf.reduce_mean(error**2) / self.data_variance + extra
+        with tf.name_scope("ssim"):  # to be found in a profile
+            ssim = tf.reduce_mean(utils.ssim(images, output))
+        if self.ssim_weight:
+            loss += self.ssim_weight * (1 - ssim)
+        return loss, ssim
+
     def _batch_loss(self, images, training):
         """Total loss of a batch; updates every metric."""
-        output, quantized, previews = self._forward(
-            tf.cast(images, self.compute_dtype)
-        )
-        error = tf.reduce_mean((images - output) ** 2)
-        with tf.name_scope("ssim"):  # to be told apart in a profile
-            ssim = tf.reduce_mean(utils.ssim(images, output))
-        reconstruction = error / self.data_variance
-        if self.ssim_weight:
-            reconstruction += self.ssim_weight * (1 - ssim)
-        commitment = tf.add_n([result.loss for result in quantized])
-        loss = reconstruction + commitment
-        values = [loss, reconstruction, commitment, ssim]
+        images = self.cropped(tf.cast(images, tf.float32))
+        decoded, results, previews = self._forward(images)
+        reconstruction, ssim = self.reconstruction_losses(images, decoded)
+        commitment = tf.add_n([result.commitment_loss for result in results])
+        codebook = tf.add_n([result.codebook_loss for result in results])
+        values = {
+            "loss": reconstruction + commitment + codebook,
+            "reconstruction_loss": reconstruction,
+            "commitment_loss": commitment,
+            "ssim": ssim,
+        }
+        if "codebook_loss" in self._trackers:
+            values["codebook_loss"] = codebook
         if previews:
             upper = self._preview_error(images, previews) / self.data_variance
-            loss += self.upper_weight * upper
-            values = [loss, *values[1:], upper]
-        for tracker, value in zip(self._trackers.values(), values, strict=True):
-            tracker.update_state(value, sample_weight=tf.shape(images)[0])
-        for level, result in enumerate(quantized, start=1):
+            values["loss"] += self.upper_weight * upper
+            values["upper_loss"] = upper
+        self._track(images, **values)
+        for level, result in enumerate(results, start=1):
             self.part("usage", level).update_state(result.indices)
-        if training:
-            self._update_codebooks(quantized)
-        return loss
+            if training:
+                self.part("quantizer", level).update(result)
+        return values["loss"]
 
     def _preview_error(self, images, previews):
         """Mean squared error of the previews, summed over levels."""
-        errors = []
+        error = 0.0
         for preview in previews:
-            factor = self.image_size[0] // preview.shape[1]
+            factor = images.shape[1] // preview.shape[1]
             small = tf.nn.avg_pool2d(images, factor, factor, "VALID")
-            errors.append(tf.reduce_mean((small - preview) ** 2))
-        return tf.add_n(errors)
+            error += tf.reduce_mean((small - preview) ** 2)
+        return error
+
+
+# === Decoder stage ===
+
+
+def make_discriminator(size, channels):
+    """Make a network that judges patches of images (PatchGAN).
+
+    Intensities [0, 1] are scaled to [-1, 3]: most are dark. It returns scores
+    `(B, h, w, 1)`, high for real patches, then the features after each
+    convolution. Reference: Isola et al., 2017, arXiv:1611.07004, sec. 3.2.2.
+    """
+    inputs = keras.Input((*size, 1))
+    x, features = keras.layers.Rescaling(4.0, -1.0)(inputs), []
+    for width, side in ((1, 4), (2, 4), (4, 4), (4, 3)):
+        x = conv(width * channels, side, strides=2 if side == 4 else 1)(x)
+        x = keras.layers.LeakyReLU(0.2)(x)
+        features.append(x)
+    return keras.Model(inputs, [conv(1, 1, dtype="float32")(x), *features])
+
+
+class AdversarialDecoder(TrainableModel):
+    """Second stage of a VQ-VAE: train its last decoder for sharp detail.
+
+    Encoder and codebooks stay as they are, so indices and priors stay valid.
+    Of the decoders only that of level 1 changes: the others take part in
+    encoding. It must reconstruct, fool a discriminator that learns at the
+    same time, and match the features of the discriminator.
+
+    Train this model, then save `vqvae`.
+
+    Args:
+        vqvae: a trained `VQVAE`; its `decoder_1` is trained.
+        adversarial_weight: float >= 0. Weight of the hinge loss.
+        feature_weight: float >= 0. Weight of the mean absolute difference of
+            discriminator features, relative to their mean size.
+        discriminator_channels: int. Of the first convolution.
+        discriminator_steps: int >= 0. Steps in which the discriminator is
+            trained alone, so that the decoder then gets a useful gradient.
+
+    Metrics: `loss`, `reconstruction_loss`, `ssim`, `adversarial_loss`,
+        `feature_loss`, `discriminator_loss` (2 if it cannot tell).
+    References: Esser et al., 2021, arXiv:2012.09841; with a frozen encoder:
+        Gu et al., 2022, arXiv:2212.03185.
+    """
+
+    # Of the discriminator, alone and later.
+    LEARNING_RATES = (1e-3, 3e-4)
+
+    def __init__(
+        self,
+        vqvae,
+        adversarial_weight=0.02,
+        feature_weight=1.0,
+        discriminator_channels=32,
+        discriminator_steps=200,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        within(0, math.inf, adversarial_weight=adversarial_weight)
+        within(0, math.inf, feature_weight=feature_weight)
+        within(1, 1024, discriminator_channels=discriminator_channels)
+        within(0, 10**6, discriminator_steps=discriminator_steps)
+        self.vqvae = vqvae
+        self.adversarial_weight = adversarial_weight
+        self.feature_weight = feature_weight
+        self.discriminator_steps = discriminator_steps
+        self.discriminator = make_discriminator(
+            vqvae.box[2:], discriminator_channels
+        )
+        self.step = self.add_weight(
+            (),
+            "zeros",
+            "int32",
+            trainable=False,
+            aggregation="only_first_replica",
+        )
+        parts = ("reconstruction", "adversarial", "feature", "discriminator")
+        losses = [f"{part}_loss" for part in parts]
+        self._make_trackers("loss", "ssim", *losses)
+
+    @property
+    def trainable_variables(self):
+        """Variables that `optimizer` trains; the discriminator has its own."""
+        return self.vqvae.decoder_1.trainable_variables
+
+    trainable_weights = trainable_variables
+
+    @property
+    def optimizers(self):
+        return [self.optimizer, self.discriminator_optimizer]
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
+            [self.discriminator_steps], list(self.LEARNING_RATES)
+        )
+        self.discriminator_optimizer = keras.optimizers.Adam(
+            rate, beta_1=0.5, beta_2=0.95, global_clipnorm=5.0
+        )
+        variables = self.discriminator.trainable_variables
+        self.discriminator_optimizer.build(variables)
+
+    def call(self, images):
+        return self.vqvae(images)
+
+    def train_step(self, images):
+        gradients, count = self._accumulated_gradients(images)
+        own = self.trainable_variables
+        norm = self._apply(self.optimizer, own, gradients[: len(own)], count)
+        self._apply(
+            self.discriminator_optimizer,
+            self.discriminator.trainable_variables,
+            gradients[len(own) :],
+            count,
+        )
+        self.step.assign_add(1)
+        return self._step_logs(norm)
+
+    def _part_gradients(self, part, share):
+        """Gradients of the decoder, then of the discriminator."""
+        own, others = [
+            [variable.value for variable in model.trainable_variables]
+            for model in (self, self.discriminator)
+        ]
+        with tf.GradientTape(True, watch_accessed_variables=False) as tape:
+            tape.watch(own + others)
+            loss, discriminator_loss = self._both_losses(part)
+            # Zero while the discriminator is trained alone.
+            joined = tf.cast(self.step >= self.discriminator_steps, tf.float32)
+            loss = self.optimizer.scale_loss(share * joined * loss)
+            discriminator_loss *= share
+        gradients = tape.gradient(loss, own)
+        return gradients + tape.gradient(discriminator_loss, others)
+
+    def _batch_loss(self, batch, training):
+        return self._both_losses(batch)[0]
+
+    def _both_losses(self, images):
+        """Losses of decoder and discriminator; updates the metrics."""
+        images = self.vqvae.cropped(tf.cast(images, tf.float32))
+        _, _, inputs = self.vqvae.quantize_levels(images)
+        inputs = tf.stop_gradient(inputs)
+        decoded = tf.cast(self.vqvae.decoder_1(inputs), tf.float32)
+        reconstruction, ssim = self.vqvae.reconstruction_losses(images, decoded)
+        output = self.vqvae.render(decoded)
+        pairs = self.discriminator(tf.concat([images, output], axis=0))
+        real, made = tf.split(pairs[0], 2)
+        hinge = tf.reduce_mean(tf.nn.relu(1 - real) + tf.nn.relu(1 + made))
+        adversarial = -tf.reduce_mean(made)
+        matching = tf.reduce_mean([relative_difference(x) for x in pairs[1:]])
+        loss = reconstruction + self.adversarial_weight * adversarial
+        loss += self.feature_weight * matching
+        self._track(
+            images,
+            loss=loss,
+            ssim=ssim,
+            reconstruction_loss=reconstruction,
+            adversarial_loss=adversarial,
+            feature_loss=matching,
+            discriminator_loss=hinge,
+        )
+        return loss, hinge
+
+
+def relative_difference(pairs):
+    """Mean difference between the halves of a batch, relative to the first."""
+    real, made = tf.split(tf.cast(pairs, tf.float32), 2)
+    real = tf.stop_gradient(real)
+    size = tf.reduce_mean(tf.abs(real)) + 1e-6
+    return tf.reduce_mean(tf.abs(real - made)) / size
 
 
 # === Causal layers ===
-#
-# A causal layer computes the same thing in two ways. `call` takes the whole
-# grid (training, likelihood). `step` takes one position in raster order and a
-# small cache (sampling): `init_cache` makes it, `start_row` moves it on to the
-# next row. Caches are plain tensors, so one compiled loop can carry them.
 
 
 def dense_step(layer, x):
-    """What a Dense `layer` makes of `x` `(B, C)`, in float32.
+    """Output of a Dense `layer` for `x` `(B, C)`, in float32.
 
-    Read from its variables, outside `__call__`: the precision policy that
-    casts in training does not apply, sampling is float32 always.
+    Sampling is float32 always: read from the variables, outside `__call__`,
+    where the precision policy of the training does not apply.
     """
     y = tf.matmul(x, layer.kernel)
     return layer.activation(y if layer.bias is None else y + layer.bias)
 
 
+class CausalLayer(keras.layers.Layer):
+    """Layer of a prior, which computes the same thing in two ways.
+
+    `call` takes the whole grid (training, likelihood). Sampling takes one
+    position after the other in raster order, with a cache of plain tensors
+    that one compiled loop can carry:
+
+    - `init_cache(batch, grid)` makes the cache for a grid `(h, w)`;
+    - `start_row(vertical, cache, row)` begins a row. `vertical` `(B, w, C)` is
+      the input of the vertical stack in the row above, finished by now; its
+      output there is returned, with the cache;
+    - `step(x, cache, column, context)` computes the output `(B, C)` at a
+      position; the first layer of a network needs no `x`;
+    - `write(code, cache, column)` takes in the embedded code `(B, C)` that
+      was drawn there.
+    """
+
+    def start_row(self, vertical, cache, row):
+        return vertical, cache
+
+    def write(self, code, cache, column):
+        return cache
+
+
 @register
-class CausalConv2D(Configurable, keras.layers.Layer):
+class CausalConv2D(CausalLayer):
     """Convolution over the positions before one in raster order.
 
     Only rows up to the current one have weights; in the last of them a mask
@@ -1288,32 +1297,21 @@ class CausalConv2D(Configurable, keras.layers.Layer):
     current row is hidden: that is the vertical stack of a gated network,
     which computes a row at a time (`step_row`).
 
-    Args:
-        filters: int. Output channels.
-        kernel_size: odd int k, columns of the kernel.
-        mask_type: "A" for the first layer of a network, else "B"; or "row".
-        rows: int >= 1, rows of the kernel, the current one included; default
-            (k + 1) / 2.
+    The kernel has `kernel_size` columns, an odd number, and `rows` rows, the
+    current one included; half as many by default.
 
     Input shape: `(B, h, w, C)`. Output shape: `(B, h, w, filters)`.
     Reference: van den Oord et al., 2016, arXiv:1601.06759, sec. 3.4.
     """
 
-    ARGUMENTS = ("filters", "kernel_size", "mask_type", "rows")
-
     def __init__(self, filters, kernel_size, mask_type, rows=None, **kwargs):
-        require(
-            kernel_size % 2 == 1 and 1 <= kernel_size <= 63,
-            f"kernel_size: expected odd, 1..63, found {kernel_size}",
-        )
-        require(
-            mask_type in ("A", "B", "row"),
-            f"mask_type: expected A, B or row, found {mask_type!r}",
-        )
-        rows = rows or (kernel_size + 1) // 2
-        within(1, 63, rows=rows)
+        right = kernel_size % 2 == 1 and 1 <= kernel_size <= 63
+        require(right, f"kernel_size: expected odd 1..63, found {kernel_size}")
+        one_of("A", "B", "row", mask_type=mask_type)
         super().__init__(**kwargs)
-        self.keep(locals())
+        self.filters, self.kernel_size = filters, kernel_size
+        self.mask_type = mask_type
+        self.rows = rows or (kernel_size + 1) // 2
         self.side = kernel_size // 2
         # Columns of the last row that are not hidden.
         taps = {"A": self.side, "B": self.side + 1, "row": kernel_size}
@@ -1323,14 +1321,9 @@ class CausalConv2D(Configurable, keras.layers.Layer):
         self.channels = input_shape[-1]
         self.mask = np.ones((self.rows, self.kernel_size, 1, 1), "float32")
         self.mask[-1, self.taps :] = 0
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(self.rows, self.kernel_size, self.channels, self.filters),
-            initializer="glorot_uniform",
-        )
-        self.bias = self.add_weight(
-            name="bias", shape=(self.filters,), initializer="zeros"
-        )
+        shape = (self.rows, self.kernel_size, self.channels, self.filters)
+        self.kernel = self.add_weight(shape, "glorot_uniform", name="kernel")
+        self.bias = self.add_weight((self.filters,), "zeros", name="bias")
 
     def call(self, x):
         kernel = tf.convert_to_tensor(self.kernel)
@@ -1340,10 +1333,10 @@ class CausalConv2D(Configurable, keras.layers.Layer):
         margins = [[0, 0], [self.rows - 1, 0], [self.side, self.side], [0, 0]]
         return tf.nn.conv2d(tf.pad(x, margins), kernel, 1, "VALID") + self.bias
 
-    def init_rows(self, batch, width):
+    def init_rows(self, batch, grid):
         """Cache of `step_row`: the last rows seen, zeros outside the grid."""
-        shape = (batch, self.rows, width + 2 * self.side, self.channels)
-        return tf.zeros(shape)
+        width = grid[1] + 2 * self.side
+        return tf.zeros((batch, self.rows, width, self.channels))
 
     def step_row(self, x, cache):
         """Output `(B, w, filters)` of a whole row `x` `(B, w, C)`."""
@@ -1353,111 +1346,262 @@ class CausalConv2D(Configurable, keras.layers.Layer):
         y = tf.nn.conv2d(cache, kernel, 1, "VALID")[:, 0] + self.bias
         return y, cache
 
-    def init_cache(self, batch, width):
-        """Cache of `step`: row so far, rows before, what these add to it.
-
-        What the rows before add is computed once a row, for all of its
-        columns, so that a position costs its own row only.
-        """
-        wide = (width + 2 * self.side, self.channels)
+    def init_cache(self, batch, grid):
+        # The row so far, the rows before, and their share of the output in
+        # this row, which is computed once for all of its columns.
+        wide = (grid[1] + 2 * self.side, self.channels)
         return [
             tf.zeros((batch, *wide)),
             tf.zeros((batch, self.rows - 1, *wide)),
-            tf.zeros((batch, width, self.filters)),
+            tf.zeros((batch, grid[1], self.filters)),
         ]
 
-    def start_row(self, cache):
-        row, before, added = cache
+    def start_row(self, vertical, cache, row):
+        own, before, added = cache
         if self.rows > 1:
-            before = tf.concat([before[:, 1:], row[:, None]], axis=1)
+            before = tf.concat([before[:, 1:], own[:, None]], axis=1)
             added = tf.nn.conv2d(before, self.kernel[:-1], 1, "VALID")[:, 0]
-        return [tf.zeros_like(row), before, added]
+        return vertical, [tf.zeros_like(own), before, added]
 
-    def write(self, x, cache, column):
-        """Put `x` `(B, C)` at `column` of the row."""
-        row, before, added = cache
-        start = [0, self.side + column, 0]
-        return [keras.ops.slice_update(row, start, x[:, None]), before, added]
-
-    def read(self, cache, column):
-        """Output `(B, filters)` at `column` of the row."""
-        row, _, added = cache
-        batch, taps = row.shape[0], self.taps
-        window = tf.slice(row, [0, column, 0], (batch, taps, self.channels))
-        window = tf.reshape(window, (batch, taps * self.channels))
-        kernel = tf.reshape(
-            self.kernel[-1, :taps], (taps * self.channels, self.filters)
-        )
+    def step(self, x, cache, column, context=None):
+        if self.mask_type != "A":
+            cache = self._put(x, cache, column)
+        own, _, added = cache
+        batch, size = own.shape[0], self.taps * self.channels
+        shape = (batch, self.taps, self.channels)
+        window = tf.reshape(tf.slice(own, [0, column, 0], shape), (batch, size))
+        kernel = tf.reshape(self.kernel[-1, : self.taps], (size, self.filters))
         y = tf.matmul(window, kernel) + self.bias
         if self.rows > 1:
-            size = (batch, 1, self.filters)
-            y += tf.slice(added, [0, column, 0], size)[:, 0]
-        return y
+            shape = (batch, 1, self.filters)
+            y += tf.slice(added, [0, column, 0], shape)[:, 0]
+        return y, cache
 
-    def step(self, x, cache, column):
-        cache = self.write(x, cache, column)
-        return self.read(cache, column), cache
+    def write(self, code, cache, column):
+        return (
+            self._put(code, cache, column) if self.mask_type == "A" else cache
+        )
+
+    def _put(self, x, cache, column):
+        own, before, added = cache
+        start = [0, self.side + column, 0]
+        return [keras.ops.slice_update(own, start, x[:, None]), before, added]
 
 
 @register
-class CausalResidualBlock(Configurable, keras.layers.Layer):
+class CausalResidualBlock(CausalLayer):
     """ReLU, 1x1, ReLU, masked 3x3 plus context, ReLU, 1x1; added to its input.
 
-    Args:
-        channels: int. Channels of input and output; half of it inside.
-        kernel_size: odd int. Of the masked convolution.
-        dropout: float in [0, 1). After the masked convolution.
-        use_context: bool. Whether a context map is added to the convolution.
-
     Input shape: `(B, h, w, channels)` and, with context, `(B, h, w, any)`.
-    Output shape: `(B, h, w, channels)`.
+    Output shape: `(B, h, w, channels)`; half the channels inside.
     """
 
-    ARGUMENTS = ("channels", "kernel_size", "dropout", "use_context")
+    def __init__(self, channels, dropout=0.0, use_context=False, **kwargs):
+        super().__init__(**kwargs)
+        inner = max(channels // 2, 1)
+        self.reduce = keras.layers.Dense(inner, activation="relu")
+        self.conv = CausalConv2D(inner, 3, "B")
+        self.expand = keras.layers.Dense(channels)
+        self.drop = keras.layers.Dropout(dropout)
+        self.context = keras.layers.Dense(inner) if use_context else None
+
+    def call(self, x, context=None, training=False):
+        y = self.conv(self.reduce(tf.nn.relu(x)))
+        if self.context:
+            y = y + self.context(context)
+        y = self.drop(tf.nn.relu(y), training=training)
+        return x + self.expand(y)
+
+    def init_cache(self, batch, grid):
+        return self.conv.init_cache(batch, grid)
+
+    def start_row(self, vertical, cache, row):
+        return self.conv.start_row(vertical, cache, row)
+
+    def step(self, x, cache, column, context=None):
+        y = dense_step(self.reduce, tf.nn.relu(x))
+        y, cache = self.conv.step(y, cache, column)
+        if self.context:
+            y = y + dense_step(self.context, context)
+        return x + dense_step(self.expand, tf.nn.relu(y)), cache
+
+
+def gate(x):
+    """tanh of the first half of the channels times sigmoid of the second."""
+    signal, weight = tf.split(x, 2, axis=-1)
+    return tf.tanh(signal) * tf.sigmoid(weight)
+
+
+@register
+class GatedBlock(CausalLayer):
+    """Vertical and horizontal masked convolutions with gates.
+
+    The vertical stack sees all of the rows up to its own. The horizontal one
+    sees its own row to the left, and the vertical one of the row above: so
+    together all positions before, without a blind spot. Both stacks are added
+    to their inputs, except in the first block (`mask_type="A"`). A context
+    map enters the horizontal gate.
+
+    Input shape: vertical and horizontal `(B, h, w, channels)`; with context
+        `(B, h, w, any)`. Output shape: both stacks again.
+    Reference: van den Oord et al., 2016, arXiv:1606.05328, fig. 2.
+    """
 
     def __init__(
         self,
         channels,
-        kernel_size=3,
+        kernel_size,
+        mask_type,
         dropout=0.0,
         use_context=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.keep(locals())
-        inner = max(channels // 2, 1)
-        self.reduce = keras.layers.Dense(inner, activation="relu")
-        self.conv = CausalConv2D(inner, kernel_size, "B")
+        self.is_first = mask_type == "A"
+        wide = 2 * channels
+        self.vertical = CausalConv2D(wide, kernel_size, "row")
+        self.horizontal = CausalConv2D(wide, kernel_size, mask_type, rows=1)
+        self.link = keras.layers.Dense(wide)
         self.expand = keras.layers.Dense(channels)
         self.drop = keras.layers.Dropout(dropout)
+        self.context = None
         if use_context:
-            self.context = keras.layers.Dense(inner)
+            self.context = keras.layers.Dense(wide, use_bias=False)
 
-    def build(self, input_shape):
-        inner = (*input_shape[:-1], self.conv.filters)
-        self.reduce.build(input_shape)
-        self.conv.build(inner)
-        self.expand.build(inner)
+    def call(self, vertical, horizontal, context=None, training=False):
+        rows = self.vertical(vertical)
+        above = tf.pad(rows[:, :-1], [[0, 0], [1, 0], [0, 0], [0, 0]])
+        x = self.horizontal(horizontal) + self.link(above)
+        if self.context:
+            x = x + self.context(context)
+        y = self.expand(self.drop(gate(x), training=training))
+        if self.is_first:
+            return gate(rows), y
+        return vertical + gate(rows), horizontal + y
 
-    def call(self, x, context=None, training=False):
-        y = self.conv(self.reduce(tf.nn.relu(x)))
-        if self.use_context:
-            y = y + self.context(context)
-        y = self.drop(tf.nn.relu(y), training=training)
-        return x + self.expand(y)
+    def init_cache(self, batch, grid):
+        # Rows of the vertical stack, the row so far, the link from above.
+        return [
+            self.vertical.init_rows(batch, grid),
+            self.horizontal.init_cache(batch, grid),
+            tf.zeros((batch, grid[1], self.link.units)),
+        ]
 
-    def init_cache(self, batch, width):
-        return self.conv.init_cache(batch, width)
-
-    def start_row(self, cache):
-        return self.conv.start_row(cache)
+    def start_row(self, vertical, cache, row):
+        rows, seen = self.vertical.step_row(vertical, cache[0])
+        rows *= tf.cast(row > 0, rows.dtype)  # above the first are zeros
+        _, own = self.horizontal.start_row(None, cache[1], row)
+        moved = [seen, own, dense_step(self.link, rows)]
+        return gate(rows) if self.is_first else vertical + gate(rows), moved
 
     def step(self, x, cache, column, context=None):
-        y = dense_step(self.reduce, tf.nn.relu(x))
-        y, cache = self.conv.step(y, cache, column)
-        if self.use_context:
-            y = y + dense_step(self.context, context)
-        return x + dense_step(self.expand, tf.nn.relu(y)), cache
+        seen, own, above = cache
+        y, own = self.horizontal.step(x, own, column)
+        size = (above.shape[0], 1, above.shape[-1])
+        y += tf.slice(above, [0, column, 0], size)[:, 0]
+        if self.context:
+            y += dense_step(self.context, context)
+        y = dense_step(self.expand, gate(y))
+        return y if self.is_first else x + y, [seen, own, above]
+
+    def write(self, code, cache, column):
+        seen, own, above = cache
+        return [seen, self.horizontal.write(code, own, column), above]
+
+
+@register
+class CausalAttention(CausalLayer):
+    """Attention of every position to all codes before it; added to its input.
+
+    A code enters with its embedding and with the features at its position;
+    the code of the position itself and those after it are hidden. Before all
+    codes stands an empty one, of zeros, so that the first position has one to
+    attend to as well.
+
+    Input shape: features and embedded codes, both `(B, h, w, channels)`.
+    Output shape: `(B, h, w, channels)`.
+    Reference: Chen et al., 2018, arXiv:1712.09763, sec. 3.
+    """
+
+    # One masked product up to so many positions; pieces of larger grids bound
+    # the memory and skip half of what is masked.
+    WHOLE, PIECE = 1024, 256
+
+    def __init__(self, channels, heads=8, dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        require(
+            heads >= 1 and channels % heads == 0,
+            f"channels: expected a multiple of {heads} heads, found {channels}",
+        )
+        self.channels, self.heads = channels, heads
+        self.scale = (channels // heads) ** -0.5
+        self.query = keras.layers.Dense(channels)
+        self.key = keras.layers.Dense(channels)
+        self.value = keras.layers.Dense(channels)
+        # Nothing is added at first: attention joins once it has learned.
+        self.expand = keras.layers.Dense(channels, kernel_initializer="zeros")
+        self.drop = keras.layers.Dropout(dropout)
+
+    def call(self, features, codes, training=False):
+        source = tf.concat([features, codes], axis=-1)
+        query = self._heads(self.query(features))
+        # Shifted by one: the empty code comes first, the last is not needed.
+        empty = [[0, 0], [0, 0], [1, 0], [0, 0]]
+        key = tf.pad(self._heads(self.key(source)), empty)[:, :, :-1]
+        value = tf.pad(self._heads(self.value(source)), empty)[:, :, :-1]
+        count = query.shape[2]
+        size = count if count <= self.WHOLE else self.PIECE
+        parts = [
+            self._attend(query, key, value, first, min(first + size, count))
+            for first in range(0, count, size)
+        ]
+        y = tf.transpose(tf.concat(parts, axis=2), [0, 2, 1, 3])
+        y = self.expand(tf.reshape(y, tf.shape(features)))
+        return features + self.drop(y, training=training)
+
+    def _heads(self, x):
+        """`(B, h, w, channels)` as `(B, heads, h * w, channels / heads)`."""
+        count, size = x.shape[1] * x.shape[2], self.channels // self.heads
+        x = tf.reshape(x, (-1, count, self.heads, size))
+        return tf.transpose(x, [0, 2, 1, 3])
+
+    def _attend(self, query, key, value, first, last):
+        """Result of the attention of positions `first` to `last`."""
+        query, key = query[:, :, first:last], key[:, :, :last]
+        scores = tf.matmul(query, key, transpose_b=True)
+        scores = tf.cast(scores, tf.float32) * self.scale
+        hidden = np.arange(last) > np.arange(first, last)[:, None]
+        weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
+        return tf.matmul(tf.cast(weights, value.dtype), value[:, :, :last])
+
+    def init_cache(self, batch, grid):
+        # Keys, values, features of the current position, its number.
+        size = self.channels // self.heads
+        past = (batch, self.heads, grid[0] * grid[1], size)
+        features = tf.zeros((batch, self.channels))
+        return [tf.zeros(past), tf.zeros(past), features, 0]
+
+    def step(self, x, cache, column, context=None):
+        keys, values, _, position = cache
+        batch, heads, count, size = keys.shape
+        query = tf.reshape(dense_step(self.query, x), (batch, heads, 1, size))
+        scores = tf.matmul(query, keys, transpose_b=True) * self.scale
+        hidden = tf.range(count) > position
+        weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
+        y = tf.reshape(tf.matmul(weights, values), (batch, self.channels))
+        return x + dense_step(self.expand, y), [keys, values, x, position]
+
+    def write(self, code, cache, column):
+        keys, values, features, position = cache
+        source = tf.concat([features, code], axis=-1)
+
+        def put(past, layer):
+            shape = (past.shape[0], self.heads, 1, -1)
+            new = tf.reshape(dense_step(layer, source), shape)
+            return keras.ops.slice_update(past, [0, 0, position + 1, 0], new)
+
+        moved = [put(keys, self.key), put(values, self.value)]
+        return [*moved, features, position + 1]
 
 
 def sine_features(position, count):
@@ -1470,27 +1614,21 @@ def sine_features(position, count):
 
 
 @register
-class ContextMap(Configurable, keras.layers.Layer):
-    """What every layer of a prior may know besides the indices before it.
+class ContextMap(keras.layers.Layer):
+    """What every layer of a prior knows apart from the indices before it.
 
-    The place on the grid, and conditions: the height of the slice in the
-    head, the class label, the indices of the levels above. None is of the
-    grid to be predicted, so none can leak it.
+    The place on the grid, and conditions: the slice position, the class
+    label, the indices of the levels above. None of these depends on the grid
+    to be predicted, so none can leak it.
 
     Slice position and label are each replaced by a learned null embedding
     where they are negative, and in training for a share `dropout` of the
-    images: so one network also learns what holds without them.
+    images: so one network also learns the distribution without them.
 
     Args:
-        grid: (h, w).
-        channels: int. Channels of the map.
         num_embeddings: int. K of the levels above.
-        position_features: bool. Include sine features of row and column.
-        slice_condition: bool. Include the slice position.
         num_labels: int >= 0. Number of class labels; 0 leaves them out.
-        upper_grids: (h, w) of each level above, nearest first; each half of
-            the one before.
-        dropout: float in [0, 1). Share of conditions dropped in training.
+        others: see `AutoregressivePrior`.
 
     Input shapes: `slice_position` `(B,)` float in [0, 1], 0 the first slice
         of a subject's stack; `label` `(B,)` int in [0, num_labels); both
@@ -1499,16 +1637,6 @@ class ContextMap(Configurable, keras.layers.Layer):
     Output shape: `(B, h, w, channels)`.
     """
 
-    ARGUMENTS = (
-        "grid",
-        "channels",
-        "num_embeddings",
-        "position_features",
-        "slice_condition",
-        "num_labels",
-        "upper_grids",
-        "dropout",
-    )
     OCTAVES = 5
 
     def __init__(
@@ -1524,65 +1652,44 @@ class ContextMap(Configurable, keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        grid = tuple(grid)
-        upper_grids = tuple(tuple(upper) for upper in upper_grids)
-        self.keep(locals())
+        self.grid, self.channels = tuple(grid), channels
+        self.num_embeddings = num_embeddings
+        self.position_features = position_features
+        self.slice_condition = slice_condition
+        self.num_labels, self.levels_above = num_labels, len(upper_grids)
         self.drop = keras.layers.Dropout(dropout)
         self.mix = keras.layers.Dense(channels, activation="relu")
         if position_features:
             self.place = keras.layers.Dense(channels)
         if slice_condition:
             self.slice = keras.layers.Dense(channels)
+            self.no_slice = self.add_weight(
+                (channels,), "zeros", name="no_slice"
+            )
         if num_labels:
             self.label = keras.layers.Embedding(num_labels + 1, channels)
         if upper_grids:
-            self.codes_above = keras.layers.Embedding(
-                len(upper_grids) * num_embeddings, channels
-            )
+            codes = self.levels_above * num_embeddings
+            self.codes_above = keras.layers.Embedding(codes, channels)
             self.above = ResidualStack(channels, 2, channels)
             self.split = keras.layers.Dense(4 * channels)
 
-    def build(self, input_shape):
-        self.mix.build((None, self.channels))
-        if self.position_features:
-            self.place.build((None, 4 * self.OCTAVES))
-        if self.slice_condition:
-            self.slice.build((None, 2 * self.OCTAVES))
-            self.no_slice = self.add_weight(
-                name="no_slice", shape=(self.channels,), initializer="zeros"
-            )
-        if self.num_labels:
-            self.label.build((None,))
-        if self.upper_grids:
-            shape = (None, *self.upper_grids[0], self.channels)
-            self.codes_above.build((None,))
-            self.above.build(shape)
-            self.split.build(shape)
-
-    def load_own_variables(self, store):
-        """Also from a run of format 1, whose prior had no null embedding."""
-        if self.slice_condition and "0" not in store:
-            store = {"0": np.zeros(self.channels, "float32")}
-        super().load_own_variables(store)
-
     def call(self, slice_position, label, upper=(), training=False):
-        height, width = self.grid
-        shape = (tf.shape(label)[0], height, width, self.channels)
+        shape = (tf.shape(label)[0], *self.grid, self.channels)
         context = tf.zeros(shape, self.compute_dtype)
         if self.position_features:
             context += self.place(self._grid_features())
         if self.slice_condition:
-            known = self._known(slice_position, training)
+            known = self._known(slice_position, training)[:, None]
             features = sine_features(slice_position, self.OCTAVES)
-            vector = tf.where(
-                known[:, None], self.slice(features), self.no_slice
-            )
-            context += vector[:, None, None]
+            vector = self.slice(features)
+            null = tf.cast(tf.convert_to_tensor(self.no_slice), vector.dtype)
+            context += tf.where(known, vector, null)[:, None, None]
         if self.num_labels:
             known = self._known(label, training)
             vector = self.label(tf.where(known, label + 1, 0))
             context += vector[:, None, None]
-        if self.upper_grids:
+        if self.levels_above:
             context += self._from_above(upper)
         return self.mix(tf.nn.relu(context))
 
@@ -1594,20 +1701,15 @@ class ContextMap(Configurable, keras.layers.Layer):
 
     def _grid_features(self):
         height, width = self.grid
-        rows = np.broadcast_to(np.arange(height)[:, None] / height, self.grid)
-        columns = np.broadcast_to(np.arange(width) / width, self.grid)
-        return tf.concat(
-            [
-                sine_features(rows.astype("float32"), self.OCTAVES),
-                sine_features(columns.astype("float32"), self.OCTAVES),
-            ],
-            axis=-1,
-        )
+        rows, columns = np.arange(height) / height, np.arange(width) / width
+        places = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1)
+        features = sine_features(places.astype("float32"), self.OCTAVES)
+        return tf.reshape(features, (*self.grid, -1))
 
     def _from_above(self, upper):
         """A residual network over the indices of all levels above."""
         x = None
-        for k in reversed(range(len(upper))):  # topmost first
+        for k in reversed(range(self.levels_above)):  # topmost first
             codes = self.codes_above(upper[k] + k * self.num_embeddings)
             if x is not None:
                 codes += tf.repeat(tf.repeat(x, 2, axis=1), 2, axis=2)
@@ -1618,63 +1720,67 @@ class ContextMap(Configurable, keras.layers.Layer):
 # === Priors ===
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn from the distribution of a prior.
+
+    Args:
+        temperature: float > 0. Below 1 favours likely codes.
+        top_k: int. Draw from the k likeliest codes only; 0 from all.
+        top_p: float in (0, 1]. Draw from the likeliest codes that together
+            have this probability.
+        guidance: float >= 0. Classifier-free guidance: move the logits from
+            those without the label (for a prior without labels: without the
+            slice position) towards those with it, this many times the way.
+            Ho & Salimans, 2022, arXiv:2207.12598.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        if not tf.is_tensor(self.temperature):
+            within(1e-9, 1e9, temperature=self.temperature)
+        within(0, 2**20, top_k=self.top_k)
+        within(1e-9, 1, top_p=self.top_p)
+        within(0, 1e6, guidance=self.guidance)
+
+
 class AutoregressivePrior(TrainableModel):
     """Distribution of a grid of indices as a product over raster order.
 
     `p(indices) = prod_t p(index_t | indices before t, context)`. A subclass
-    gives `_build_layers`, `_hidden` (whole grid) and the caches of its causal
-    layers with `_step` (one position); the rest is here: context, likelihood,
-    training in bits per code, and the sampler.
+    gives `_build_layers`, `causal_layers` and `_hidden` (their output for a
+    whole grid); the rest is here: context, likelihood, training in bits per
+    code, and the sampler.
 
     Args:
         num_embeddings: int K >= 2. Number of codes.
         latent_grid: (h, w).
-        channels: int. Width of the network.
-        blocks: int >= 0. Residual blocks.
-        kernel_size: odd int. Columns the first layer sees.
-        block_kernel_size: odd int. Columns each residual block sees.
-        head_layers: int >= 0. 1x1 layers before the logits.
-        dropout: float in [0, 1). In the residual blocks.
-        position_features: bool. Let every layer know its place on the grid.
         slice_condition: bool. Condition on the slice position.
         labels: names of the class labels to condition on; none by default.
-        upper_grids: (h, w) of each level above, nearest first: condition on
-            the indices of these grids.
-        condition_dropout: float in [0, 1). Share of training images whose
-            slice position, and share whose label, is replaced by a learned
-            null embedding; guidance needs it.
+        upper_grids: (h, w) of each level above, nearest first, each half of
+            the one before: condition on the indices of these grids.
         codebook_sha256: str. Which codebook the indices belong to.
+        others: see `utils.PriorSettings`.
 
-    Input shape: `indices` `(B, h, w)` int, and what is conditioned on:
-        `upper`, a tuple of `(B, h, w)` int tensors, one for each upper grid;
-        `label` `(B,)` int, a number in `labels`; `slice_position` `(B,)`
-        float in [0, 1]. A negative label or position, or none, is null.
+    Input shape: `indices` `(B, h, w)` int, and the conditions: `upper`, a
+        tuple of `(B, h, w)` int tensors, one for each upper grid; `label`
+        `(B,)` int, a number in `labels`; `slice_position` `(B,)` float in
+        [0, 1]. A negative label or position, or none, is null.
     Output shape: `(B, h, w, K)` float32 logits.
     Raises:
         ValueError: if an argument is out of range.
 
     Attributes:
         recompute: bool. Compute each block again for its gradients instead of
-            keeping what is inside, which saves memory and costs time.
+            keeping its inner values, which saves memory and costs time.
+        chunk_size, threads: see `sampling_chunks`.
     """
 
     recompute = False
-    ARGUMENTS = (
-        "num_embeddings",
-        "latent_grid",
-        "channels",
-        "blocks",
-        "kernel_size",
-        "block_kernel_size",
-        "head_layers",
-        "dropout",
-        "position_features",
-        "slice_condition",
-        "labels",
-        "upper_grids",
-        "condition_dropout",
-        "codebook_sha256",
-    )
     CONTEXT_CHANNELS = 64
 
     def __init__(
@@ -1684,7 +1790,6 @@ class AutoregressivePrior(TrainableModel):
         channels=128,
         blocks=5,
         kernel_size=7,
-        block_kernel_size=3,
         head_layers=2,
         dropout=0.0,
         position_features=False,
@@ -1703,56 +1808,57 @@ class AutoregressivePrior(TrainableModel):
         within(0, 256, blocks=blocks)
         within(0, 64, head_layers=head_layers)
         within(0, 0.99, dropout=dropout, condition_dropout=condition_dropout)
-        sizes = {
-            "kernel_size": kernel_size,
-            "block_kernel_size": block_kernel_size,
-        }
-        for name, size in sizes.items():
-            require(
-                size % 2 == 1 and 1 <= size <= 63,
-                f"{name}: expected odd, 1..63, found {size}",
-            )
         require(
             not isinstance(labels, str) and len(set(labels)) == len(labels),
             f"labels: expected different names, found {labels!r}",
         )
-        latent_grid, labels = tuple(latent_grid), tuple(labels)
-        upper_grids = tuple(tuple(grid) for grid in upper_grids)
-        check_upper_grids(latent_grid, upper_grids)
-        self.keep(locals())
+        self.num_embeddings = num_embeddings
+        self.latent_grid = tuple(latent_grid)
+        self.channels, self.blocks = channels, blocks
+        self.kernel_size, self.dropout = kernel_size, dropout
+        self.position_features = position_features
+        self.slice_condition = slice_condition
+        self.labels = tuple(labels)
+        self.upper_grids = tuple(tuple(grid) for grid in upper_grids)
+        self._check_upper_grids()
+        self.codebook_sha256 = codebook_sha256
         self.use_context = bool(
             position_features or slice_condition or labels or upper_grids
         )
         self.embedding = keras.layers.Embedding(num_embeddings, channels)
         if self.use_context:
             self.context = ContextMap(
-                latent_grid,
+                self.latent_grid,
                 self.CONTEXT_CHANNELS,
                 num_embeddings,
                 position_features,
                 slice_condition,
                 len(labels),
-                upper_grids,
+                self.upper_grids,
                 condition_dropout,
             )
         self._build_layers()
         self.head = [
-            keras.layers.Dense(self.channels, activation="relu")
-            for _ in range(self.head_layers)
+            keras.layers.Dense(channels, activation="relu")
+            for _ in range(head_layers)
         ]
         self.logits = keras.layers.Dense(num_embeddings, dtype="float32")
-        self._trackers = {
-            name: keras.metrics.Mean(name=name)
-            for name in ("loss", "bits_per_code")
-        }
+        self._make_trackers("loss", "bits_per_code")
         self._sampler = tf.function(
-            self._sample_chunk, jit_compile=True, autograph=False
+            self._sample_grids, jit_compile=True, autograph=False
         )
-        self.sample_chunk, self.sample_threads = sampling_chunks()
-        self(  # makes the weights
-            tf.zeros((1, *self.latent_grid), tf.int32),
-            upper=tuple(tf.zeros((1, *g), tf.int32) for g in upper_grids),
-        )
+        self.chunk_size, self.threads = sampling_chunks()
+        grids = [tf.zeros((1, *grid), tf.int32) for grid in self.upper_grids]
+        self(tf.zeros((1, *self.latent_grid), tf.int32), upper=grids)
+
+    def _check_upper_grids(self):
+        grids = (self.latent_grid, *self.upper_grids)
+        for below, upper in itertools.pairwise(grids):
+            require(
+                below == (2 * upper[0], 2 * upper[1]),
+                f"upper_grids: expected each half of the one before, found "
+                f"{upper} after {below}",
+            )
 
     def call(
         self,
@@ -1770,42 +1876,58 @@ class AutoregressivePrior(TrainableModel):
         )
         if self.use_context:
             batch = tf.shape(indices)[:1]
+            if slice_position is None:
+                slice_position = tf.fill(batch, -1.0)
+            if label is None:
+                label = tf.fill(batch, -1)
             context = self.context(
-                tf.fill(batch, -1.0)
-                if slice_position is None
-                else slice_position,
-                tf.fill(batch, -1) if label is None else label,
-                upper=upper,
-                training=training,
+                slice_position, label, upper=upper, training=training
             )
         codes = self.embedding(indices)
-        return self._predict_codes(self._hidden(codes, context, training))
+        return self._predict(self._hidden(codes, context, training))
 
     def _run(self, layer, *inputs, training):
-        """Outputs of a layer, in training recomputed if that is asked for."""
+        """Outputs of a layer, in training recomputed if asked for."""
         call = functools.partial(layer, training=training)
         if self.recompute and training:
             require(not self.dropout, "recompute: would drop other features")
             call = tf.recompute_grad(call)
         return call(*(x for x in inputs if x is not None))
 
-    def _predict_codes(self, hidden):
-        """Head and logits on what `_hidden` returns."""
-        x = tf.nn.relu(hidden)
-        for layer in self.head:
-            x = layer(x)
-        return self.logits(x)
-
-    def _predict_code(self, hidden):
-        """The same at one position, on what `_step` returns."""
+    def _predict(self, hidden, apply=lambda layer, x: layer(x)):
+        """Logits from the output of the last causal layer."""
         x = tf.nn.relu(hidden)
         for layer in (*self.head, self.logits):
-            x = dense_step(layer, x)
+            x = apply(layer, x)
         return x
 
+    @contextlib.contextmanager
+    def _in_float32(self):
+        """Within it every layer computes in float32, whatever its policy.
+
+        In bfloat16 a likelihood would be off by a percent, and not that of
+        the sampler.
+        """
+        layers = list(self._flatten_layers())
+        policies = [layer.dtype_policy for layer in layers]
+        try:
+            for layer in layers:
+                layer.dtype_policy = "float32"
+            yield
+        finally:
+            for layer, policy in zip(layers, policies, strict=True):
+                layer.dtype_policy = policy
+
     def distribution(self, indices, **conditions):
-        """`tfd.Categorical` of every position given the indices before it."""
-        return tfd().Categorical(logits=self(indices, **conditions))
+        """`tfd.Categorical` of every position given the indices before it.
+
+        In float32, like `log_prob` and `sample`.
+        """
+        from tensorflow_probability import distributions  # takes seconds
+
+        with self._in_float32():
+            logits = self(indices, **conditions)
+        return distributions.Categorical(logits=logits)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def log_prob(self, indices, upper=None, label=None, slice_position=None):
@@ -1817,45 +1939,30 @@ class AutoregressivePrior(TrainableModel):
             indices, upper=upper, label=label, slice_position=slice_position
         ).log_prob(indices)
 
-    @property
-    def metrics(self):
-        return list(self._trackers.values())
-
     def _batch_loss(self, batch, training):
         """Mean negative log-likelihood, nats per code; updates the metrics.
 
         Args:
-            batch: dict with `indices` and what the prior is conditioned on.
+            batch: dict with `indices` and the conditions.
         """
         logits = self(**batch, training=training)
         nats = tf.nn.sparse_softmax_cross_entropy_with_logits(
             labels=batch["indices"], logits=logits
         )
         loss = tf.reduce_mean(nats)
-        for name, value in (
-            ("loss", loss),
-            ("bits_per_code", loss / np.log(2)),
-        ):
-            self._trackers[name].update_state(
-                value, sample_weight=tf.shape(logits)[0]
-            )
+        self._track(logits, loss=loss, bits_per_code=loss / np.log(2))
         return loss
 
     def sample(
         self,
         n,
         seed=0,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        guidance=1.0,
-        upper=None,
+        first=0,
+        sampling=None,
+        upper=(),
         label=None,
         slice_position=None,
-        first=0,
         known=None,
-        return_log_prob=False,
-        progress=None,
     ):
         """Draw `n` grids of indices.
 
@@ -1863,213 +1970,136 @@ class AutoregressivePrior(TrainableModel):
         one machine: the same in any request, chunk or order.
 
         Args:
-            n: int >= 1.
-            seed: int in [0, 2**31).
-            temperature: float > 0. Below 1 favours likely codes.
-            top_k: int. Draw from the k likeliest codes only; 0 from all.
-            top_p: float in (0, 1]. Draw from the likeliest codes that
-                together have this probability.
-            guidance: float >= 0. Classifier-free guidance: logits are moved
-                from those without the label (or, of a prior without labels,
-                without the slice position) towards those with it, this many
-                times the way. Ho & Salimans, 2022, arXiv:2207.12598.
+            first: int >= 0. Number of the first image.
+            sampling: `Sampling`, or None for the plain distribution.
             upper: `(n, h, w)` int arrays, one for each upper grid.
             label: name of a label, or a sequence of `n` names, None for null;
                 default null.
             slice_position: `(n,)` float in [0, 1], or one for all, NaN for
                 null; default null.
-            first: int >= 0. Number of the first image.
             known: `(n, h, w)` int array of indices that are not drawn, -1
-                where unknown. What comes after them is drawn given them, what
-                comes before is not: weigh by `predict.known_log_prob`.
-            return_log_prob: bool. Also return the log-probability in nats of
-                each grid under the model (temperature 1, all codes, no
-                guidance), accumulated while drawing.
-            progress: callable that wraps the iterable of chunks, such as
-                `tqdm.tqdm`.
+                where unknown. Positions after them are drawn given them,
+                positions before are not.
 
-        Returns: `(n, h, w)` int32 array, and `(n,)` float32 if asked for.
+        Returns: `(n, h, w)` int32 array; `(n,)` float32, the log-probability
+            in nats of each grid under the model (temperature 1, all codes, no
+            guidance), accumulated while drawing.
         Raises:
             ValueError: if a label or an upper grid does not fit this prior,
-                or it has nothing to guide by.
+                or guidance has no condition to guide by.
         """
-        within(0, 1e6, guidance=guidance)
-        require(
-            guidance == 1 or self.labels or self.slice_condition,
-            "guidance: this prior has neither labels nor slice positions",
+        levels = len(self.upper_grids)
+        require(len(upper) == levels, f"upper: expected {levels} arrays")
+        conditions = self.conditions(n, label, slice_position)
+        conditions["upper"] = tuple(
+            self._checked("upper", indices, (n, *grid), 0)
+            for indices, grid in zip(upper, self.upper_grids, strict=True)
         )
-        conditions = self._conditions(n, upper, label, slice_position)
-        known = self._known_indices(n, known)
-        numbers = np.arange(first, first + n)
-        chunks = np.unique(numbers // self.sample_chunk)
-        grids = np.zeros((n, *self.latent_grid), "int32")
-        log_probs = np.zeros(n, "float32")
+        inputs = {
+            "conditions": conditions,
+            "known": self.known_indices(n, known),
+        }
+        draw = functools.partial(self.sample_chunk, seed, sampling=sampling)
+        return in_chunks(self, draw, n, first, inputs)
 
-        def draw(chunk):
-            rows = np.flatnonzero(numbers // self.sample_chunk == chunk)
-            slots = numbers[rows] % self.sample_chunk
-            indices, log_prob = self.draw_chunk(
-                seed,
-                int(chunk),
-                tf.nest.map_structure(
-                    lambda values: self._in_slots(values, rows, slots),
-                    conditions,
-                ),
-                self._in_slots(known, rows, slots, -1),
-                temperature,
-                guidance,
-                top_p,
-                top_k,
-            )
-            grids[rows] = indices.numpy()[slots]
-            log_probs[rows] = log_prob.numpy()[slots]
-
-        with concurrent.futures.ThreadPoolExecutor(self.sample_threads) as pool:
-            drawn = pool.map(draw, chunks)
-            for _ in progress(chunks) if progress else chunks:
-                next(drawn)
-        return (grids, log_probs) if return_log_prob else grids
-
-    def draw_chunk(
-        self,
-        seed,
-        chunk,
-        conditions,
-        known=None,
-        temperature=1.0,
-        guidance=1.0,
-        top_p=1.0,
-        top_k=0,
-    ):
-        """Draw the `sample_chunk` images of one chunk, B; also in a graph.
-
-        All that `sample` draws comes from here.
+    def sample_chunk(self, seed, chunk, conditions, known=None, sampling=None):
+        """Draw the `chunk_size` images of one chunk, B; also in a graph.
 
         Args:
             seed, chunk: int, or int32 scalars: image i of the chunk is number
-                `chunk * sample_chunk + i`.
+                `chunk * chunk_size + i`.
             conditions: dict of `label` `(B,)` int32 and `slice_position`
                 `(B,)` float32, negative for null, and of `upper`, a tuple of
                 `(B, h, w)` int32 for each upper grid.
             known: `(B, h, w)` int32, -1 where unknown; default all unknown.
-            temperature, guidance, top_p, top_k: see `sample`; numbers, of
-                which the first may be a float32 scalar.
+            sampling: see `sample`; its temperature may be a scalar tensor.
 
         Returns: indices `(B, h, w)` int32; log-probability in nats `(B,)`.
         """
+        sampling = sampling or Sampling()
+        guided = sampling.guidance != 1
+        require(
+            not guided or self.labels or self.slice_condition,
+            "guidance: this prior has neither labels nor slice positions",
+        )
         if known is None:
-            known = tf.fill((self.sample_chunk, *self.latent_grid), -1)
+            known = tf.fill((self.chunk_size, *self.latent_grid), -1)
         return self._sampler(
             self._uniforms(seed, chunk),
-            self._chunk_context(conditions, guidance != 1),
+            self._chunk_context(conditions, guided),
             tf.convert_to_tensor(known),
-            tf.convert_to_tensor(temperature, tf.float32),
-            tf.convert_to_tensor(guidance, tf.float32),
-            top_p=float(top_p),
-            top_k=int(top_k),
+            tf.convert_to_tensor(sampling.temperature, tf.float32),
+            tf.convert_to_tensor(sampling.guidance, tf.float32),
+            top_p=float(sampling.top_p),
+            top_k=int(sampling.top_k),
         )
 
-    def _conditions(self, n, upper, label, slice_position):
-        """What `n` images are conditioned on, as checked arrays."""
-        upper = tuple(np.asarray(grid, "int32") for grid in upper or ())
-        expected = [(n, *grid) for grid in self.upper_grids]
-        found = [grid.shape for grid in upper]
-        require(
-            found == expected,
-            f"upper: expected grids of shape {expected}, found {found}",
-        )
-        for grid in upper:
-            for index in (grid.min(), grid.max()):
-                within(0, self.num_embeddings - 1, upper=index)
-        position = np.full(n, -1.0, "float32")
-        if slice_position is not None:
-            given = np.asarray(slice_position, "float32")
-            require(
-                given.shape in ((), (n,)),
-                f"slice_position: expected shape ({n},), found {given.shape}",
-            )
-            for number in given[~np.isnan(given)]:
-                within(0, 1, slice_position=number)
-            position[:] = np.where(np.isnan(given), -1, given)
-        return {
-            "upper": upper,
-            "label": self._label_numbers(n, label),
-            "slice_position": position,
-        }
-
-    def _label_numbers(self, n, label):
-        """Numbers `(n,)` of label names; -1 for None."""
-        if label is None:
-            return np.full(n, -1, "int32")
-        names = [label] * n if isinstance(label, str) else list(label)
+    def conditions(self, n, label=None, slice_position=None):
+        """Checked arrays of the label numbers and positions of `n` images."""
+        if label is None or isinstance(label, str):
+            label = [label] * n
+        require(len(label) == n, f"label: expected {n}, found {len(label)}")
         known = ", ".join(self.labels) or "none, as it was trained without"
-        for name in names:
-            require(
-                name is None or name in self.labels,
-                f"label: expected one of {known}; found {name!r}",
-            )
-        require(len(names) == n, f"label: expected {n}, found {len(names)}")
-        numbers = {None: -1} | {name: k for k, name in enumerate(self.labels)}
-        return np.array([numbers[name] for name in names], "int32")
-
-    def _known_indices(self, n, known):
-        """Checked indices `(n, h, w)` that are not drawn; -1 for the rest."""
-        if known is None:
-            return np.full((n, *self.latent_grid), -1, "int32")
-        known = np.asarray(known, "int32")
-        expected = (n, *self.latent_grid)
+        for name in set(label) - {None, *self.labels}:
+            raise ValueError(f"label: expected one of {known}; found {name!r}")
+        numbers = [-1 if x is None else self.labels.index(x) for x in label]
+        position = math.nan if slice_position is None else slice_position
+        position = np.asarray(position, "float32")
         require(
-            known.shape == expected,
-            f"known: expected shape {expected}, found {known.shape}",
+            position.shape in ((), (n,)),
+            f"slice_position: expected ({n},), found {position.shape}",
         )
-        for index in (known.min(), known.max()):
-            within(-1, self.num_embeddings - 1, known=index)
-        return known
+        for value in position[~np.isnan(position)]:
+            within(0, 1, slice_position=value)
+        position = np.broadcast_to(np.nan_to_num(position, nan=-1), n)
+        return {"label": np.int32(numbers), "slice_position": position}
 
-    def _in_slots(self, values, rows, slots, empty=0):
-        """Values of the images `rows` at their `slots` in a chunk."""
-        shape = (self.sample_chunk, *values.shape[1:])
-        filled = np.full(shape, empty, values.dtype)
-        filled[slots] = values[rows]
-        return filled
+    def known_indices(self, n, indices=None):
+        """Checked indices `(n, h, w)` that are not drawn; -1 for the rest."""
+        shape = (n, *self.latent_grid)
+        if indices is None:
+            return np.full(shape, -1, "int32")
+        return self._checked("known", indices, shape, -1)
+
+    def _checked(self, name, indices, shape, least):
+        indices = np.asarray(indices, "int32")
+        found = indices.shape
+        require(found == shape, f"{name}: expected {shape}, found {found}")
+        for index in (indices.min(), indices.max()):
+            within(least, self.num_embeddings - 1, **{name: index})
+        return indices
 
     def _chunk_context(self, conditions, guided):
-        """Context of a chunk; or None.
+        """Context of a chunk, or None.
 
         Guided, a second half follows: the context without the condition.
         """
         if not self.use_context:
             return None
-        filled = tf.nest.map_structure(tf.convert_to_tensor, conditions)
-        maps = [self._context_map(**filled)]
+        given = tf.nest.map_structure(tf.convert_to_tensor, conditions)
+        maps = [self._context_map(**given)]
         if guided:
             guide = "label" if self.labels else "slice_position"
-            null = -tf.ones_like(filled[guide])
-            maps.append(self._context_map(**{**filled, guide: null}))
+            null = -tf.ones_like(given[guide])
+            maps.append(self._context_map(**{**given, guide: null}))
         return tf.concat(maps, axis=0)
 
     @tf.function(reduce_retracing=True, jit_compile=True, autograph=False)
     def _context_map(self, upper, label, slice_position):
-        context = self.context(slice_position, label, upper=upper)
-        return tf.cast(context, tf.float32)
+        with self._in_float32():
+            return self.context(slice_position, label, upper=upper)
 
     def _uniforms(self, seed, chunk):
         """Uniform numbers in [0, 1) of each image and position of a chunk.
 
         Each level draws numbers of its own.
         """
-        first = chunk * self.sample_chunk
         shape = (len(self.upper_grids) + 1, *self.latent_grid)
-        return tf.stack(
-            [
-                tf.random.stateless_uniform(
-                    shape, [seed, first + i], alg="philox"
-                )[-1]
-                for i in range(self.sample_chunk)
-            ]
-        )
+        first, uniform = chunk * self.chunk_size, tf.random.stateless_uniform
+        seeds = [[seed, first + k] for k in range(self.chunk_size)]
+        return tf.stack([uniform(shape, x, alg="philox")[-1] for x in seeds])
 
-    def _sample_chunk(
+    def _sample_grids(
         self, uniforms, context, known, temperature, guidance, top_p, top_k
     ):
         """The compiled loop: rows outside, columns inside."""
@@ -2082,87 +2112,68 @@ class AutoregressivePrior(TrainableModel):
             caches = self._start_row(caches, row)
 
             def draw(column, grid, log_prob, caches):
-                at = None
+                at, place, one = None, [0, row, column], [batch, 1, 1]
                 if context is not None:
-                    at = tf.slice(
-                        context,
-                        [0, row, column, 0],
-                        [rows, 1, 1, context.shape[-1]],
-                    )[:, 0, 0]
-                hidden, caches = self._step(caches, column, at)
-                logits, *null = tf.split(self._predict_code(hidden), halves)
+                    size = [rows, 1, 1, context.shape[-1]]
+                    at = tf.slice(context, [*place, 0], size)[:, 0, 0]
+                logits, caches = self._step(caches, column, at)
+                logits, *null = tf.split(logits, halves)
                 goal = logits
                 if null:
                     goal = null[0] + guidance * (logits - null[0])
-                uniform = tf.slice(uniforms, [0, row, column], [batch, 1, 1])
-                index = draw_index(
-                    goal, uniform[:, 0], temperature, top_p, top_k
-                )
-                given = tf.slice(known, [0, row, column], [batch, 1, 1])
-                given = tf.reshape(given, (batch,))
+                uniform = tf.slice(uniforms, place, one)[:, 0]
+                index = sample_index(goal, uniform, temperature, top_p, top_k)
+                given = tf.slice(known, place, one)[:, 0, 0]
                 index = tf.where(given >= 0, given, index)
-                chosen = tf.gather(
-                    tf.nn.log_softmax(logits), index, batch_dims=1
-                )
+                nats = tf.nn.log_softmax(logits)
+                log_prob += tf.gather(nats, index, batch_dims=1)
                 code = tf.gather(self.embedding.embeddings, index)
                 caches = self._write(tf.tile(code, [halves, 1]), caches, column)
-                grid = keras.ops.slice_update(
-                    grid, [0, row, column], index[:, None, None]
-                )
-                return column + 1, grid, log_prob + chosen, caches
+                index = index[:, None, None]
+                grid = keras.ops.slice_update(grid, place, index)
+                return column + 1, grid, log_prob, caches
 
-            _, grid, log_prob, caches = tf.while_loop(
+            _, *state = tf.while_loop(
                 lambda column, *_: column < width,
                 draw,
                 (0, grid, log_prob, caches),
             )
-            return row + 1, grid, log_prob, caches
+            return row + 1, *state
 
-        start = (
-            0,
-            tf.zeros((batch, height, width), tf.int32),
-            tf.zeros((batch,)),
-            self._init_caches(rows, width),
-        )
+        grid = tf.zeros((batch, height, width), tf.int32)
+        start = (0, grid, tf.zeros((batch,)), self._init_caches(rows))
         _, grid, log_prob, _ = tf.while_loop(
             lambda row, *_: row < height, draw_row, start
         )
         return grid, log_prob
 
+    def _init_caches(self, batch):
+        """The embedded row so far, then the caches of the layers."""
+        row = tf.zeros((batch, self.latent_grid[1], self.channels))
+        layers = self.causal_layers
+        return [row, *(x.init_cache(batch, self.latent_grid) for x in layers)]
 
-SAMPLE_RUNS = 64  # side by side in an exported model, if there are cores
+    def _start_row(self, caches, row):
+        vertical, *caches = caches
+        moved = [tf.zeros_like(vertical)]
+        for layer, cache in zip(self.causal_layers, caches, strict=True):
+            vertical, cache = layer.start_row(vertical, cache, row)
+            moved.append(cache)
+        return moved
 
+    def _step(self, caches, column, context):
+        """Logits `(B, K)` of one position, and the caches."""
+        x, moved = None, [caches[0]]
+        for layer, cache in zip(self.causal_layers, caches[1:], strict=True):
+            x, cache = layer.step(x, cache, column, context)
+            moved.append(cache)
+        return self._predict(x, dense_step), moved
 
-def sampling_chunks() -> tuple[int, int]:
-    """Images that one run of the compiled loop draws, and runs at a time.
-
-    Image k is always number k % images of its run, and the runs have one
-    size on a machine, so that it does not depend on how many are asked for:
-    matrix products round differently at other sizes. A run is a chain of
-    small steps that keeps one core busy; a GPU is better off with one large
-    run.
-    """
-    if tf.config.list_physical_devices("GPU"):
-        return 32, 1
-    return 4, os.cpu_count() or 1
-
-
-def check_upper_grids(grid, upper_grids):
-    """Raise a `ValueError` unless each grid is half the one before."""
-    for upper in upper_grids:
-        require(
-            grid == (2 * upper[0], 2 * upper[1]),
-            f"upper_grids: expected each half of the one before, found "
-            f"{upper} after {grid}",
-        )
-        grid = upper
-
-
-def tfd():
-    """`tensorflow_probability.distributions`, imported when first needed."""
-    import tensorflow_probability as tfp
-
-    return tfp.distributions
+    def _write(self, code, caches, column):
+        row, *caches = caches
+        row = keras.ops.slice_update(row, [0, column, 0], code[:, None])
+        pairs = zip(self.causal_layers, caches, strict=True)
+        return [row, *(layer.write(code, x, column) for layer, x in pairs)]
 
 
 def keep_likeliest(probabilities, top_k, top_p):
@@ -2182,8 +2193,8 @@ def keep_likeliest(probabilities, top_k, top_p):
     return tf.where(probabilities < least, 0.0, probabilities)
 
 
-def draw_index(logits, uniform, temperature, top_p=1.0, top_k=0):
-    """Index drawn from `softmax(logits / temperature)` by one uniform number.
+def sample_index(logits, uniform, temperature, top_p=1.0, top_k=0):
+    """Draw an index from `softmax(logits / temperature)` by a uniform number.
 
     By inversion of the cumulative distribution, so that a position needs one
     random number, not K.
@@ -2220,292 +2231,24 @@ class PixelCNN(AutoregressivePrior):
 
     Reference: van den Oord et al., 2016, arXiv:1601.06759; blind spot:
     van den Oord et al., 2016, arXiv:1606.05328, sec. 2.2.
-
-    Example:
-    >>> prior = PixelCNN(16, (4, 4), channels=8, blocks=1)
-    >>> prior.sample(2, seed=0).shape
-    (2, 4, 4)
     """
 
     def _build_layers(self):
         self.stem = CausalConv2D(self.channels, self.kernel_size, "A")
         self.residual = [
-            CausalResidualBlock(
-                self.channels,
-                self.block_kernel_size,
-                self.dropout,
-                self.use_context,
-            )
+            CausalResidualBlock(self.channels, self.dropout, self.use_context)
             for _ in range(self.blocks)
         ]
 
-    def _hidden(self, x, context, training):
-        x = self.stem(x)
+    @property
+    def causal_layers(self):
+        return [self.stem, *self.residual]
+
+    def _hidden(self, codes, context, training):
+        x = self.stem(codes)
         for block in self.residual:
             x = self._run(block, x, context, training=training)
         return x
-
-    def _init_caches(self, batch, width):
-        return [
-            layer.init_cache(batch, width)
-            for layer in (self.stem, *self.residual)
-        ]
-
-    def _start_row(self, caches, row):
-        layers = (self.stem, *self.residual)
-        return [
-            layer.start_row(cache)
-            for layer, cache in zip(layers, caches, strict=True)
-        ]
-
-    def _step(self, caches, column, context):
-        stem, *rest = caches
-        x = self.stem.read(stem, column)
-        moved = []
-        for block, cache in zip(self.residual, rest, strict=True):
-            x, cache = block.step(x, cache, column, context)
-            moved.append(cache)
-        return x, [stem, *moved]
-
-    def _write(self, code, caches, column):
-        stem, *rest = caches
-        return [self.stem.write(code, stem, column), *rest]
-
-
-def gate(x):
-    """tanh of the first half of the channels times sigmoid of the second."""
-    signal, weight = tf.split(x, 2, axis=-1)
-    return tf.tanh(signal) * tf.sigmoid(weight)
-
-
-@register
-class GatedBlock(Configurable, keras.layers.Layer):
-    """Vertical and horizontal masked convolutions with gates.
-
-    The vertical stack sees all of the rows up to its own. The horizontal one
-    sees its own row to the left, and the vertical one of the row above: so
-    together all positions before, without a blind spot.
-
-    Both stacks are added to their inputs, in deep networks a help to the
-    vertical one too, but for the first block.
-
-    Args:
-        channels: int. Channels of both stacks.
-        kernel_size: odd int.
-        mask_type: "A" for the first block, which adds no input to its output,
-            else "B".
-        dropout: float in [0, 1). After the gate of the horizontal stack.
-        use_context: bool. Whether a context map enters the horizontal gate.
-
-    Input shape: vertical and horizontal `(B, h, w, channels)`; with context
-        `(B, h, w, any)`. Output shape: both stacks again.
-    Reference: van den Oord et al., 2016, arXiv:1606.05328, fig. 2.
-    """
-
-    ARGUMENTS = (
-        "channels",
-        "kernel_size",
-        "mask_type",
-        "dropout",
-        "use_context",
-    )
-
-    def __init__(
-        self,
-        channels,
-        kernel_size,
-        mask_type,
-        dropout=0.0,
-        use_context=False,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.keep(locals())
-        self.is_first = mask_type == "A"
-        self.vertical = CausalConv2D(2 * channels, kernel_size, "row")
-        self.horizontal = CausalConv2D(
-            2 * channels, kernel_size, mask_type, rows=1
-        )
-        self.link = keras.layers.Dense(2 * channels)
-        self.expand = keras.layers.Dense(channels)
-        self.drop = keras.layers.Dropout(dropout)
-        if use_context:
-            self.context = keras.layers.Dense(2 * channels, use_bias=False)
-
-    def call(self, vertical, horizontal, context=None, training=False):
-        rows = self.vertical(vertical)
-        above = tf.pad(rows[:, :-1], [[0, 0], [1, 0], [0, 0], [0, 0]])
-        x = self.horizontal(horizontal) + self.link(above)
-        if self.use_context:
-            x = x + self.context(context)
-        y = self.expand(self.drop(gate(x), training=training))
-        if self.is_first:
-            return gate(rows), y
-        return vertical + gate(rows), horizontal + y
-
-    def init_cache(self, batch, width):
-        """Rows of the vertical stack, the row so far, the link from above."""
-        return [
-            self.vertical.init_rows(batch, width),
-            self.horizontal.init_cache(batch, width),
-            tf.zeros((batch, width, 2 * self.channels)),
-        ]
-
-    def start_row(self, vertical, cache, row):
-        """Take in the row above, finished by now; zeros before the first.
-
-        Args:
-            vertical: `(B, w, channels)`, input of the vertical stack there.
-            row: number of the row that starts.
-
-        Returns: output of the vertical stack there, the cache.
-        """
-        rows, seen = self.vertical.step_row(vertical, cache[0])
-        rows *= tf.cast(row > 0, rows.dtype)
-        moved = [
-            seen,
-            self.horizontal.start_row(cache[1]),
-            dense_step(self.link, rows),
-        ]
-        return gate(rows) if self.is_first else vertical + gate(rows), moved
-
-    def step(self, x, cache, column, context=None):
-        """Output of the horizontal stack; the first block needs no `x`."""
-        seen, own, above = cache
-        if not self.is_first:
-            own = self.horizontal.write(x, own, column)
-        batch, _, channels = above.shape
-        link = tf.slice(above, [0, column, 0], [batch, 1, channels])[:, 0]
-        y = self.horizontal.read(own, column) + link
-        if self.use_context:
-            y = y + dense_step(self.context, context)
-        y = dense_step(self.expand, gate(y))
-        return y if self.is_first else x + y, [seen, own, above]
-
-    def write(self, code, cache, column):
-        """Take in the embedded code `(B, channels)` drawn at `column`."""
-        seen, own, above = cache
-        if self.is_first:
-            own = self.horizontal.write(code, own, column)
-        return [seen, own, above]
-
-
-@register
-class CausalAttention(Configurable, keras.layers.Layer):
-    """Attention of every position to all codes before it; added to its input.
-
-    However far away they are. A code enters with its embedding and with the
-    features at its position; the code of the position itself and those after
-    it are hidden. Before all codes stands an empty one, of zeros, so that the
-    first position too has one to attend to.
-
-    Args:
-        channels: int, a multiple of `heads`.
-        heads: int >= 1.
-        dropout: float in [0, 1). On what was attended to.
-
-    Input shape: features and embedded codes, both `(B, h, w, channels)`.
-    Output shape: `(B, h, w, channels)`.
-    Reference: Chen et al., 2018, arXiv:1712.09763, sec. 3.
-    """
-
-    ARGUMENTS = ("channels", "heads", "dropout")
-    QUERIES = 256  # at a time: bounds the memory, and skips half the masked
-
-    def __init__(self, channels, heads=8, dropout=0.0, **kwargs):
-        super().__init__(**kwargs)
-        require(
-            heads >= 1 and channels % heads == 0,
-            f"channels: expected a multiple of {heads} heads, found {channels}",
-        )
-        self.keep(locals())
-        self.scale = (channels // heads) ** -0.5
-        self.query = keras.layers.Dense(channels)
-        self.key = keras.layers.Dense(channels)
-        self.value = keras.layers.Dense(channels)
-        # Nothing is added at first: attention joins once it has learned.
-        self.expand = keras.layers.Dense(channels, kernel_initializer="zeros")
-        self.drop = keras.layers.Dropout(dropout)
-
-    def build(self, features_shape, codes_shape=None):
-        shape = (None, self.channels)
-        self.query.build(shape)
-        self.key.build((None, 2 * self.channels))
-        self.value.build((None, 2 * self.channels))
-        self.expand.build(shape)
-
-    def call(self, features, codes, training=False):
-        shape = tf.shape(features)
-        count = features.shape[1] * features.shape[2]
-        source = tf.concat([features, codes], axis=-1)
-        query = self._heads(self.query(features), count)
-        key = self._heads(self.key(source), count)
-        value = self._heads(self.value(source), count)
-        empty = [[0, 0], [0, 0], [1, 0], [0, 0]]
-        key = tf.pad(key, empty)[:, :, :-1]
-        value = tf.pad(value, empty)[:, :, :-1]
-        parts = [
-            self._attend(
-                query, key, value, first, min(first + self.QUERIES, count)
-            )
-            for first in range(0, count, self.QUERIES)
-        ]
-        y = tf.transpose(tf.concat(parts, axis=2), [0, 2, 1, 3])
-        y = self.expand(tf.reshape(y, shape))
-        return features + self.drop(y, training=training)
-
-    def _heads(self, x, count):
-        """`(B, h, w, channels)` as `(B, heads, h * w, channels / heads)`."""
-        x = tf.reshape(x, (-1, count, self.heads, self.channels // self.heads))
-        return tf.transpose(x, [0, 2, 1, 3])
-
-    def _attend(self, query, key, value, first, last):
-        """What the positions `first` to `last` attend to."""
-        scores = tf.matmul(
-            query[:, :, first:last], key[:, :, :last], transpose_b=True
-        )
-        scores = tf.cast(scores, tf.float32) * self.scale
-        hidden = np.arange(last) > np.arange(first, last)[:, None]
-        weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
-        return tf.matmul(tf.cast(weights, value.dtype), value[:, :, :last])
-
-    def init_cache(self, batch, count):
-        """Keys, values, features of the current position, its number."""
-        size = self.channels // self.heads
-        return [
-            tf.zeros((batch, self.heads, count, size)),
-            tf.zeros((batch, self.heads, count, size)),
-            tf.zeros((batch, self.channels)),
-            0,
-        ]
-
-    def start_row(self, vertical, cache, row):
-        return vertical, cache
-
-    def step(self, x, cache, column, context=None):
-        keys, values, _, position = cache
-        batch, heads, count, size = keys.shape
-        query = tf.reshape(dense_step(self.query, x), (batch, heads, 1, size))
-        scores = tf.matmul(query, keys, transpose_b=True) * self.scale
-        hidden = tf.range(count) > position
-        weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
-        y = tf.reshape(tf.matmul(weights, values), (batch, self.channels))
-        return x + dense_step(self.expand, y), [keys, values, x, position]
-
-    def write(self, code, cache, column):
-        """Take in the embedded code `(B, channels)` drawn at the position."""
-        keys, values, features, position = cache
-        shape = (keys.shape[0], self.heads, 1, -1)
-        source = tf.concat([features, code], axis=-1)
-        start = [0, 0, position + 1, 0]
-        key = tf.reshape(dense_step(self.key, source), shape)
-        value = tf.reshape(dense_step(self.value, source), shape)
-        return [
-            keras.ops.slice_update(keys, start, key),
-            keras.ops.slice_update(values, start, value),
-            features,
-            position + 1,
-        ]
 
 
 @register
@@ -2521,12 +2264,11 @@ class GatedPixelCNN(AutoregressivePrior):
     ATTENTION_EVERY = 4  # blocks
 
     def _build_layers(self):
-        options = {"dropout": self.dropout, "use_context": self.use_context}
-        self.stem = GatedBlock(
-            self.channels, self.kernel_size, "A", use_context=self.use_context
-        )
+        options = {"use_context": self.use_context}
+        self.stem = GatedBlock(self.channels, self.kernel_size, "A", **options)
+        options["dropout"] = self.dropout
         self.residual = [
-            GatedBlock(self.channels, self.block_kernel_size, "B", **options)
+            GatedBlock(self.channels, 3, "B", **options)
             for _ in range(self.blocks)
         ]
         count = -(-self.blocks // self.ATTENTION_EVERY) * self.attention
@@ -2535,7 +2277,8 @@ class GatedPixelCNN(AutoregressivePrior):
             for _ in range(count)
         ]
 
-    def _layers_in_order(self):
+    @property
+    def causal_layers(self):
         """The first block, the others; with attention after every few."""
         order, every = [self.stem], self.ATTENTION_EVERY
         for k in range(0, self.blocks, every):
@@ -2544,63 +2287,23 @@ class GatedPixelCNN(AutoregressivePrior):
         return order
 
     def _hidden(self, codes, context, training):
+        run = functools.partial(self._run, training=training)
         vertical = horizontal = codes
-        for layer in self._layers_in_order():
+        for layer in self.causal_layers:
             if isinstance(layer, CausalAttention):
-                horizontal = self._run(
-                    layer, horizontal, codes, training=training
-                )
+                horizontal = run(layer, horizontal, codes)
             else:
-                vertical, horizontal = self._run(
-                    layer, vertical, horizontal, context, training=training
-                )
+                vertical, horizontal = run(layer, vertical, horizontal, context)
         return horizontal
-
-    def _init_caches(self, batch, width):
-        """The embedded row so far, then the caches of the layers."""
-        count = self.latent_grid[0] * width
-        caches = [tf.zeros((batch, width, self.channels))]
-        for layer in self._layers_in_order():
-            attends = isinstance(layer, CausalAttention)
-            caches.append(layer.init_cache(batch, count if attends else width))
-        return caches
-
-    def _start_row(self, caches, row):
-        vertical, *caches = caches
-        moved = [tf.zeros_like(vertical)]
-        for layer, cache in zip(self._layers_in_order(), caches, strict=True):
-            vertical, cache = layer.start_row(vertical, cache, row)
-            moved.append(cache)
-        return moved
-
-    def _step(self, caches, column, context):
-        row, *caches = caches
-        x, moved = None, [row]
-        for layer, cache in zip(self._layers_in_order(), caches, strict=True):
-            x, cache = layer.step(x, cache, column, context)
-            moved.append(cache)
-        return x, moved
-
-    def _write(self, code, caches, column):
-        row, *caches = caches
-        row = keras.ops.slice_update(row, [0, column, 0], code[:, None])
-        layers = self._layers_in_order()
-        return [
-            row,
-            *(
-                layer.write(code, cache, column)
-                for layer, cache in zip(layers, caches, strict=True)
-            ),
-        ]
 
 
 @register
 class PixelSNAIL(GatedPixelCNN):
     """Gated blocks with causal attention after every fourth and the last.
 
-    Convolutions see what is near in detail, attention all there is. The
-    blocks are those of `GatedPixelCNN`, so that without attention, too, there
-    is no blind spot. Further arguments, shapes and methods are those of
+    Convolutions see what is near in detail, attention sees everything. The
+    blocks are those of `GatedPixelCNN`, so without attention, too, there is
+    no blind spot. Further arguments, shapes and methods are those of
     `AutoregressivePrior`.
 
     Args:
@@ -2610,13 +2313,18 @@ class PixelSNAIL(GatedPixelCNN):
     Reference: Chen et al., 2018, arXiv:1712.09763.
     """
 
-    ARGUMENTS = (*GatedPixelCNN.ARGUMENTS, "attention", "heads")
-
-    def __init__(self, *args, attention=True, heads=8, **kwargs):
+    def __init__(
+        self,
+        num_embeddings,
+        latent_grid,
+        channels=128,
+        attention=True,
+        heads=8,
+        **kwargs,
+    ):
         within(1, 4096, heads=heads)
-        self.attention = attention
-        self.heads = heads
-        super().__init__(*args, **kwargs)
+        self.attention, self.heads = attention, heads
+        super().__init__(num_embeddings, latent_grid, channels, **kwargs)
 
 
 PRIORS = {
@@ -2629,50 +2337,182 @@ PRIORS = {
 # === The chain: images -> indices -> images ===
 
 
-def encode_dataset(vqvae, images) -> list[np.ndarray]:
-    """Indices of every image of a dataset.
+def check_archive(path: Path) -> None:
+    """Raise `utils.RunError` unless `path` is an undamaged `.keras` file."""
+    names, damage = [], None
+    if path.is_dir():
+        damage = "a folder, expected a .keras file"
+    elif not path.exists():
+        damage = "no such model file"
+    elif path.suffix != ".keras" or not zipfile.is_zipfile(path):
+        damage = "truncated, or not a .keras file"
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names, bad = archive.namelist(), archive.testzip()
+        except Exception as error:  # zlib.error, EOFError, BadZipFile, ...
+            bad = error
+        if bad:
+            damage = f"corrupt ({bad}); restore a copy or train again"
+        elif not {"config.json", "model.weights.h5"} <= set(names):
+            damage = "incomplete, weights or config.json are missing"
+    if damage:
+        raise utils.RunError(f"{path}: {damage}")
 
-    Args:
-        vqvae: `VQVAE`.
-        images: iterable of `(B, H, W, 1)` batches.
+
+def load_model(path):
+    """Load a saved model with safe mode on; any failure is a `RunError`."""
+    check_archive(Path(path))
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise utils.RunError(f"{path}: cannot be loaded ({reason})") from error
+
+
+def load_models(run):
+    """Load the VQ-VAE of a run and its priors, bottom first; [] if none.
+
+    Raises:
+        utils.RunError: if one is missing, damaged, or was trained on the
+            indices of another VQ-VAE or with other conditions.
+    """
+    vqvae, priors = load_model(run.vqvae_path), []
+    for level, path in enumerate(run.prior_paths if run.has_priors else (), 1):
+        priors.append(load_model(path))
+        if priors[-1].codebook_sha256 != codebook_sha256(vqvae, level):
+            raise utils.RunError(
+                f"{path}: trained on another codebook than that of "
+                f"{run.vqvae_path}; train it again"
+            )
+        for name in ("labels", "slice_condition"):
+            if getattr(priors[-1], name) != getattr(priors[0], name):
+                raise utils.RunError(
+                    f"{path}: its {name} are not those of {run.prior_paths[0]};"
+                    " train both again"
+                )
+    return vqvae, priors
+
+
+def codebook_sha256(vqvae, level=1):
+    """Hash that ties a prior to the codebooks its indices belong to.
+
+    Those of its level and of the levels above, on which it is conditioned.
+    """
+    levels = range(level, vqvae.levels + 1)
+    codebooks = [vqvae.part("quantizer", k).codebook for k in levels]
+    return utils.array_sha256(np.concatenate([*map(np.asarray, codebooks)]))
+
+
+def encode_dataset(vqvae, batches) -> list[np.ndarray]:
+    """Indices of every image of an iterable of batches `(B, H, W, 1)`.
 
     Returns: an `(N, h, w)` int32 array for each level, bottom first.
     """
-    batches = [vqvae.encode(batch) for batch in images]
-    return [np.concatenate(level) for level in zip(*batches, strict=True)]
+    encoded = [vqvae.encode(batch) for batch in batches]
+    return [np.concatenate(level) for level in zip(*encoded, strict=True)]
 
 
-def slice_positions(n: int, first: int = 0, columns: int = 8) -> np.ndarray:
+def prior_inputs(prior, indices, table):
+    """Training data of `prior`: dict of arrays, one row an image.
+
+    Args:
+        indices: list of `(N, h, w)` arrays, bottom first.
+        table: DataFrame of the same N slices.
+    """
+    level = len(indices) - len(prior.upper_grids)
+    inputs = {"indices": indices[level - 1]}
+    if prior.upper_grids:
+        inputs["upper"] = tuple(indices[level:])  # tf.data stacks a list
+    if prior.labels:
+        numbers = {name: k for k, name in enumerate(prior.labels)}
+        labels = table["label"].map(numbers).fillna(-1)
+        inputs["label"] = labels.to_numpy("int32")
+    if prior.slice_condition:
+        inputs["slice_position"] = table["position"].to_numpy("float32")
+    return inputs
+
+
+COLUMNS = 8  # of the grid of samples that positions and labels are spread over
+
+
+def slice_positions(n: int, first: int = 0) -> np.ndarray:
     """Slice positions `(n,)` for images `first` to `first + n`.
 
     Spread evenly over the stack and rising along each row of a grid of
-    `columns`, by the golden ratio within a column. Number k has the same
+    `COLUMNS`, by the golden ratio within a column. Number k has the same
     position in every request.
     """
     numbers = np.arange(first, first + n, dtype="float64")
-    return position_of(numbers, columns).astype("float32")
+    return position_of(numbers).astype("float32")
 
 
-def position_of(number, columns=8):
+def position_of(number):
     """Slice position of image `number`, a float64 array or tensor."""
-    shift = (0.5 + number // columns * 0.6180339887498949) % 1
-    return (number % columns + shift) / columns
+    shift = (0.5 + number // COLUMNS * 0.6180339887498949) % 1
+    return (number % COLUMNS + shift) / COLUMNS
 
 
-def alternate_labels(labels, n: int, first: int = 0, columns: int = 8):
+def alternate_labels(labels, n: int, first: int = 0):
     """A label name for images `first` to `first + n`; None without labels.
 
-    They alternate between the rows of a grid of `columns`.
+    They alternate between the rows of a grid of `COLUMNS`.
     """
     if not labels:
         return None
-    numbers = np.arange(first, first + n)
-    return [labels[k] for k in label_of(numbers, len(labels), columns)]
+    return [labels[k // COLUMNS % len(labels)] for k in range(first, first + n)]
 
 
-def label_of(number, count, columns=8):
-    """Which of `count` labels image `number` has, an int array or tensor."""
-    return number // columns % count
+SAMPLE_RUNS = 64  # at a time in an exported model, if there are cores
+
+
+def sampling_chunks() -> tuple[int, int]:
+    """Images that one run of the compiled loop draws, and runs at a time.
+
+    Image k is always number k % images of its run, and the runs have one
+    size on a machine, so that it does not depend on how many are asked for:
+    matrix products round differently at other sizes. A run is a chain of
+    small steps that keeps one core busy; a GPU is better off with one large
+    run.
+    """
+    if tf.config.list_physical_devices("GPU"):
+        return 32, 1
+    return 4, os.cpu_count() or 1
+
+
+def in_chunks(prior, draw, n, first, inputs, progress=iter):
+    """Arrays of `n` rows from `draw(chunk, **inputs)`, called in threads.
+
+    Args:
+        draw: returns tensors with a row for each image of a chunk.
+        first: number of the first image.
+        inputs: nested arrays of `n` rows, of which `draw` gets those of its
+            chunk; rows that were not asked for are zero.
+        progress: wraps the iterable of chunks, such as `tqdm.tqdm`.
+    """
+    size = prior.chunk_size
+    before = first % size
+    chunks = range(-(-(before + n) // size))
+
+    def filled(values):
+        whole = np.zeros((len(chunks) * size, *values.shape[1:]), values.dtype)
+        whole[before : before + n] = values
+        return whole
+
+    inputs = tf.nest.map_structure(filled, inputs)
+
+    def run(k):
+        rows = slice(k * size, (k + 1) * size)
+        own = tf.nest.map_structure(lambda values: values[rows], inputs)
+        return draw(first // size + k, **own)
+
+    with concurrent.futures.ThreadPoolExecutor(prior.threads) as pool:
+        parts = pool.map(run, chunks)
+        done = [next(parts) for _ in progress(chunks)]
+    outputs = [np.concatenate(arrays) for arrays in zip(*done, strict=True)]
+    return [array[before : before + n] for array in outputs]
 
 
 def generate(
@@ -2681,63 +2521,69 @@ def generate(
     n,
     seed=0,
     first=0,
+    sampling=None,
     label=None,
     slice_position=None,
     known=None,
-    return_log_prob=False,
-    **sampling,
+    progress=iter,
 ):
     """Draw new images: indices from the priors, decoded by the VQ-VAE.
 
-    From the top level down: each prior is told the indices drawn above it.
+    From the top level down: each prior is given the indices drawn above it.
 
     Args:
-        vqvae: `VQVAE`.
-        priors: its priors, bottom first.
-        n: int >= 1.
+        priors: those of the VQ-VAE, bottom first.
         seed, first: image k of a request is a function of the seed and
             `first + k`.
+        sampling: `Sampling` for all levels, or one for each, bottom first;
+            None for the plain distribution.
         label: see `AutoregressivePrior.sample`; default `alternate_labels`.
         slice_position: `(n,)` in [0, 1]; default `slice_positions`.
-        known: list of `(n, h, w)` arrays, the indices of each level that are
-            not drawn, bottom first; see `AutoregressivePrior.sample`.
-        return_log_prob: bool. Also return the log-probability in nats of the
-            indices of each image, summed over levels.
-        sampling: further arguments of `AutoregressivePrior.sample`.
+        known: list of `(n, h, w)` arrays or None, the indices of each level
+            that are not drawn, bottom first; see `AutoregressivePrior.sample`.
+        progress: wraps the iterable of chunks, such as `tqdm.tqdm`.
 
-    Returns: `(n, H, W)` float32 images in [0, 1]; the indices `(n, h, w)` of
-        each level, bottom first; and `(n,)` float32 if asked for.
+    Returns: `(n, H, W)` float32 images in [0, 1]; list of the indices
+        `(n, h, w)` of each level, bottom first; `(n,)` float32
+        log-probability in nats of the indices, summed over levels.
     """
     if slice_position is None:
         slice_position = slice_positions(n, first)
     if label is None:
         label = alternate_labels(priors[0].labels, n, first)
-    indices, log_prob = [], np.zeros(n, "float32")
-    known = known or [None] * len(priors)
-    for prior, given in zip(reversed(priors), reversed(known), strict=True):
-        grids, of_level = prior.sample(
-            n,
+    pairs = zip(priors, known or [None] * len(priors), strict=True)
+    inputs = {
+        "conditions": priors[0].conditions(n, label, slice_position),
+        "known": [prior.known_indices(n, grids) for prior, grids in pairs],
+    }
+    draw = functools.partial(
+        _generate_chunk, vqvae, priors, seed, sampling=sampling
+    )
+    images, log_prob, *indices = in_chunks(
+        priors[0], draw, n, first, inputs, progress
+    )
+    return images, indices, log_prob
+
+
+def _generate_chunk(
+    vqvae, priors, seed, chunk, conditions, known=None, sampling=None
+):
+    """Images of one chunk, log-probabilities, indices; also in a graph."""
+    levels = range(len(priors))
+    if sampling is None or isinstance(sampling, Sampling):
+        sampling = [sampling for _ in levels]
+    indices, total = [], 0.0
+    for level in reversed(levels):
+        grid, log_prob = priors[level].sample_chunk(
             seed,
-            first=first,
-            upper=indices,
-            label=label,
-            slice_position=slice_position,
-            known=given,
-            return_log_prob=True,
-            **sampling,
+            chunk,
+            {**conditions, "upper": tuple(indices)},
+            known and known[level],
+            sampling[level],
         )
-        indices.insert(0, grids)
-        log_prob += of_level
-    # Whole chunks, as drawn: a batch of another size rounds differently.
-    step = priors[0].sample_chunk
-    count = -(-n // step) * step
-    filled = [np.resize(grid, (count, *grid.shape[1:])) for grid in indices]
-    images = [
-        vqvae.decode_indices([grid[k : k + step] for grid in filled])
-        for k in range(0, count, step)
-    ]
-    images = np.concatenate(images)[:n, ..., 0]
-    return (images, indices, log_prob) if return_log_prob else (images, indices)
+        indices.insert(0, grid)
+        total += log_prob
+    return vqvae.decode_indices(indices)[..., 0], total, *indices
 
 
 # === Export ===
@@ -2755,102 +2601,84 @@ def export_archive(vqvae, priors=()):
             of each level, bottom first, `(N, h, w)` int32.
         decode: the same the other way.
         generate: `n` >= 1, `seed` >= 0, int32, `temperature` > 0, float32,
-            `label`, string, "" for all by turns -> `images` `(n, H, W)`, and
-            their indices; only with priors. Those of the function `generate`.
-
-    Args:
-        vqvae: `VQVAE`.
-        priors: its priors, bottom first.
+            `label`, string, "" to alternate -> `images` `(n, H, W)`, and
+            their indices; only with priors. Equal to the function `generate`.
 
     Returns: `keras.export.ExportArchive`.
     """
     names = [f"indices_{level}" for level in range(1, vqvae.levels + 1)]
-
-    def encode(images):
-        return dict(zip(names, vqvae.encode(images), strict=True))
-
-    def decode(*indices):
-        return {"images": vqvae.decode_indices(list(indices))}
-
     archive = keras.export.ExportArchive()
-    images = tf.TensorSpec((None, *vqvae.image_size, 1), name="images")
-    archive.add_endpoint("encode", encode, [images])
-    grids = [
-        tf.TensorSpec((None, *grid), tf.int32, name=name)
-        for name, grid in zip(names, vqvae.latent_grids, strict=True)
-    ]
-    archive.add_endpoint("decode", decode, grids)
+    archive.add_endpoint(
+        "encode",
+        lambda images: dict(zip(names, vqvae.encode(images), strict=True)),
+        [tf.TensorSpec((None, *vqvae.image_size, 1), name="images")],
+    )
+    archive.add_endpoint(
+        "decode",
+        lambda *indices: {"images": vqvae.decode_indices(list(indices))},
+        [
+            tf.TensorSpec((None, *grid), tf.int32, name=name)
+            for name, grid in zip(names, vqvae.latent_grids, strict=True)
+        ],
+    )
     if priors:
-        function = functools.partial(_generate_in_graph, vqvae, priors)
-        scalars = [
-            tf.TensorSpec((), dtype, name=name)
-            for name, dtype in (
-                ("n", tf.int32),
-                ("seed", tf.int32),
-                ("temperature", tf.float32),
-                ("label", tf.string),
-            )
-        ]
-        archive.add_endpoint("generate", function, scalars)
+        types = {"n": tf.int32, "seed": tf.int32, "temperature": tf.float32}
+        types["label"] = tf.string
+        archive.add_endpoint(
+            "generate",
+            functools.partial(_generate_in_graph, vqvae, priors),
+            [tf.TensorSpec((), x, name=name) for name, x in types.items()],
+        )
     return archive
 
 
 def _generate_in_graph(vqvae, priors, n, seed, temperature, label):
-    """What `generate` does, the loop over chunks in the graph."""
-    size, labels = priors[0].sample_chunk, priors[0].labels
-    with tf.control_dependencies(
-        [
-            tf.debugging.assert_positive(n, "n: expected >= 1"),
-            tf.debugging.assert_non_negative(seed, "seed: expected >= 0"),
-            tf.debugging.assert_positive(
-                temperature, "temperature: expected > 0"
-            ),
-        ]
-    ):
+    """Images and indices of `generate`, the loop over chunks in the graph."""
+    size, labels = (
+        priors[0].chunk_size,
+        tf.constant(priors[0].labels, tf.string),
+    )
+    names = ", ".join(priors[0].labels) or "none"
+    checks = [
+        (n >= 1, "n: expected >= 1"),
+        (seed >= 0, "seed: expected >= 0"),
+        (temperature > 0, "temperature: expected > 0"),
+        (
+            (label == "") | tf.reduce_any(labels == label),
+            f"label: expected one of {names}, or empty",
+        ),
+    ]
+    asserts = [tf.debugging.Assert(right, [text]) for right, text in checks]
+    with tf.control_dependencies(asserts):
         chunks = tf.range((n + size - 1) // size)
 
     def draw(chunk):
         numbers = chunk * size + tf.range(size)
+        positions = position_of(tf.cast(numbers, tf.float64))
+        chosen = tf.fill([size], -1)
+        if priors[0].labels:
+            asked = tf.argmax(labels == label, output_type=tf.int32)
+            turns = numbers // COLUMNS % len(priors[0].labels)
+            chosen = tf.where(label == "", turns, asked)
         conditions = {
-            "label": _labels_in_graph(numbers, label, labels),
-            "slice_position": tf.cast(
-                position_of(tf.cast(numbers, tf.float64)), tf.float32
-            ),
+            "label": chosen,
+            "slice_position": tf.cast(positions, tf.float32),
         }
-        indices = []
-        for prior in reversed(priors):
-            told = {**conditions, "upper": tuple(indices)}
-            grid, _ = prior.draw_chunk(
-                seed, chunk, told, temperature=temperature
-            )
-            indices.insert(0, grid)
-        return vqvae.decode_indices(indices)[..., 0], *indices
+        sampling = Sampling(temperature)
+        images, _, *indices = _generate_chunk(
+            vqvae, priors, seed, chunk, conditions, sampling=sampling
+        )
+        return images, *indices
 
-    grids = [(size, *grid) for grid in vqvae.latent_grids]
     drawn = tf.map_fn(
         draw,
         chunks,
         parallel_iterations=SAMPLE_RUNS,
         fn_output_signature=(
             tf.TensorSpec((size, *vqvae.image_size)),
-            *(tf.TensorSpec(grid, tf.int32) for grid in grids),
+            *(tf.TensorSpec((size, *g), tf.int32) for g in vqvae.latent_grids),
         ),
     )
-    images, *indices = (
-        tf.reshape(part, (-1, *part.shape[2:]))[:n] for part in drawn
-    )
-    named = {f"indices_{k}": grid for k, grid in enumerate(indices, start=1)}
-    return {"images": images, **named}
-
-
-def _labels_in_graph(numbers, label, labels):
-    """Number of the label of each image; -1 for null."""
-    known = tf.constant(labels, tf.string, shape=(len(labels),))
-    message = f"label: expected one of {', '.join(labels) or 'none'}, or empty"
-    right = (label == "") | tf.reduce_any(known == label)
-    with tf.control_dependencies([tf.debugging.Assert(right, [message])]):
-        numbers = tf.identity(numbers)
-    if not labels:
-        return tf.fill(tf.shape(numbers), -1)
-    asked = tf.argmax(known == label, output_type=tf.int32)
-    return tf.where(label == "", label_of(numbers, len(labels)), asked)
+    drawn = [tf.reshape(part, (-1, *part.shape[2:]))[:n] for part in drawn]
+    named = {f"indices_{k}": grid for k, grid in enumerate(drawn[1:], 1)}
+    return {"images": drawn[0], **named}

@@ -6,15 +6,17 @@
         one of the published systems, on a folder of its data set
     python train.py --stage prior --run-dir runs/NAME --prior-epochs 50
         another prior over the VQ-VAE of an earlier run
-    python train.py --resume runs/NAME
-        what is left of a training that was stopped or killed
+    python train.py --stage decoder --run-dir runs/NAME --decoder-epochs 4
+        sharpen the decoder of an earlier run; its priors stay valid
+    python train.py --resume runs/NAME [--epochs 40]
+        continue a training that was stopped or killed; with more epochs than
+        before, train a complete run on
     python train.py --tune 30 --objective ssim+bits --epochs 5 --prior-epochs 5
-        a search for settings, 30 trials; SSIM alone (--objective ssim) picks
-        models that sample badly
+        search for settings, 30 trials
     python train.py --list-recipes
 
-The steps: images -> VQ-VAE -> indices -> prior -> samples -> evaluation. All
-results go to one run folder.
+The stages: images -> VQ-VAE (-> sharper decoder) -> indices -> priors ->
+sampling settings -> evaluation. All results go to one run folder.
 """
 
 import contextlib
@@ -22,15 +24,18 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import sys
 import tempfile
-import typing
+import time
 import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 import dataset
@@ -40,899 +45,976 @@ import utils
 keras = utils.lazy_import("keras")
 modules = utils.lazy_import("modules")
 optuna = utils.lazy_import("optuna")
-tf = utils.lazy_import("tensorflow")
 pd = utils.lazy_import("pandas")
+plt = utils.lazy_import("matplotlib.pyplot")
+tf = utils.lazy_import("tensorflow")
 
-GRADIENT_NORM = 1.0  # longest gradient; longer ones are scaled down to it
+GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
+LEAST_USAGE = 0.02  # of a codebook over the training images
+PICTURED = 8  # images shown while a stage is trained
+PICTURES = 5  # times that they are shown
+SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
+LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
+SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
-COUNTED = 16  # validation images whose codes TensorBoard counts
-PICTURED = 4  # of these, images that it shows
-DRAWN = 16  # samples that it shows
+OBJECTIVES = {
+    "ssim": {"ssim": "maximize"},
+    "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
+}
+# Flags of a search that the training of its best trial does not have.
+OF_SEARCH = ("tune", "objective", "run_dir", "smoke", "epochs", "prior_epochs")
 HEARTBEAT = 60  # seconds between signs of life of a trial
 
 
 def main(argv):
     """Train, encode and evaluate as the flags say."""
-    config = utils.resolve(argv, description=__doc__)
+    settings = utils.parse_training(argv, __doc__)
     # Before the signals: several workers come with a handler of SIGTERM.
-    strategy = utils.choose_strategy(config.strategy, alone=config.tune > 0)
+    strategy = utils.choose_strategy(
+        settings.run.strategy, alone=settings.search.tune > 0
+    )
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(utils.StopSignals())
-        if config.tune:
-            tune(config, argv, strategy, signals)
+        if settings.search.tune:
+            search(settings, argv, strategy, signals)
             return
-        if config.smoke:
-            config = config.smoked()
+        if settings.run.smoke and not settings.run.resume:
+            settings = settings.smoked()
         if not utils.is_chief(strategy):
-            config = stack.enter_context(beside_the_chief(config))
+            settings = stack.enter_context(silent_copy(settings))
         utils.wait_for_workers(strategy)
-        run, splits = start(config, strategy)
+        print(utils.describe_devices())
+        job = start(settings, strategy, signals, argv)
         try:
-            train(run, splits, strategy, signals)
+            train(job)
         except utils.Stopped:
-            print(f"go on with: python train.py --resume {run.path}")
+            print(f"continue with: python train.py --resume {job.run.path}")
             raise
         finally:
-            run.unlock()
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What a stage trains on, or validates with.
-
-    Attributes:
-        count: int, images.
-        batches: function of the batch size that returns a dataset; see
-            `dataset.make_dataset` for its options.
-    """
-
-    count: int
-    batches: typing.Callable
+            job.run.unlock()
 
 
 @contextlib.contextmanager
-def beside_the_chief(config):
-    """Settings of a worker that is not the chief, while it works.
+def silent_copy(settings):
+    """Settings of a worker that is not the chief, which writes the run.
 
-    It does as the chief does, without a word, in a folder that it removes at
-    the end: only the chief writes the run folder.
+    It runs silently in a temporary copy of the run folder.
     """
+    name = "resume" if settings.run.resume else "run_dir"
     with (
         tempfile.TemporaryDirectory() as folder,
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
-        name = "resume" if config.resume else "run_dir"
         own = os.path.join(folder, "run")
-        if earlier := config.resume or (
-            config.stage == "prior" and config.run_dir
-        ):
+        if settings.run.resume or settings.run.stage in ("decoder", "prior"):
+            earlier = getattr(settings.run, name)
             shutil.copytree(earlier, own, ignore=NOT_COPIED)
-        yield dataclasses.replace(config, **{name: own})
+        yield utils.replace(settings, **{name: own})
 
 
-def start(config, strategy):
-    """The run folder, locked, and the splits; a refused start leaves none.
-
-    Returns: `Run`; dict of DataFrames, `train`, `validate`, `test`.
-    """
-    if config.resume:
-        return resume(config, strategy)
-    if config.stage == "prior":
-        run = utils.Run.open(config.run_dir)
-        utils.check_keras_file(run.vqvae_path)
-        splits = utils.read_splits(run)
-        run.info |= conditions(config, splits["train"], run.split_path)
-        check_parts(config, splits, strategy)
-        run.lock()
-        run.begin(config)
-        return run, splits
-    run = utils.Run.create(config)
-    try:
-        return run, load_splits(run, strategy)
-    except BaseException:
-        run.discard()
-        raise
+# === Start ===
 
 
-def check_parts(config, splits, strategy):
-    """Refuse what replicas cannot do, and a batch with an empty part."""
-    replicas = strategy.num_replicas_in_sync
-    parts = replicas * config.accumulation_steps
-    # Keras scales the loss, or compiles, around the replicas.
-    for flag, refused in (
-        ("--precision mixed_float16", config.precision == "mixed_float16"),
-        ("--jit", config.jit),
-    ):
-        if refused and replicas > 1:
-            raise utils.FlagError(
-                f"{flag}: goes with one device only, found {replicas}; leave "
-                "it out or use --strategy none"
-            )
-    if parts == 1:
-        return
-    images = len(splits["train"])
-    grids = images * (1 + config.prior_augment)
-    stages = [
-        ("prior", "batch-size", images, config.batch_size),
-        ("vqvae", "prior-batch-size", grids, config.prior_batch_size),
-    ]
-    for without, name, count, asked in stages:
-        if config.stage == without:
-            continue
-        size = min(count, asked)
-        fits = dataset.divisible_batch_size(count, size, parts)
-        if fits != size:
-            advice = f"use {fits}" if fits else "use fewer parts"
-            raise utils.FlagError(
-                f"--{name}: {asked} of {count} images cannot be cut into "
-                f"{replicas} replicas x {config.accumulation_steps} "
-                f"accumulation steps in every step of an epoch; {advice}"
-            )
-    if 0 < len(splits["validate"]) < replicas:
-        raise utils.FlagError(
-            f"--strategy: {replicas} replicas, but the validation split has "
-            f"only {len(splits['validate'])} images"
-        )
-
-
-def resume(config, strategy):
-    """The run whose training goes on, locked, and its splits."""
-    run = utils.Run.open(config.resume)
-    run.config = config
-    run.lock()
-    if "training" not in run.info:
-        run.unlock()
-        raise utils.FlagError(
-            f"--resume: the training of {run.path} is complete; start another "
-            "run, or another prior with --stage prior --run-dir"
-        )
-    try:
-        if not run.split_path.exists():  # had not read the data yet
-            return run, load_splits(run, strategy)
-        splits = utils.read_splits(run)
-        check_parts(config, splits, strategy)
-        return run, splits
-    except BaseException:
-        run.unlock()
-        raise
-
-
-def train(run, splits, strategy, signals):
-    """What is left to do of a run: models, evaluation."""
-    with dataset.naming_files():
-        vqvae, priors, _ = train_models(run, splits, strategy, signals)
-        if run.config.evaluate and utils.is_chief(strategy):
-            finish(run, vqvae, priors, splits)
-        utils.wait_for_workers(strategy)  # the chief takes one gone for dead
-    run.complete()
-
-
-def train_models(run, splits, strategy, signals, *callbacks):
-    """What is left to do of a run's models: VQ-VAE, indices, priors.
+class Job:
+    """A training under way: its run, devices and images.
 
     Args:
-        callbacks: further Keras callbacks of the VQ-VAE.
-
-    Returns: `VQVAE`; its priors, bottom first; which codebooks collapsed,
-        in words.
+        run: `utils.Run`, locked.
+        strategy: of `tf.distribute`.
+        signals: `utils.StopSignals`, which end the training.
+        data_dir: where the images are now, if they were moved.
     """
-    config = run.config
-    policy, reason = utils.choose_precision(config.precision)
-    print(f"run folder {run.path}, precision {policy} ({reason})")
-    keras.config.set_dtype_policy(policy)
-    if strategy.num_replicas_in_sync > 1:
-        print(f"{strategy.num_replicas_in_sync} replicas share each batch")
-    if not run.is_done("vqvae"):
-        with signals.deferred():
-            train_vqvae(run, splits, strategy, signals, *callbacks)
-    vqvae = utils.load_model(run.vqvae_path)
-    indices = encode_splits(run, vqvae, splits)
-    collapsed = collapsed_levels(vqvae, indices["train"])
-    priors = []
-    if config.stage != "vqvae":
-        if collapsed and not config.force:
-            raise utils.RunError(
-                f"{run.vqvae_path}: {collapsed}; a prior over it would "
-                "draw one image again and again: train the VQ-VAE longer "
-                "or with another --learning-rate, or insist with --force"
+
+    def __init__(self, run, strategy, signals, data_dir=None):
+        self.run, self.strategy, self.signals = run, strategy, signals
+        self.data_dir = data_dir
+
+    settings = property(lambda self: self.run.settings)
+
+    @functools.cached_property
+    def images(self):
+        """Images of each split: {name: `dataset.Slices`}."""
+        images = dataset.load_run(self.run, self.data_dir)
+        self.run.info["data_dir"] = str(images["train"].root)
+        return images
+
+    def images_if_there(self):
+        """Images of each split; {}, with a warning, if they are gone."""
+        try:
+            return self.images
+        except utils.DataError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return {}
+
+    @functools.cached_property
+    def tables(self):
+        """Table of each split, which needs no image."""
+        table = utils.read_split_table(self.run)
+        return {
+            name: table[table["split"] == name].reset_index(drop=True)
+            for name in dataset.SPLITS
+        }
+
+    def begin(self, parts, epochs_before=()):
+        """Note in the run which parts are to be made.
+
+        Args:
+            epochs_before: {part: epochs of an earlier training}.
+        """
+        if not self.settings.training.decoder_epochs:
+            parts = set(parts) - {"decoder"}
+        done = [part for part in all_parts(self.run) if part not in parts]
+        before = dict(epochs_before)
+        self.run.begin(self.settings, done, epochs_before=before)
+
+    def epochs_before(self, part):
+        """Epochs that an earlier training of the run gave a part."""
+        return self.run.info["training"]["epochs_before"].get(part, 0)
+
+    def make_model(self, part, path, new):
+        """Return the new model of a part, or the one that is trained on."""
+        utils.set_seed(self.settings.run.seed)
+        with self.strategy.scope():
+            again = self.epochs_before(part)
+            return modules.load_model(path) if again else new()
+
+
+def all_parts(run):
+    """Names of what a training makes, in order."""
+    return ["vqvae", "decoder", "indices", *run.prior_names, "sampling"]
+
+
+def option(settings, stage, name):
+    """Setting of a stage, such as `epochs`; 0 if the stage has no such one."""
+    prefix = {"vqvae": "", "decoder": "decoder_"}.get(stage, "prior_")
+    return getattr(settings.training, prefix + name, 0)
+
+
+def start(settings, strategy, signals, argv=()):
+    """Return the `Job` of some settings; a refused start changes nothing."""
+    again = settings.run.stage in ("decoder", "prior")
+    again = again and not settings.run.resume
+    folder = settings.run.run_dir if again else settings.run.resume
+    run = utils.Run.open(folder) if folder else utils.Run.create(settings)
+    earlier, run.settings = run.training_settings, settings
+    moved = utils.flag_was_given(argv, "data-dir")
+    job = Job(run, strategy, signals, settings.data.data_dir if moved else None)
+    try:
+        if folder:
+            run.lock()
+        if again:
+            begin_stage(job, earlier)
+        elif not run.split_path.exists():  # new, or stopped before that
+            load_images(job, utils.flag_was_given(argv, "condition"))
+        else:
+            resume(job, earlier)
+    except BaseException:
+        run.unlock() if folder else run.discard()
+        raise
+    return job
+
+
+def begin_stage(job, earlier):
+    """Let another decoder, or other priors, of a trained VQ-VAE be made."""
+    run, settings = job.run, job.settings
+    modules.load_model(run.vqvae_path)  # refused before anything is changed
+    check_batches(job)
+    if settings.run.stage == "decoder":
+        job.begin({"decoder"})
+        return
+    run.info |= conditions(job, run.split_path)
+    level, names = settings.run.prior_level, run.prior_names
+    parts = {"sampling", *names[level and level - 1 : level]}
+    before, now = earlier.prior.condition, settings.prior.condition
+    for name, path in zip(names, run.prior_paths, strict=True):
+        if name not in parts and path.exists() and before != now:
+            raise utils.FlagError(
+                f"--condition: {path} was trained with {before}, found {now}; "
+                "use the same, or train all levels, without --prior-level"
             )
-        train_priors(run, vqvae, indices, splits, strategy, signals)
-        if all(path.exists() for path in run.prior_paths):
-            priors = utils.load_priors(run, vqvae)
-    return vqvae, priors, collapsed
+    if not run.indices_path.exists():
+        parts.add("indices")
+    job.begin(parts)
 
 
-def load_splits(run, strategy):
-    """Index of the slices of each split, checked; written to `split.csv`."""
-    config = run.config
-    root, layout = config.data_dir, config.dataset
-    if layout == "phantom":
-        layout = "oasis"
-        root = dataset.simulated_folder(config.phantom_subjects)
-    elif root is None:  # a recipe with --smoke
-        # What the simulator makes; reading pads or crops to the size asked.
-        size = min(max(32, *(config.image_size or (128,))), 1024)
-        size = -(-size // 16) * 16
-        root = dataset.simulated_folder(utils.SMOKE_SUBJECTS, layout, size)
-    index = dataset.load_index(
-        root, layout, skip_bad=config.skip_bad, image_size=config.image_size
-    )
-    rejected = index.attrs.pop("rejected")
-    size = config.image_size or dataset.native_size(index)
-    utils.check_image_size(
-        size,
-        config.total_downsampling,
-        "--image-size, by default that of the data",
-    )
-    if config.smoke:
-        count = index.groupby("split")["path"].transform("size")
-        number = index.groupby("split").cumcount()
-        # A few spread over the split: of several subjects and heights.
-        stride = np.ceil(count / utils.SMOKE_IMAGES)
-        index = index[number % stride == 0]
-    splits = {name: index[index["split"] == name] for name in dataset.SPLITS}
-    check_parts(config, splits, strategy)
-    run.update(
-        image_size=size,
-        simulated=index.attrs["simulated"],
-        intensity=dataset.INTENSITY_RULE,
-        resize=config.resize,
-        **conditions(config, index[index["split"] == "train"], root),
-    )
-    if len(rejected):
-        utils.write_csv(run.rejected_path, rejected)
-    utils.write_csv(run.split_path, index)
-    return splits
+def resume(job, earlier):
+    """Continue the training of a run; with more epochs, train parts on."""
+    check_batches(job)
+    run, under_way = job.run, "training" in job.run.info
+    parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
+    longer = {
+        part
+        for part in ["vqvae", "decoder", *run.prior_names * run.has_priors]
+        if part not in parts
+        and option(job.settings, part, "epochs")
+        > option(earlier, part, "epochs")
+    }
+    if not longer:
+        if not under_way:
+            raise utils.FlagError(
+                f"--resume: the training of {run.path} is complete; train on "
+                "with more --epochs, --decoder-epochs or --prior-epochs than "
+                "before, or another prior with --stage prior --run-dir"
+            )
+        return
+    parts |= longer | {"sampling"}
+    if "vqvae" in longer:  # other codes need other indices and priors
+        longer = {"vqvae"}
+        parts |= {"decoder", "indices", *run.prior_names * run.has_priors}
+    epochs = utils.read_history(run).groupby("stage")["epoch"].max()
+    job.begin(parts, {part: int(epochs.get(part, 0)) for part in longer})
 
 
-def conditions(config, frame, source):
-    """What a prior can be conditioned on: label map, range of the slices."""
-    names = sorted(set(frame["label"]) - {""})
-    if "label" in config.conditions and not names:
+def load_images(job, asked):
+    """Read the images of a new run, and note in it what they are.
+
+    Args:
+        asked: whether the user asked for the conditions of the prior.
+    """
+    run, data = job.run, job.settings.data
+    if data.dataset != "phantom" and not data.data_dir:  # with --smoke
+        side = -(-max(32, *(data.image_size or (128,))) // 16) * 16
+        made = utils.SMOKE_SUBJECTS, data.dataset, side
+        folder = str(dataset.simulated_folder(*made))
+        run.settings = utils.replace(job.settings, resize=True)
+        data = utils.replace(job.settings.data, data_dir=folder)
+    slices = dataset.load(data)
+    if job.settings.run.smoke:
+        slices = slices.take(smoke_rows(slices.table))
+    job.images = {name: slices.split(name) for name in dataset.SPLITS}
+    job.tables = {name: part.table for name, part in job.images.items()}
+    names = job.settings.conditions
+    if "label" in names and not asked and not any(slices.table["label"]):
+        print("no image has a class label: the prior is trained without")
+        rest = "slice" if "slice" in names else "none"
+        run.settings = utils.replace(job.settings, condition=rest)
+    run.info |= {
+        "image_size": list(slices.size),
+        "crop": choose_crop(job),
+        "simulated": slices.simulated,
+        "intensity": slices.intensity,
+        "dataset": data.dataset,
+        "data_dir": str(slices.root),
+        **conditions(job, slices.root),
+    }
+    check_batches(job)
+    if len(slices.rejected):
+        utils.write_csv(run.rejected_path, slices.rejected)
+    vqvae_only = job.settings.run.stage == "vqvae"
+    job.begin(["vqvae", "indices"] if vqvae_only else all_parts(run))
+    utils.write_csv(run.split_path, slices.table)
+
+
+def smoke_rows(table):
+    """Row numbers of a few images spread over each split."""
+    rows = [np.flatnonzero(table["split"] == name) for name in dataset.SPLITS]
+    few = [own[utils.spread(len(own), utils.SMOKE_IMAGES)] for own in rows]
+    return np.sort(np.concatenate(few))
+
+
+def choose_crop(job):
+    """Box [top, left, height, width] that the model sees; None for all."""
+    train, multiple = job.images["train"], job.settings.total_downsampling
+    box = [0, 0, *train.size]
+    if job.settings.data.crop:
+        box = [int(n) for n in dataset.content_box(train, multiple)]
+    name = "--image-size, by default that of the data"
+    utils.check_image_size(box[2:], multiple, name)
+    if box[2:] == list(train.size):
+        return None
+    size, frame = utils.size_text(box[2:]), utils.size_text(train.size)
+    print(f"the model sees the {size} pixels of {frame} that hold content")
+    for name, images in job.images.items():
+        rows = dataset.outside(images, box)
+        if len(rows):
+            paths = ", ".join(images.table["path"].iloc[rows[:5]])
+            print(f"{len(rows)} images of {name} reach beyond it: {paths}")
+    return box
+
+
+def conditions(job, source):
+    """What a prior can be conditioned on: labels and slice numbers.
+
+    Raises:
+        DataError: if the images have no labels, which were asked for.
+    """
+    table = job.tables["train"]
+    names = sorted(set(table["label"]) - {""})
+    if "label" in job.settings.conditions and not names:
         raise utils.DataError(
             f"{source}: no image has a class label; leave label out of "
             "--condition"
         )
     return {
         "labels": {name: number for number, name in enumerate(names)},
-        "slice_range": [int(frame["slice"].min()), int(frame["slice"].max())],
+        "slice_range": [int(table["slice"].min()), int(table["slice"].max())],
     }
 
 
-def train_vqvae(run, splits, strategy, signals, *callbacks):
+def check_batches(job):
+    """Refuse what replicas cannot do, and batches with an empty part."""
+    run, options = job.settings.run, job.settings.training
+    replicas = job.strategy.num_replicas_in_sync
+    half = run.precision == "mixed_float16"
+    for flag, given in ("jit", run.jit), ("precision mixed_float16", half):
+        if given and replicas > 1:
+            raise utils.FlagError(
+                f"--{flag}: works on one device only, found {replicas}; leave "
+                "it out or use --strategy none"
+            )
+    images = {name: len(table) for name, table in job.tables.items()}
+    parts = replicas * options.accumulation_steps
+    for flag, size, least in (
+        ("batch-size", min(images["train"], options.batch_size), parts),
+        ("prior-batch-size", options.prior_batch_size, parts),
+        ("strategy", images["validate"] or replicas, replicas),
+    ):
+        if size < least:
+            raise utils.FlagError(
+                f"--{flag}: {size} images cannot be cut into {least} parts, "
+                f"for {replicas} replicas and --accumulation-steps"
+            )
+
+
+# === Stages ===
+
+
+def train(job):
+    """Make what is left to do of a run: models, sampling, evaluation."""
+    vqvae, priors, _ = train_models(job)
+    if utils.is_chief(job.strategy):
+        if not job.run.is_done("sampling"):
+            choose_sampling(job, vqvae, priors)
+        if job.settings.run.evaluate:
+            evaluate(job, vqvae, priors)
+    utils.wait_for_workers(job.strategy)  # the chief takes one gone for dead
+    job.run.complete()
+
+
+def train_models(job, *callbacks):
+    """Make what is left to do of the models of a run.
+
+    Args:
+        callbacks: further Keras callbacks of the VQ-VAE.
+
+    Returns: `VQVAE`; its priors, bottom first; in words, which codebooks
+        collapsed.
+    """
+    run, replicas = job.run, job.strategy.num_replicas_in_sync
+    policy, reason = utils.choose_precision(job.settings.run.precision)
+    keras.config.set_dtype_policy(policy)
+    print(f"run folder {run.path}, precision {policy} ({reason})")
+    if replicas > 1:
+        print(f"{replicas} replicas share each batch")
+    if not run.is_done("vqvae"):
+        train_vqvae(job, callbacks)
+    if not run.is_done("decoder"):
+        train_decoder(job)
+    vqvae, priors = modules.load_model(run.vqvae_path), []
+    if not run.is_done("indices"):
+        encode_splits(job, vqvae)
+    indices = utils.read_indices(run)
+    collapsed = collapsed_levels(vqvae, indices)
+    for level, name in enumerate(run.prior_names, start=1):
+        if run.is_done(name):
+            continue
+        if collapsed and not job.settings.run.force:
+            raise utils.RunError(
+                f"{run.vqvae_path}: {collapsed}; a prior over it would sample "
+                "one image again and again: train the VQ-VAE longer or with "
+                "another --learning-rate, or insist with --force"
+            )
+        train_prior(job, vqvae, indices, level)
+    if all(path.exists() for path in run.prior_paths):
+        vqvae, priors = modules.load_models(run)
+    return vqvae, priors, collapsed
+
+
+def train_vqvae(job, callbacks=()):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
-    config = run.config
-    utils.set_seed(config.seed)
-    variance = data_variance(run, splits["train"])
-    with strategy.scope():
-        model = new_vqvae(config, run.info["image_size"], variance)
+    run = job.run
+    model = job.make_model("vqvae", run.vqvae_path, lambda: new_vqvae(job))
     run.update(latent_grids=model.latent_grids)
-    print(f"VQ-VAE: {model.count_params():,} weights, grids", end=" ")
-    print(", ".join(utils.size_text(grid) for grid in model.latent_grids))
-    sources = [
-        Source(
-            len(splits[name]),
-            functools.partial(
-                predict.image_batches,
-                run,
-                splits[name],
-                cache=config.cache,
-            ),
-        )
-        for name in ("train", "validate")
-    ]
-    fit(
-        run,
-        "vqvae",
-        model,
-        *sources,
-        strategy,
-        signals,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        draw=vqvae_pictures(run, model, splits["validate"]),
-        callbacks=callbacks,
-    )
+    grids = ", ".join(map(utils.size_text, model.latent_grids))
+    print(f"VQ-VAE: {model.count_params():,} weights, grids {grids}")
+    fit = Fit(job, "vqvae", model, *image_sources(job))
+    fit.run(vqvae_pictures(job, model), callbacks)
     utils.save_model(model, run.vqvae_path)
     run.note_done("vqvae")
 
 
-def new_vqvae(config, image_size, data_variance):
-    """An untrained VQ-VAE."""
+def new_vqvae(job):
+    """Return an untrained VQ-VAE."""
+    train, crop = job.images["train"], job.run.info["crop"]
+    top, left, height, width = crop or (0, 0, *train.size)
+    some = train.read(utils.spread(len(train), 512))
+    seen = some[:, top : top + height, left : left + width]
     return modules.VQVAE(
-        image_size=image_size,
-        levels=config.levels,
-        downsampling=config.downsampling,
-        channels=config.channels,
-        residual_blocks=config.residual_blocks,
-        residual_channels=config.residual_channels,
-        num_embeddings=config.num_embeddings,
-        embedding_dim=config.embedding_dim,
-        commitment_cost=config.commitment_cost,
-        codebook_update=config.codebook_update,
-        codebook_distance=config.codebook_distance,
-        decay=config.decay,
-        restart_threshold=0.02 if config.restart else 0.0,
-        ssim_weight=config.ssim_weight,
-        upper_weight=config.upper_weight,
-        data_variance=data_variance,
-        seed=config.seed,
+        image_size=train.size,
+        crop=crop,
+        data_variance=float(seen.var()) or 1.0,
+        seed=job.settings.run.seed,
+        **dataclasses.asdict(job.settings.vqvae),
     )
 
 
-def data_variance(run, frame, most=512):
-    """Variance of the pixels of up to `most` images spread over `frame`."""
-    rows = utils.spread(len(frame), most)
-    return float(predict.read_all(run, frame.iloc[rows]).var()) or 1.0
+def image_sources(job):
+    """Images to train and to validate on; function that varies a batch."""
+    options = job.settings.training
+    vary = functools.partial(varied, job, strength=options.augment)
+    vary = vary if options.flips or options.augment else None
+    return job.images["train"], job.images["validate"], vary
 
 
-def encode_splits(run, vqvae, splits):
-    """Indices of every image, in the order of the splits; `indices.npz`.
+def varied(job, images, epoch, rows, strength):
+    """A batch of training images, varied at random as the settings say."""
+    seed, flips = job.settings.run.seed, job.settings.training.flips
+    axis = job.images["train"].mirror_axis
+    return dataset.augment(images, seed, rows, strength, flips, epoch, axis)
 
-    Returns: dict by split of lists of `(N, h, w)` arrays, bottom first.
-    """
-    indices = {}
-    for name, frame in splits.items():
-        images = predict.image_batches(run, frame)
-        if images is not None:
-            indices[name] = modules.encode_dataset(vqvae, images)
-    arrays = {
-        f"{name}_{level}": grid
-        for name, levels in indices.items()
-        for level, grid in enumerate(levels, start=1)
-    }
-    utils.write_atomic(
-        run.indices_path, lambda path: np.savez_compressed(path, **arrays)
-    )
-    return indices
+
+def train_decoder(job):
+    """Sharpen the decoder of a VQ-VAE against a discriminator."""
+    options = job.settings.training
+    utils.set_seed(job.settings.run.seed)
+    with job.strategy.scope():
+        vqvae = modules.load_model(job.run.vqvae_path)
+        model = modules.AdversarialDecoder(
+            vqvae,
+            adversarial_weight=options.adversarial_weight,
+            feature_weight=options.feature_weight,
+            discriminator_channels=options.discriminator_channels,
+            discriminator_steps=options.discriminator_steps,
+        )
+    fit = Fit(job, "decoder", model, *image_sources(job))
+    fit.run(vqvae_pictures(job, vqvae))
+    utils.save_model(vqvae, job.run.vqvae_path)
+    job.run.note_done("decoder")
+
+
+def encode_splits(job, vqvae):
+    """Write the indices of every image to `indices.npz`."""
+    arrays = {}
+    for name, images in job.images.items():
+        if len(images):
+            batches = dataset.ordered_batches(images)
+            grids = modules.encode_dataset(vqvae, batches)
+            arrays |= {f"{name}_{k}": grid for k, grid in enumerate(grids, 1)}
+    path = job.run.indices_path
+    utils.write_atomic(path, lambda p: np.savez_compressed(p, **arrays))
+    job.run.note_done("indices")
 
 
 def collapsed_levels(vqvae, indices):
-    """Say which codebooks are hardly used, with a warning; "" if none is.
-
-    Args:
-        indices: `(N, h, w)` array of each level, bottom first.
-    """
-    found = []
-    for level, grids in enumerate(indices, start=1):
-        stats = utils.codebook_stats(grids, vqvae.num_embeddings)
-        used = round(stats["usage"] * vqvae.num_embeddings)
-        if stats["usage"] < utils.LEAST_USAGE or used == 1:
+    """Say which codebooks are hardly used, with a warning; "" if none is."""
+    found, total = [], vqvae.num_embeddings
+    for level in range(1, vqvae.levels + 1):
+        used = np.unique(indices[f"train_{level}"]).size
+        if used < LEAST_USAGE * total or used == 1:
             found.append(
-                f"level {level} has collapsed: {used} of "
-                f"{vqvae.num_embeddings} code vectors in use"
+                f"level {level} has collapsed: {used} of {total} code vectors "
+                "in use"
             )
-    text = ", ".join(found)
-    if text:
-        print(f"warning: {text}", file=sys.stderr)
-    return text
+    if found:
+        print(f"warning: {', '.join(found)}", file=sys.stderr)
+    return ", ".join(found)
 
 
-def train_priors(run, vqvae, indices, splits, strategy, signals):
-    """Train the prior of each level and save it, `prior.keras` if only one.
-
-    The same whether the VQ-VAE was trained just before or in an earlier run.
-    """
-    config = run.config
-    frames = dict(splits)
-    indices = dict(indices)
-    indices["train"], frames["train"] = with_jittered_copies(
-        run, vqvae, indices["train"], splits["train"]
+def train_prior(job, vqvae, indices, level):
+    """Train the prior of a level and save it."""
+    run, settings = job.run, job.settings
+    name, path = run.prior_names[level - 1], run.prior_paths[level - 1]
+    prior = job.make_model(name, path, lambda: new_prior(job, vqvae, level))
+    prior.recompute = settings.training.recompute
+    print(f"{name}: {settings.prior.network}, {prior.count_params():,} weights")
+    levels = range(1, vqvae.levels + 1)
+    training, validation = (
+        modules.prior_inputs(
+            prior, [indices[f"{split}_{k}"] for k in levels], job.tables[split]
+        )
+        if len(job.tables[split])
+        else None
+        for split in ("train", "validate")
     )
-    for level, name in enumerate(run.prior_names, start=1):
-        if config.prior_level not in (None, level) or run.is_done(name):
-            continue
-        utils.set_seed(config.seed)
-        with strategy.scope():
-            prior = new_prior(run, vqvae, level)
-        prior.recompute = config.recompute
-        print(f"{name}: {config.prior}, {prior.count_params():,} weights")
-        data = {
-            split: utils.prior_inputs(prior, grids, frames[split])
-            for split, grids in indices.items()
-        }
-        draw = prior_pictures(run, vqvae, prior, level)
-        with signals.deferred():
-            train_prior(run, name, prior, data, strategy, signals, draw)
-            utils.save_model(prior, run.path / f"{name}.keras")
-            run.note_done(name)
-    if config.stage == "prior":
-        run.update(prior_command=run.info["training"]["command"])
+    transform = None
+    if settings.training.flips or settings.training.prior_augment:
+        training = {"images": job.images["train"], "inputs": training}
+        transform = encoding(job, level)
+    fit = Fit(job, name, prior, training, validation, transform)
+    fit.run(prior_pictures(job, vqvae, prior, level))
+    utils.save_model(prior, path)
+    run.note_done(name)
 
 
-def new_prior(run, vqvae, level):
-    """An untrained prior for a level, told of the levels above."""
-    config = run.config
-    labels = run.info["labels"] if "label" in config.conditions else ()
-    options = {}
-    if config.prior == "pixelsnail":
+def prior_conditions(job):
+    """Arguments of a prior that say what it is conditioned on."""
+    names = job.settings.conditions
+    labels = job.run.info["labels"] if "label" in names else ()
+    return {"labels": tuple(labels), "slice_condition": "slice" in names}
+
+
+def new_prior(job, vqvae, level):
+    """Return an untrained prior of a level, conditioned on those above."""
+    options = dataclasses.asdict(job.settings.prior)
+    network, attention = options.pop("network"), options.pop("attention")
+    del options["condition"]
+    if network == "pixelsnail":
         attended = {"none": (), "top": (vqvae.levels,), "all": (1, 2, 3)}
-        options["attention"] = level in attended[config.prior_attention]
-        options["heads"] = utils.ATTENTION_HEADS
-    return modules.PRIORS[config.prior](
+        options["attention"] = level in attended[attention]
+    return modules.PRIORS[network](
         num_embeddings=vqvae.num_embeddings,
         latent_grid=vqvae.latent_grids[level - 1],
-        channels=config.prior_channels,
-        blocks=config.prior_blocks,
-        kernel_size=config.prior_kernel_size,
-        head_layers=config.prior_head_layers,
-        dropout=config.prior_dropout,
-        position_features=config.position_features,
-        slice_condition="slice" in config.conditions,
-        labels=tuple(labels),
         upper_grids=vqvae.latent_grids[level:],
-        condition_dropout=config.condition_dropout,
-        codebook_sha256=utils.codebook_sha256(vqvae, level),
+        codebook_sha256=modules.codebook_sha256(vqvae, level),
+        **prior_conditions(job),
         **options,
     )
 
 
-def with_jittered_copies(run, vqvae, indices, frame):
-    """Indices and table of the training images and of jittered copies.
+def encoding(job, level):
+    """Function that varies a batch of training images and encodes it anew.
 
-    A prior soon knows a few thousand grids by heart; the same slices moved
-    by a few pixels or made brighter have other grids.
+    Images vary less from epoch to epoch: at the end the prior learns them as
+    they are.
     """
-    seed, parts = run.config.seed, [indices]
-    for copy in range(1, run.config.prior_augment + 1):
-        first = copy * len(frame)
+    options = job.settings.training
+    with tf.device("CPU"):  # where batches are made
+        vqvae = modules.load_model(job.run.vqvae_path)
 
-        def jittered(batch, images, first=first):
-            rows = tf.range(tf.shape(images, tf.int64)[0])
-            return dataset.jitter(images, seed, first + 32 * batch + rows)
+    def encode(batch, epoch, rows):
+        left = 1 - tf.cast(epoch, tf.float32) / options.prior_epochs
+        strength = options.prior_augment * left
+        images = varied(job, batch["images"], epoch, rows, strength)
+        grids = vqvae.encode(images)
+        inputs = {**batch["inputs"], "indices": grids[level - 1]}
+        if "upper" in inputs:
+            inputs["upper"] = tuple(grids[level:])
+        return inputs
 
-        images = predict.image_batches(run, frame).enumerate().map(jittered)
-        parts.append(modules.encode_dataset(vqvae, images))
-    levels = [np.concatenate(level) for level in zip(*parts, strict=True)]
-    return levels, pd.concat([frame] * len(parts), ignore_index=True)
-
-
-def train_prior(run, name, prior, data, strategy, signals, draw=None):
-    """Train one prior on a dict of arrays for each split."""
-    config = run.config
-    sources = [
-        Source(
-            len(data[split]["indices"]) if split in data else 0,
-            functools.partial(dataset.array_batches, data.get(split)),
-        )
-        for split in ("train", "validate")
-    ]
-    fit(
-        run,
-        name,
-        prior,
-        *sources,
-        strategy,
-        signals,
-        epochs=config.prior_epochs,
-        batch_size=config.prior_batch_size,
-        learning_rate=config.prior_learning_rate,
-        ema_momentum=config.prior_ema_momentum,
-        best="val_bits_per_code",
-        draw=draw,
-    )
+    return encode
 
 
-def fit(
-    run,
-    stage,
-    model,
-    training,
-    validation,
-    strategy,
-    signals,
-    *,
-    epochs,
-    batch_size,
-    learning_rate,
-    ema_momentum=0.0,
-    best=None,
-    draw=None,
-    callbacks=(),
-):
-    """Keras `fit` with the schedule, the history and the end of our runs.
+def choose_sampling(job, vqvae, priors):
+    """Choose the temperature, then top-p, that suit validation images best.
 
-    Args:
-        training, validation: `Source`; of no images to go without validation.
-        strategy: of `tf.distribute`, under which the model was made.
-        signals: `utils.StopSignals` that end the training.
-        batch_size: images a step, of all replicas together.
-        ema_momentum: validate and keep the moving average of the weights
-            over steps, with this factor; 0 the weights themselves.
-        best: name of a metric of the validation; the weights of the epoch
-            where it was least are restored at the end.
-        draw: function that logs pictures for TensorBoard, or None.
-        callbacks: further ones, which find what is logged of an epoch.
+    Unless flags give them. The run keeps them for predict.py.
     """
-    config = run.config
-    batch_size = min(batch_size, training.count)
-    steps = dataset.steps_per_epoch(training.count, batch_size)
-    if config.smoke:
-        steps = min(steps, utils.SMOKE_STEPS)
-    with strategy.scope():
-        model.compile(
-            optimizer=keras.optimizers.Adam(
-                schedule(config, learning_rate, epochs * steps),
-                global_clipnorm=GRADIENT_NORM,
-                use_ema=ema_momentum > 0,
-                ema_momentum=ema_momentum,
-            ),
-            jit_compile=config.jit,
-        )
-    model.accumulation_steps = config.accumulation_steps
-    stopping = (best and validation.count) and keras.callbacks.EarlyStopping(
-        best, mode="min", patience=config.patience, restore_best_weights=True
-    )
-    checkpoint = modules.Checkpoint(
-        run.checkpoint_path / stage,
-        config.checkpoint_minutes,
-        config.checkpoint_steps,
-        stopping,
-        signals,
-    )
-    images = min(training.count, steps * batch_size)
-    callbacks = [
-        # First, so that the others find the average.
-        ema_momentum and keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
-        modules.FiniteCheck(stage),
-        history_log(run, stage, steps, images, checkpoint),
-        stopping,
-        utils.is_chief(strategy)
-        and modules.TensorBoardLog(
-            run.logs_path / stage,
-            checkpoint.epoch,
-            config.picture_epochs,
-            draw,
-        ),
-        *callbacks,
-        checkpoint,
-    ]
-    print(f"training the {stage}: {epochs} epochs of {steps} steps", end="")
-    done = checkpoint.steps_done(steps)
-    print(f", {done} of them done" if done else "")
-
-    def batches(**parts):
-        ordered = training.batches(
-            batch_size,
-            seed=config.seed,
-            epochs=epochs,
-            start_step=done,
-            **parts,
-        )
-        # Keras counts the steps done as well, so that it would take data of
-        # known length for too short; nothing is ever repeated.
-        return ordered.repeat()
-
-    model.fit(
-        dataset.distributed(strategy, batches),
-        initial_epoch=checkpoint.epoch,
-        epochs=epochs,
-        steps_per_epoch=steps,
-        **validation_batches(validation, batch_size, strategy),
-        callbacks=list(filter(None, callbacks)),
-        shuffle=False,
-        verbose=utils.fit_verbosity(),
-    )
-
-
-def validation_batches(source, batch_size, strategy):
-    """Arguments of `fit` to validate on `source`; none without images."""
-    if not source.count:
-        return {}
-    size = dataset.divisible_batch_size(
-        source.count, batch_size, strategy.num_replicas_in_sync
-    )
-    size = size or source.count  # tiny batches may leave a remainder
-    return {
-        "validation_data": dataset.distributed(
-            strategy, lambda **parts: source.batches(size, **parts).repeat()
-        ),
-        "validation_steps": dataset.steps_per_epoch(source.count, size),
-    }
-
-
-def schedule(config, learning_rate, steps):
-    """Linear warm-up, then cosine decay to zero, or constant."""
-    warmup = min(config.warmup_steps, steps // 2)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0 if warmup else learning_rate,
-        decay_steps=max(steps - warmup, 1),
-        alpha=0.0 if config.schedule == "cosine" else 1.0,
-        warmup_target=learning_rate if warmup else None,
-        warmup_steps=warmup,
-    )
-
-
-def history_log(run, stage, steps, images, checkpoint):
-    """Callback that adds a row an epoch to `history.csv`."""
-    rows = []
-    if run.history_path.exists():
-        earlier = utils.read_history(run)
-        kept = earlier["stage"] != stage
-        kept |= earlier["epoch"] <= checkpoint.epoch
-        rows = earlier[kept].to_dict("records")
-
-    def add(epoch, logs):
-        row = {"stage": stage, "epoch": epoch + 1, "step": (epoch + 1) * steps}
-        row["images"] = (epoch + 1) * images
-        row["seconds"] = round(checkpoint.seconds, 3)
-        rows.append({**row, **logs})
-        utils.write_csv(run.history_path, pd.DataFrame(rows))
-
-    return keras.callbacks.LambdaCallback(on_epoch_end=add)
-
-
-def vqvae_pictures(run, vqvae, frame):
-    """Function that shows TensorBoard what a VQ-VAE makes of some images.
-
-    Reconstructions, index maps, a histogram of the codes, the codebooks.
-
-    Args:
-        frame: index of the validation images. None is returned without any.
-    """
-    if frame.empty:
-        return None
-    frame = frame.iloc[utils.spread(len(frame), COUNTED)]
-    rows = utils.spread(len(frame), PICTURED)
-    size, levels = vqvae.num_embeddings, range(1, vqvae.levels + 1)
+    given = job.settings.run
+    best = {name: getattr(given, name) or 1.0 for name in SAMPLING}
+    free = [name for name in SAMPLING if getattr(given, name) is None]
+    wanted = free and priors and not given.smoke
+    images = job.images_if_there() if wanted else {}
 
     @functools.cache
-    def images():
-        return predict.read_all(run, frame)
-
-    def draw():
-        indices, shown = vqvae.encode(images()), images()[rows]
-        maps = [grid.numpy()[rows] for grid in indices]
-        decoded = vqvae.decode_indices(maps).numpy()
-        utils.log_figure(
-            "reconstructions",
-            utils.figure_reconstructions,
-            shown,
-            decoded,
-            utils.ssim(shown, decoded).numpy(),
+    def distance(temperature, top_p):
+        sampling = modules.Sampling(temperature=temperature, top_p=top_p)
+        scores = predict.score_samples(
+            job.run,
+            vqvae,
+            priors,
+            images["train"],
+            images["validate"],
+            [sampling] * vqvae.levels,
+            MOST_TO_CHOOSE,
         )
-        utils.log_figure("indices", utils.figure_index_maps, shown, maps, size)
-        for level, grid in enumerate(indices, start=1):
-            tf.summary.histogram(f"codes_{level}", grid, buckets=min(size, 64))
-        utils.write_projector(
-            run.logs_path / "vqvae" / "pictures",
-            [vqvae.part("quantizer", k).codebook.numpy() for k in levels],
-            [utils.codebook_stats(grid, size)["counts"] for grid in indices],
-        )
+        return scores["frechet"]["generated_vs_test"]
 
-    return draw
-
-
-def prior_pictures(run, vqvae, prior, level):
-    """Function that shows TensorBoard new images; None while levels lack."""
-    others = [name for name in run.prior_names if run.is_done(name)]
-    if len(others) < vqvae.levels - 1:
-        return None
-    priors = [
-        prior if k == level else utils.load_model(path)
-        for k, path in enumerate(run.prior_paths, start=1)
-    ]
-    about = {"seed": run.config.seed, "temperature": run.config.temperature}
-
-    def draw():
-        images, _ = modules.generate(vqvae, priors, DRAWN, **about)
-        utils.log_figure("samples", utils.draw_samples, images, *about.values())
-
-    return draw
+    if len(images.get("validate", ())) >= LEAST_TO_CHOOSE:
+        for name in free:
+            tried = [{**best, name: value} for value in SAMPLING[name]]
+            best = min(tried, key=lambda values: distance(**values))
+            print(f"sampling: {name} {best[name]:g} suits validation best")
+    sampling = {name: [best[name]] * vqvae.levels for name in SAMPLING}
+    job.run.update(sampling=sampling)
+    job.run.note_done("sampling")
 
 
-def finish(run, vqvae, priors, splits):
+def evaluate(job, vqvae, priors):
     """Evaluate on the test subjects, draw the figures, print the summary."""
-    evaluation = predict.evaluate_run(run, vqvae, priors, splits)
-    predict.print_results(run, evaluation)
+    if images := job.images_if_there():
+        evaluation = predict.evaluate_run(job.run, vqvae, priors, images)
+        predict.print_summary(job.run, evaluation)
+    else:
+        print(f"later: python predict.py evaluate {job.run.path}")
+
+
+# === Fit ===
+
+
+class Fit:
+    """The training of one model.
+
+    An epoch is cut into rounds of at most `round_steps` steps. Keras takes a
+    round for an epoch. After each one the training is saved, and it resumes
+    there. Validation comes at the end of an epoch.
+
+    Args:
+        stage: name in the history, the logs and the checkpoint.
+        training, validation: `dataset.Slices`, or dicts of arrays and these.
+        transform: function of (batch, epoch, rows) for training batches.
+    """
+
+    def __init__(self, job, stage, model, training, validation, transform=None):
+        self.job, self.stage, self.model = job, stage, model
+        self.training, self.validation = training, validation
+        self.transform, self.options = transform, job.settings.training
+        self.option = functools.partial(option, job.settings, stage)
+        self.done, self.started, self.shown = 0, 0.0, 0.0
+        self.epochs = self.option("epochs")
+        count = len(job.tables["train"])
+        self.batch_size = min(self.option("batch_size"), count)
+        steps = dataset.steps_per_epoch(count, self.batch_size)
+        if job.settings.run.smoke:
+            steps = min(steps, utils.SMOKE_STEPS)
+        self.rounds = -(-steps // self.options.round_steps)  # of an epoch
+        self.steps = -(-steps // self.rounds)  # of a round
+        self.stopping = self._early_stopping()
+        self.checkpoint = modules.RoundCheckpoint(
+            job.run.checkpoint_path / stage, self.stopping, job.signals
+        )
+        before = job.epochs_before(stage) * self.rounds
+        self.first = max(self.checkpoint.round, before)
+        self.last = self.epochs * self.rounds
+        self._compile((self.last - before) * self.steps)
+
+    def run(self, pictures=None, callbacks=()):
+        """Train from the last checkpoint to the end.
+
+        Args:
+            pictures: function that shows pictures of the model, or None.
+        """
+        steps = self.rounds * self.steps
+        done = f", {self.first * self.steps} done" if self.first else ""
+        print(f"{self.stage}: {self.epochs} epochs of {steps} steps{done}")
+        batches = functools.partial(
+            dataset.training_batches,
+            self.training,
+            self.batch_size,
+            steps,
+            self.job.settings.run.seed,
+            self.first * self.steps,
+            transform=self.transform,
+        )
+        with self.job.signals.deferred():
+            self.model.fit(
+                dataset.distributed(self.job.strategy, batches),
+                initial_epoch=self.first,
+                epochs=self.last,
+                steps_per_epoch=self.steps,
+                **self._validation(),
+                callbacks=[*self._logs(pictures), *callbacks, self.checkpoint],
+                shuffle=False,
+                verbose=0,
+            )
+
+    def _compile(self, steps):
+        """Adam, with warm-up and cosine decay to zero over `steps`."""
+        warmup = min(self.options.warmup_steps, steps // 2)
+        with self.job.strategy.scope():
+            optimizer = keras.optimizers.Adam(
+                keras.optimizers.schedules.CosineDecay(
+                    0.0,
+                    max(steps - warmup, 1),
+                    warmup_target=self.option("learning_rate"),
+                    warmup_steps=warmup,
+                ),
+                weight_decay=self.option("weight_decay") or None,
+                global_clipnorm=GRADIENT_NORM,
+                use_ema=self.option("ema_momentum") > 0,
+                ema_momentum=self.option("ema_momentum"),
+            )
+            optimizer.exclude_from_weight_decay(var_names=["bias"])
+            jit = self.job.settings.run.jit
+            self.model.compile(optimizer=optimizer, jit_compile=jit)
+        self.model.accumulation_steps = self.options.accumulation_steps
+
+    def _early_stopping(self):
+        """Callback that also restores the best weights of a prior."""
+        count = len(self.job.tables["validate"])
+        if not count or self.stage in ("vqvae", "decoder"):
+            return None
+        # It looks at every round, most of which have no validation.
+        warnings.filterwarnings("ignore", "Early stopping conditioned")
+        return keras.callbacks.EarlyStopping(
+            "val_bits_per_code",
+            mode="min",
+            patience=self.options.patience,
+            restore_best_weights=True,
+        )
+
+    def _validation(self):
+        """Arguments of `fit` for the validation; none without images."""
+        strategy = self.job.strategy
+        count = len(self.job.tables["validate"])
+        if not count:
+            return {}
+        size = dataset.divisible_batch_size(
+            count, min(self.batch_size, count), strategy.num_replicas_in_sync
+        )
+
+        def batches(**parts):
+            source = dataset.ordered_batches(self.validation, size, **parts)
+            return source.repeat()
+
+        return {
+            "validation_data": dataset.distributed(strategy, batches),
+            "validation_steps": dataset.steps_per_epoch(count, size),
+            "validation_freq": self.rounds,
+        }
+
+    def _logs(self, pictures):
+        """Callbacks that check, log and show the training."""
+        folder = self.job.run.logs_path / self.stage
+        callbacks = [
+            modules.FiniteCheck(self.stage),
+            keras.callbacks.LambdaCallback(
+                on_train_batch_end=self._after_step,
+                on_epoch_end=self._after_round,
+            ),
+            *filter(None, [self.stopping]),
+        ]
+        if self.option("ema_momentum"):  # first: the others see the average
+            average = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+            callbacks.insert(0, average)
+        if utils.is_chief(self.job.strategy):
+            callbacks.append(
+                keras.callbacks.TensorBoard(folder, write_graph=False)
+            )
+            if pictures:
+                epochs = {1, *utils.spread(self.epochs, PICTURES) + 1}
+                rounds = {self.rounds * epoch for epoch in epochs}
+                callbacks.append(modules.Pictures(folder, pictures, rounds))
+        return callbacks
+
+    def _after_step(self, step, logs):
+        now = time.monotonic()
+        if not self.done:
+            self.started = self.shown = now  # the first step compiles
+        self.done += 1
+        if sys.stdout.isatty() and now > self.shown + 1:
+            self.shown = now
+            self._show(logs, "\r")
+
+    def _after_round(self, number, logs):
+        """After an epoch add a row to `history.csv`, and print a line."""
+        epoch, rest = divmod(number + 1, self.rounds)
+        if rest:
+            return
+        self._show(logs, "\n")
+        run = self.job.run
+        row = {
+            "stage": self.stage,
+            "epoch": epoch,
+            "step": (number + 1) * self.steps,
+            "images": (number + 1) * self.steps * self.batch_size,
+            "seconds": round(self.checkpoint.seconds, 3),
+        }
+        history = pd.DataFrame([{**row, **logs}])
+        if run.history_path.exists():
+            earlier = utils.read_history(run)
+            same = earlier["stage"] == self.stage
+            kept = earlier[~same | (earlier["epoch"] < epoch)]
+            history = pd.concat([kept, history], ignore_index=True)
+        utils.write_csv(run.history_path, history)
+
+    def _show(self, logs, end):
+        """Print a line: epoch, scores, time left for the whole run.
+
+        A rough guess: an image takes as long in every stage.
+        """
+        run, settings = self.job.run, self.job.settings
+        epochs = sum(
+            option(settings, stage, "epochs")
+            for stage in ("vqvae", "decoder", *run.prior_names)
+            if stage != self.stage and not run.is_done(stage)
+        )
+        images = epochs * len(self.job.tables["train"])
+        left = (self.last - self.first) * self.steps - self.done
+        left += images / self.batch_size
+        pace = (time.monotonic() - self.started) / max(self.done - 1, 1)
+        epoch = self.first + (self.done - 1) // self.steps
+        print(
+            f"{self.stage}: epoch {epoch // self.rounds + 1}/{self.epochs}",
+            *(f"{key} {float(logs[key]):.4g}" for key in SHOWN if key in logs),
+            f"about {math.ceil(pace * left / 60)} min of training left",
+            sep=", ",
+            end="\033[K" + end if sys.stdout.isatty() else end,
+            flush=True,
+        )
+
+
+# === Pictures ===
+
+
+def vqvae_pictures(job, vqvae):
+    """Function that shows what a VQ-VAE makes of a few validation images.
+
+    In `figures/` and in TensorBoard. None without such images.
+    """
+    images = job.images["validate"]
+    if not len(images):
+        return None
+    shown = images.read(utils.spread(len(images), PICTURED))
+
+    def draw():
+        indices = [grid.numpy() for grid in vqvae.encode(shown)]
+        decoded = vqvae.decode_indices(indices).numpy()
+        found = shown, decoded, utils.ssim(shown, decoded).numpy()
+        path = job.run.figures_path / "reconstructions.png"
+        utils.plot_reconstructions(path, *found)
+        show, size = utils.log_figure, vqvae.num_embeddings
+        show("reconstructions", utils.plot_reconstructions, *found)
+        show("indices", utils.plot_index_maps, shown, indices, size)
+        for level, grid in enumerate(indices, start=1):
+            tf.summary.histogram(f"codes_{level}", grid)
+
+    return draw
+
+
+def prior_pictures(job, vqvae, prior, level):
+    """Function that shows new images; None while another prior is missing."""
+    run, priors = job.run, []
+    for name, path in zip(run.prior_names, run.prior_paths, strict=True):
+        if name == run.prior_names[level - 1]:
+            priors.append(prior)
+        elif run.is_done(name) and path.exists():
+            priors.append(modules.load_model(path))
+    if len(priors) < vqvae.levels:
+        return None
+    seed = job.settings.run.seed
+
+    def draw():
+        images, *_ = modules.generate(vqvae, priors, 2 * PICTURED, seed)
+        title = f"samples, seed {seed}"
+        utils.log_figure("samples", utils.plot_samples, images, title)
+
+    return draw
 
 
 # === Search for settings ===
 
 
-def tune(config, argv, strategy, signals):
-    """Add trials to a search until it has tried as much as asked for.
+def search(settings, argv, strategy, signals):
+    """Add trials to a search until it has as many as asked for.
 
     The search is a folder: `study.db` of Optuna, which hands out the trials
     also to several processes; `trials.csv`, figures, and in `trials` the run
     folder of each trial. Test images have no part in it.
     """
-    space = search_space(config, utils.read_flags(argv))
-    folder = search_folder(config)
-    with open_study(folder, config, space) as study:
-
-        def report():
-            report_trials(study, folder, config.objective, space)
-
-        def is_done():
-            return len(study.get_trials(False, tried())) >= config.tune
-
-        def after_trial(*_):
-            report()
-            if is_done():
-                study.stop()
-
-        objective = functools.partial(
-            try_settings, study, config, space, folder, strategy, signals
-        )
-        try:
-            if not is_done():
-                study.optimize(objective, callbacks=[after_trial])
-        except utils.Stopped:
-            report()
-            again = [] if config.run_dir else ["--run-dir", str(folder)]
-            command = shlex.join(["python", "train.py", *argv, *again])
-            print(f"go on with: {command}")
-            raise
-        print_best(study, folder, config)
-
-
-def search_folder(config):
-    """Folder of a search, made if it is new.
-
-    Raises:
-        RunError: if it holds something else.
-    """
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(config.run_dir or f"runs/{config.recipe}-tune-{now}")
-    path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()) and not study_path(path).exists():
-        raise utils.RunError(
-            f"{path}: neither empty nor the folder of a search; choose "
-            "another with --run-dir"
-        )
-    return path
-
-
-def study_path(folder):
-    """File of the Optuna study of a search."""
-    return Path(folder) / "study.db"
-
-
-def search_space(config, given):
-    """What a search varies: {name: bounds or choices}.
-
-    Args:
-        given: names of the flags on the command line, which stay as they are.
-    """
-    space = utils.RECIPES[config.recipe].search or utils.SEARCH_SPACE
+    bits = settings.search.objective == "ssim+bits"
     space = {
-        name: how
-        for name, how in space.items()
-        if name not in given
-        and (config.objective == "ssim+bits" or not name.startswith("prior"))
+        key: how
+        for key, how in utils.RECIPES[settings.recipe].search.items()
+        if not utils.flag_was_given(argv, key)
+        and (bits or not key.startswith("prior"))
     }
     if not space:
         raise utils.FlagError("--tune: the flags given leave nothing to search")
-    return space
-
-
-def search_settings(config, space):
-    """What one search is done with: settings that stay, and its space."""
-    changing = ("tune", "run_dir", *utils.OF_COMMAND, *space)
-    stay = {k: v for k, v in vars(config).items() if k not in changing}
-    return {**stay, "space": space}
-
-
-def check_same_search(folder, earlier, settings):
-    """Raise `FlagError` if two `search_settings` differ."""
-    for name in [*settings, *earlier]:
-        if name == "space" or earlier.get(name, "") == settings.get(name, ""):
-            continue
-        values = [
-            utils.typed(some[name]) if name in some else "varied values"
-            for some in (earlier, settings)
-        ]
-        raise utils.FlagError(
-            f"--{name.replace('_', '-')}: the search in {folder} has "
-            f"{values[0]}, found {values[1]}; search in another --run-dir"
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = settings.run.run_dir or f"runs/{settings.recipe}-tune-{now}"
+    settings = utils.replace(settings, run_dir=folder)
+    with open_study(Path(folder), settings, space) as study:
+        states = optuna.trial.TrialState
+        ended = states.COMPLETE, states.PRUNED
+        objective = functools.partial(
+            try_settings, settings, space, strategy, signals
         )
-    if earlier["space"] != settings["space"]:
-        raise utils.FlagError(
-            f"--run-dir: the search in {folder} varies other settings; choose "
-            "another folder"
-        )
-
-
-def usual_values(config, space):
-    """Settings of a recipe, as far as its search may try them."""
-
-    def allowed(value, how):
-        if "choices" in how:
-            return value in how["choices"]
-        return how["low"] <= value <= how["high"]
-
-    values = {name: getattr(config, name) for name in space}
-    return {k: v for k, v in values.items() if allowed(v, space[k])}
-
-
-def tried():
-    """States of a trial that came to an end by itself."""
-    return optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
-
-
-def sampler(seed):
-    """Optuna's TPE, whose random numbers are of a trial's number.
-
-    So a search that was interrupted goes on as it would have, and processes
-    that share one do not try the same.
-    """
-
-    class Sampler(optuna.samplers.TPESampler):
-        def before_trial(self, study, trial):
-            self.__init__(seed=seed + trial.number)
-            super().before_trial(study, trial)
-
-    return Sampler(seed=seed)
+        try:
+            while len(study.get_trials(states=ended)) < settings.search.tune:
+                study.optimize(objective, n_trials=1)
+                report_trials(study, Path(folder))
+        except utils.Stopped:
+            print(f"continue with the same command and --run-dir {folder}")
+            raise
+        print_best(study, folder, argv)
 
 
 @contextlib.contextmanager
-def open_study(folder, config, space):
-    """The Optuna study of a search, new or as it was left.
-
-    The first trial of a new one has the settings of the recipe.
-
-    Raises:
-        utils.FlagError: if it searches for something else.
-    """
+def open_study(folder, settings, space):
+    """The Optuna study of a search, new or as it was left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "study.lock")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings(), utils.turn(folder):
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{study_path(folder)}",
-            {"connect_args": {"timeout": HEARTBEAT}},
-            heartbeat_interval=HEARTBEAT,
-            # What a killed process tried is tried again.
-            heartbeat_stale_trial_callback=(
-                optuna.storages.RetryHeartbeatStaleTrialCallback()
-            ),
-        )
-        study = optuna.create_study(
-            storage=storage,
-            study_name="search",
-            directions=list(utils.OBJECTIVES[config.objective].values()),
-            load_if_exists=True,
-            sampler=sampler(config.seed),
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
-        )
-        settings = json.loads(json.dumps(search_settings(config, space)))
-        if "settings" not in study.user_attrs:
-            study.set_user_attr("settings", settings)
-            study.enqueue_trial(usual_values(config, space))
-    try:
-        check_same_search(folder, study.user_attrs["settings"], settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of what is experimental
+        # The path may hold what the address of a database must not.
+        safe = stack.enter_context(tempfile.TemporaryDirectory())
+        os.symlink(folder.resolve(), f"{safe}/search")
+        with lock:
+            names = {path.name for path in folder.iterdir()} - {"study.lock"}
+            if names and "study.db" not in names:
+                (folder / "study.lock").unlink()
+                raise utils.RunError(
+                    f"{folder}: neither empty nor the folder of a search; "
+                    "choose another with --run-dir"
+                )
+            storage = optuna.storages.RDBStorage(
+                f"sqlite:///{safe}/search/study.db",
+                {"connect_args": {"timeout": HEARTBEAT}},
+                heartbeat_interval=HEARTBEAT,
+                # What a stopped or killed process tried is tried again.
+                heartbeat_stale_trial_callback=(
+                    optuna.storages.RetryHeartbeatStaleTrialCallback()
+                ),
+            )
+            stack.callback(storage.engine.dispose)
+            # Processes that share a search must not try the same.
+            seed = None if names else settings.run.seed
+            study = optuna.create_study(
+                storage=storage,
+                study_name="search",
+                directions=OBJECTIVES[settings.search.objective].values(),
+                load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(seed=seed),
+                pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
+            )
+            begin_study(study, settings, space)
         yield study
-    finally:
-        storage.engine.dispose()
 
 
-def try_settings(study, config, space, folder, strategy, signals, trial):
+def begin_study(study, settings, space):
+    """Note in a new study what it searches; refuse to search another thing."""
+    now = utils.flat(settings)
+    apart = {"tune", "strategy", "force", "debug", "run_dir", *space}
+    about = {key: value for key, value in now.items() if key not in apart}
+    about = json.loads(json.dumps({**about, "space": space}))
+    if "about" not in study.user_attrs:
+        study.set_user_attr("about", about)
+        study.set_metric_names(list(OBJECTIVES[settings.search.objective]))
+        study.enqueue_trial({key: now[key] for key in space})  # the recipe
+    for key, earlier in study.user_attrs["about"].items():
+        if about.get(key) != earlier:
+            raise utils.FlagError(
+                f"--{key.replace('_', '-')}: the search in {now['run_dir']} "
+                f"has {earlier}, found {about.get(key)}; search in another "
+                "--run-dir"
+            )
+
+
+def try_settings(settings, space, strategy, signals, trial):
     """The objective of a search: train with settings that Optuna suggests.
 
-    What refuses to be trained or diverges is a trial that ended early. One
-    that a signal stops has failed, and will be tried again.
-
-    Returns: list of the values of `utils.OBJECTIVES`.
+    A training that is refused or diverges is a trial that ended early.
     """
-    values = {name: suggest(trial, name, how) for name, how in space.items()}
-    name = f"trials/{trial.number:04d}"
-    trial.set_user_attr("run", name)
-    text = ", ".join(f"{k} {short(v)}" for k, v in values.items())
-    print(f"trial {trial.number}: {text}")
+    values = {}
+    for key, how in space.items():
+        kind = "float" if isinstance(how.get("low"), float) else "int"
+        kind = "categorical" if "choices" in how else kind
+        values[key] = getattr(trial, f"suggest_{kind}")(key, **how)
+    run_dir = Path(settings.run.run_dir) / f"trials/{trial.number:04d}"
+    trial.set_user_attr("run", f"trials/{run_dir.name}")
+    print(f"trial {trial.number}: {in_words(values)}")
     keras.utils.clear_session()
+    stage = "vqvae" if settings.search.objective == "ssim" else "all"
     try:
-        settings = dataclasses.replace(
-            config,
-            **values,
-            tune=0,
-            stage="vqvae" if config.objective == "ssim" else "all",
-            run_dir=str(folder / name),
+        settings = utils.replace(
+            settings, **values, tune=0, stage=stage, run_dir=str(run_dir)
         )
-        if config.smoke:
+        if settings.run.smoke:
             settings = settings.smoked()
         return train_trial(settings, strategy, signals, trial)
     except (
@@ -946,119 +1028,76 @@ def try_settings(study, config, space, folder, strategy, signals, trial):
         trial.set_user_attr("note", note)
         print(f"trial {trial.number} ended early: {note}")
         raise optuna.TrialPruned(note) from error
-    except utils.Stopped as stopped:
-        trial.set_user_attr("note", str(stopped))
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-        raise
 
 
-def suggest(trial, name, how):
-    """Value of a setting, as `utils.SEARCH_SPACE` says."""
-    if "choices" in how:
-        return trial.suggest_categorical(name, how["choices"])
-    if isinstance(how["low"], int):
-        return trial.suggest_int(name, **how)
-    return trial.suggest_float(name, **how)
+def train_trial(settings, strategy, signals, trial):
+    """Train the run of a trial; return the scores it is judged by.
 
-
-def train_trial(config, strategy, signals, trial):
-    """Train the run of a trial without its test; the values it is judged by."""
-    run, splits = start(config, strategy)
+    Of the weights that the run kept: of the last epoch of the VQ-VAE, of the
+    best epoch of each prior.
+    """
+    job = start(settings, strategy, signals)
+    run, bits = job.run, settings.search.objective == "ssim+bits"
     try:
-        del splits["test"]
-        if splits["validate"].empty:
+        if not len(job.images["validate"]):
             raise utils.DataError(
                 "--tune: there are no validation images to choose by"
             )
-        callbacks = [pruning(trial)] if config.objective == "ssim" else []
-        with dataset.naming_files():
-            _, _, collapsed = train_models(
-                run, splits, strategy, signals, *callbacks
-            )
+        del job.images["test"]
+        _, _, collapsed = train_models(job, *[] if bits else [pruning(trial)])
         if collapsed:
             raise utils.RunError(f"{run.vqvae_path}: {collapsed}")
         run.complete()
     finally:
         run.unlock()
-    return objective_values(run)
+    stages = utils.read_history(run).groupby("stage")
+    scores = [float(stages["val_ssim"].last()["vqvae"])]
+    if bits:
+        best = stages["val_bits_per_code"].min()[run.prior_names]
+        sizes = [math.prod(grid) for grid in run.info["latent_grids"]]
+        scores.append(float(np.dot(best, sizes)))
+    return scores
 
 
 def pruning(trial):
     """Callback that ends a trial which falls behind the others."""
 
-    def report(epoch, logs):
-        trial.report(logs["val_ssim"], epoch + 1)
-        if trial.should_prune():
-            raise optuna.TrialPruned(
-                f"validation SSIM {logs['val_ssim']:.4f} after epoch "
-                f"{epoch + 1} is below the median of the trials before"
-            )
+    def report(number, logs):
+        if "val_ssim" in logs:
+            trial.report(logs["val_ssim"], number + 1)
+            if trial.should_prune():
+                raise optuna.TrialPruned(
+                    f"validation SSIM {logs['val_ssim']:.4f} is below the "
+                    "median of earlier trials"
+                )
 
     return keras.callbacks.LambdaCallback(on_epoch_end=report)
 
 
-def objective_values(run):
-    """Values by which a trial is judged, in the order of `OBJECTIVES`.
-
-    Of the weights that the run kept: of the last epoch of the VQ-VAE, of the
-    best epoch of each prior.
-    """
-    history = utils.read_history(run)
-    stages = history.groupby("stage")
-    values = [float(stages.get_group("vqvae")["val_ssim"].iloc[-1])]
-    if run.config.objective == "ssim+bits":
-        bits = [
-            stages.get_group(name)["val_bits_per_code"].min()
-            for name in run.prior_names
-        ]
-        sizes = [h * w for h, w in run.info["latent_grids"]]
-        values.append(float(np.dot(bits, sizes)))
-    return values
-
-
-def report_trials(study, folder, objective, space):
+def report_trials(study, folder):
     """Write `trials.csv` and the figures of a search."""
-    objectives = list(utils.OBJECTIVES[objective])
+    table = study.trials_dataframe(
+        ("number", "state", "value", "params", "user_attrs", "duration")
+    )
+    table = table.rename(
+        columns=lambda name: re.sub("^(params|user_attrs|values?)_", "", name)
+    )
     best = {trial.number for trial in study.best_trials}
-    rows = [
-        {
-            "number": trial.number,
-            "state": trial.state.name.lower(),
-            **{name: trial.params.get(name) for name in space},
-            **dict(zip(objectives, trial.values or (), strict=False)),
-            "seconds": trial.duration and trial.duration.total_seconds(),
-            "best": trial.number in best,
-            **{key: trial.user_attrs.get(key) for key in ("run", "note")},
-        }
-        for trial in study.trials
-    ]
-    columns = ["number", "state", *space, *objectives]
-    columns += ["seconds", "best", "run", "note"]
-    table = pd.DataFrame(rows, columns=columns)
+    table["best"] = table["number"].isin(best)
     utils.write_csv(folder / "trials.csv", table)
-    draw_search(folder / "figures", table, objective, space)
+    plots = optuna.visualization.matplotlib
+    figures = {"pareto": plots.plot_pareto_front}
+    if len(study.directions) == 1:
+        figures = {"history": plots.plot_optimization_history}
+        figures["slices"] = plots.plot_slice
+    for name, plot in figures.items() if best else ():
+        figure = np.ravel(plot(study))[0].figure
+        path = folder / "figures" / f"tuning_{name}.png"
+        utils.write_atomic(path, figure.savefig)
+        plt.close(figure)
 
 
-def draw_search(folder, table, objective, space):
-    """Draw the figures of a search from the table of its trials."""
-    names = list(utils.OBJECTIVES[objective])
-    done = table[table["state"] == "complete"]
-    if done.empty:
-        return
-    utils.figure_slices(folder / "tuning_slices.png", done, names, space)
-    if len(names) == 1:
-        utils.figure_search(folder / "tuning_history.png", table, *names)
-    else:
-        utils.figure_pareto(folder / "tuning_pareto.png", done, *names)
-
-
-def short(value):
-    """Return a setting as a person would write it."""
-    return f"{value:.3g}" if isinstance(value, float) else utils.typed(value)
-
-
-def print_best(study, folder, config):
+def print_best(study, folder, argv):
     """Say which trials were best, and how each is trained in full."""
     best = sorted(study.best_trials, key=lambda trial: -trial.values[0])
     if not best:
@@ -1066,44 +1105,26 @@ def print_best(study, folder, config):
             f"{folder}: no trial came to its end; see the column note of "
             "trials.csv there"
         )
+    words, key = ["python", "train.py"], ""
+    for word in argv:
+        if word.startswith("--"):
+            key = word.split("=")[0].removeprefix("--").replace("-", "_")
+        words += [word] * (key not in OF_SEARCH)
     print(f"search in {folder}; in full, as long as the recipe says, with:")
     for trial in best:
-        values = zip(
-            utils.OBJECTIVES[config.objective], trial.values, strict=True
-        )
-        text = ", ".join(f"{name} {value:.4g}" for name, value in values)
-        print(f"trial {trial.number}: {text.replace('_', ' ')}")
-        settings = dataclasses.replace(config, **trial.params)
-        print(f"    {command_line(settings)}")
+        scores = dict(zip(study.metric_names, trial.values, strict=True))
+        print(f"trial {trial.number}: {in_words(scores)}")
+        flags = [
+            f"--{key.replace('_', '-')}={utils.typed(value)}"
+            for key, value in trial.params.items()
+        ]
+        print(f"    {shlex.join(words + flags)}")
 
 
-# Settings that a search has and the training of its best trial has not.
-_OF_SEARCH = (
-    "recipe",
-    "tune",
-    "objective",
-    "run_dir",
-    "smoke",
-    "epochs",
-    "prior_epochs",
-)
-
-
-def command_line(config):
-    """Command that trains a trial in full: what differs from the recipe."""
-    usual = utils.RECIPES[config.recipe].settings
-    words = ["python", "train.py", "--recipe", config.recipe]
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), utils.flag_name(field)
-        if field.name in _OF_SEARCH or value == usual.get(
-            field.name, field.default
-        ):
-            continue
-        if isinstance(value, bool):
-            words.append(name if value else f"--no-{name[2:]}")
-        else:
-            words += [name, utils.typed(value)]
-    return shlex.join(words)
+def in_words(values):
+    """Numbers by name as a person would write them."""
+    named = values.items()
+    return ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in named)
 
 
 if __name__ == "__main__":

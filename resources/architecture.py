@@ -1,4 +1,4 @@
-"""Draw `resources/architecture.png`, the figure of the README.
+"""Make `resources/architecture.png`, the figure of README.md.
 
     python -m resources.architecture
 
@@ -215,6 +215,10 @@ def draw_autoencoder(page, image, codebook):
     page.text(8.4, under, "indices\nh x w", va="top")
     page.arrow((9.22, y), (9.62, y))
     page.funnel(10.3, y, 1.1, 1.9, "decoder", NETWORK, NETWORK_EDGE)
+    page.text(
+        10.3, under, "optional: later\nsharpened alone", 13,
+        SOFT, va="top",
+    )  # fmt: skip
     page.arrow((11.0, y), (11.38, y))
     page.picture(12.18, y, ndimage.gaussian_filter(image, 0.8))
     page.text(12.18, under, "reconstruction\nH x W", va="top")
@@ -240,7 +244,7 @@ def draw_codebook(page, x, y, codebook):
 
 
 def draw_prior(page, image, codebook):
-    """The lower row: how the prior draws a grid, and what becomes of it."""
+    """The lower row: how a grid is sampled from the prior and decoded."""
     y = ROWS[1]
     under = y - TALL / 2 - 0.12
     page.text(
@@ -248,7 +252,7 @@ def draw_prior(page, image, codebook):
         ha="left",
     )  # fmt: skip
     page.text(
-        1.12, 3.55, "learns which grids occur, and draws new ones", 15, SOFT,
+        1.12, 3.55, "learns which grids occur, and samples new ones", 15, SOFT,
         ha="left",
     )  # fmt: skip
 
@@ -285,7 +289,7 @@ def draw_prior(page, image, codebook):
     draw_probabilities(page, 5.35, y)
     page.text(5.35, under, "probabilities of\nthe next index", va="top")
     page.arrow((6.17, y), (7.55, y))
-    page.text(6.86, y + 0.22, "draw", 14)
+    page.text(6.86, y + 0.22, "sample", 14)
 
     page.grid(8.4, y, indices)
     page.text(8.4, under, "sampled grid", va="top")
@@ -298,7 +302,7 @@ def draw_prior(page, image, codebook):
 
 
 def draw_loop(page, y):
-    """From the draw back to the indices so far."""
+    """From the sampled index back to the indices so far."""
     top = y + 1.16
     style = {"color": NEXT, "lw": 1.8, "zorder": 1}
     page.axes.plot([6.86, 6.86, 1.05], [y + 0.4, top, top], **style)

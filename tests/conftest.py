@@ -1,7 +1,4 @@
-"""Tiny data sets in the three layouts and tiny runs, shared by all tests.
-
-The folders are made once a session: copy one before changing it.
-"""
+"""Tiny data sets and runs, shared by all tests: copy one to change it."""
 
 import functools
 import gzip
@@ -10,13 +7,14 @@ import shutil
 
 # Before TensorFlow is imported by whichever test comes first.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+
+import utils
 
 SHARED_RUNS = {"tiny_run", "vqvae_run", "levels_run", "smoke_run"}
 SIZE = 32  # pixels, both ways
@@ -25,13 +23,10 @@ SLICES = 4  # a subject
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Give all tests that share runs to one process, else those of a file.
-
-    A process makes its own runs, by training.
-    """
+    """Give all tests that share runs to one process, else those of a file."""
     for item in items:
-        shares = SHARED_RUNS & set(item.fixturenames)
-        group = "runs" if shares else item.path.name
+        shared = SHARED_RUNS.intersection(item.fixturenames)
+        group = "runs" if shared else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 
 
@@ -55,8 +50,7 @@ def write_nifti(path, array):
 def oasis_dir(tmp_path_factory):
     """OASIS: subjects 1 to 4 train, 5 validate, 6 test; masks beside."""
     root = tmp_path_factory.mktemp("oasis") / "keras_png_slices_data"
-    splits = ["train"] * 4 + ["validate", "test"]
-    for subject, split in enumerate(splits, 1):
+    for subject, split in enumerate(["train"] * 4 + ["validate", "test"], 1):
         for kind in ("", "seg_"):
             folder = root / f"keras_png_slices_{kind}{split}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,20 +94,18 @@ def hipmri_dir(tmp_path_factory):
 TINY = (
     "--epochs 2 --learning-rate 0.01 --batch-size 4 --channels 8 "
     "--residual-blocks 1 --residual-channels 4 --num-embeddings 16 "
-    "--embedding-dim 4 --ssim-weight 0 --no-cache --prior-epochs 2 "
+    "--embedding-dim 4 --ssim-weight 0 --prior-epochs 2 "
     "--prior-learning-rate 0.01 --prior-batch-size 8 --prior-channels 8 "
     "--prior-blocks 1 --condition slice --num-samples 3 --precision float32 "
-    "--picture-epochs 0"
+    "--temperature 1 --top-p 1"
 ).split()
-PICTURES = ("--picture-epochs", "20")  # for TensorBoard; they take seconds
 
 
 def train_tiny(run_dir, *flags, data=None):
     """Train in this process, return the run."""
     import train
-    import utils
 
-    if data is not None:
+    if data:
         flags = ("--dataset", "oasis", "--data-dir", str(data), *TINY, *flags)
     train.main([*flags, "--run-dir", str(run_dir)])
     return utils.Run.open(run_dir)
@@ -121,44 +113,37 @@ def train_tiny(run_dir, *flags, data=None):
 
 def copy_run(run, folder):
     """Return a copy of a run inside `folder`, to be changed at will."""
-    import utils
-
     return utils.Run.open(shutil.copytree(run.path, folder / "copy"))
 
 
 @pytest.fixture(scope="session")
 def tiny_run(oasis_dir, tmp_path_factory):
     """The whole chain on `oasis_dir`."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return train_tiny(folder / "run", *PICTURES, data=oasis_dir)
+    return train_tiny(tmp_path_factory.mktemp("tiny") / "run", data=oasis_dir)
 
 
 @pytest.fixture(scope="session")
 def vqvae_run(oasis_dir, tmp_path_factory):
     """The run of `tiny_run` up to the VQ-VAE."""
-    folder = tmp_path_factory.mktemp("vqvae")
-    return train_tiny(folder / "run", "--stage", "vqvae", data=oasis_dir)
+    folder = tmp_path_factory.mktemp("vqvae") / "run"
+    return train_tiny(folder, "--stage", "vqvae", data=oasis_dir)
 
 
 @pytest.fixture(scope="session")
 def levels_run(adni_dir, tmp_path_factory):
     """Two levels on `adni_dir`, with priors that have all there is."""
-    folder = tmp_path_factory.mktemp("levels")
     flags = (
         "--dataset adni --levels 2 --prior pixelsnail --condition label,slice "
-        "--prior-ema-momentum 0.9 --prior-augment 1"
+        "--prior-ema-momentum 0.9 --prior-augment 0.5 --flips"
     ).split()
-    return train_tiny(folder / "run", *flags, *PICTURES, data=adni_dir)
+    folder = tmp_path_factory.mktemp("levels") / "run"
+    return train_tiny(folder, *flags, data=adni_dir)
 
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
-    """Function: name of a recipe -> its `--smoke` run, without any data.
-
-    Each has a folder of its own, as of a user; what they simulate is shared.
-    """
+    """Function: name of a recipe -> its `--smoke` run, without any data."""
     import train
-    import utils
 
     data = tmp_path_factory.mktemp("simulated")
 

@@ -3,10 +3,9 @@
     python tests/kill_and_resume.py --kills 20 --seed 0
 
 Every second kill (SIGKILL) comes at a random moment, the others while a file
-of the run is being written. The weights of every model of both runs must be
-equal to the bit, with dropout and weight averaging on, and so must their
-indices and their histories but for the times. Prints a line a kill; the exit
-code is 0 if all are equal.
+of the run is being written. All weights, indices and histories of both runs
+must be bit-equal, with dropout, augmentation, moving averages and a decoder
+stage on. Prints a line for each kill; the exit code is 0 if all are equal.
 """
 
 import argparse
@@ -19,24 +18,29 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+import modules  # noqa: E402
+import utils  # noqa: E402
+
 SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --residual-channels 4 --num-embeddings 16 --embedding-dim 4
-    --ssim-weight 0.5 --batch-size 8 --warmup-steps 5
+    --ssim-weight 0.5 --batch-size 8 --warmup-steps 5 --flips --augment 1
+    --decoder-batch-size 8 --discriminator-channels 4 --discriminator-steps 9
     --prior gated --prior-channels 8 --prior-blocks 2 --prior-kernel-size 3
-    --prior-dropout 0.2 --prior-ema-momentum 0.9
-    --prior-batch-size 8 --condition slice --no-evaluate
-    --precision float32 --checkpoint-steps 1""".split()
-EPOCHS_PER_KILL = 4  # of each stage, so that there is something left to kill
-LONGEST = 15  # seconds from a start to its kill, at random
+    --prior-dropout 0.2 --prior-ema-momentum 0.9 --prior-weight-decay 0.01
+    --prior-augment 1 --prior-batch-size 8 --condition slice --no-evaluate
+    --precision float32 --round-steps 5""".split()
+EPOCHS_PER_KILL = 2  # of each stage, so that there is something left to kill
+LONGEST = 20  # seconds from a start to its kill, at random
 IN_TRAINING = 3  # most seconds of training until a kill in a save
 
 
 def start(script, *arguments):
-    """Start a program; its output goes nowhere but for errors."""
+    """Start a program; its output is dropped, except for errors."""
     return subprocess.Popen(
         [sys.executable, script, *map(str, arguments)],
         cwd=ROOT,
@@ -46,11 +50,8 @@ def start(script, *arguments):
     )
 
 
-def train(*arguments):
-    return start("train.py", *arguments)
-
-
 def finish(process):
+    """Wait for a program, which must end well."""
     _, errors = process.communicate()
     if process.returncode:
         raise SystemExit(f"ended with {process.returncode}: {errors}")
@@ -58,48 +59,33 @@ def finish(process):
 
 def is_writing(process, run):
     """Whether the process writes a file of the run, or died doing so."""
-    return any(run.rglob(f"*.tmp-{process.pid}*"))
+    return any(run.rglob(f"*.tmp-*-{process.pid}.*"))
 
 
-def kill_at_random(process, run, choice):
-    """Kill a training at any time, its start included; False if it ended."""
-    due = time.monotonic() + choice.uniform(0, LONGEST)
-    while process.poll() is None:
-        if time.monotonic() > due:
-            return kill(process)
-        time.sleep(0.01)
-    return False
+def kill(process, run, choice, in_save):
+    """Kill a training; False if it ended before.
 
-
-def kill_in_save(process, run, choice):
-    """Kill a training while it writes a file; False if it ended before.
-
-    A file is written in milliseconds, so the process is first halted: what it
-    then has half written is half written when it is killed.
+    A file is written in milliseconds. To hit it, the process is halted first:
+    what is half written then is half written when it is killed.
     """
-    due = None
+    due = None if in_save else time.monotonic() + choice.uniform(0, LONGEST)
     while process.poll() is None:
-        if is_writing(process, run):
-            # Some time after the first file that it writes.
-            now = time.monotonic()
-            due = due or now + choice.uniform(0, IN_TRAINING)
-            if now >= due:
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(0.01)  # until it has halted
-                if is_writing(process, run):
-                    return kill(process)
-                process.send_signal(signal.SIGCONT)
+        now, writing = time.monotonic(), in_save and is_writing(process, run)
+        if writing and not due:  # some time after the first file
+            due = now + choice.uniform(0, IN_TRAINING)
+        if due and now >= due and (writing or not in_save):
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.01)  # until it has halted
+            if not in_save or is_writing(process, run):
+                process.kill()
+                process.communicate()
+                return True
+            process.send_signal(signal.SIGCONT)
         time.sleep(0.0005)
     return False
 
 
-def kill(process):
-    process.kill()
-    process.communicate()
-    return True
-
-
-def state_of(run):
+def describe(run):
     """Where the training of a run folder is, in words."""
     try:
         training = json.loads((run / "config.json").read_text())["training"]
@@ -107,63 +93,49 @@ def state_of(run):
         return "no run folder yet"
     except KeyError:
         return "complete"
-    saved = sorted(p.name for p in run.glob("checkpoint/*.npz"))
+    saved = sorted(path.name for path in run.glob("checkpoint/*.npz"))
     return f"done {training['done']}, saved {saved}"
 
 
 def train_with_kills(run, settings, kills, seed):
-    """Train with up to `kills` kills; how many, and how many while writing."""
-    choice = random.Random(seed)
-    inside = 0
+    """Train with kills in between; return how many came while writing."""
+    choice, inside = random.Random(seed), 0
     for number in range(kills):
         begun = (run / "config.json").exists()
-        process = train(*(["--resume", run] if begun else settings))
-        act = kill_at_random if number % 2 else kill_in_save
-        if not act(process, run, choice):
-            finish(process)
-            return number, inside
+        flags = ["--resume", run] if begun else settings
+        process = start("train.py", *flags)
+        if not kill(process, run, choice, in_save=number % 2 == 0):
+            raise SystemExit(f"ended before kill {number}, use more epochs")
         writing = is_writing(process, run)
         inside += writing
         how = "while writing" if writing else "at random"
-        print(f"killed {how}: {state_of(run)}", flush=True)
-    finish(train("--resume", run))
-    return kills, inside
+        print(f"killed {how}: {describe(run)}", flush=True)
+    finish(start("train.py", "--resume", run))
+    return inside
 
 
 def differences(first, second):
-    """Names of what is not equal to the bit in two run folders."""
-    import keras
-
-    sys.path.insert(0, str(ROOT))
-    import modules  # noqa: F401 registers the layers
-
-    found = []
-    names, others = (
+    """What is not bit-equal in two run folders."""
+    runs, found = [utils.Run.open(path) for path in (first, second)], []
+    names = [
         sorted(path.name for path in run.glob("*.keras"))
         for run in (first, second)
-    )
-    if names != others or not names:
-        found.append(f"model files {names}, {others}")
-    for name in names:
-        models = [
-            keras.models.load_model(run / name) for run in (first, second)
-        ]
-        pairs = zip(*(model.weights for model in models), strict=True)
-        for one, other in pairs:
-            if np.asarray(one).tobytes() != np.asarray(other).tobytes():
-                found.append(f"{name}: {one.path}")
-    with (
-        np.load(first / "indices.npz") as a,
-        np.load(second / "indices.npz") as b,
-    ):
-        found += [f"indices {k}" for k in a if not np.array_equal(a[k], b[k])]
-    histories = [
-        pd.read_csv(run / "history.csv").drop(columns="seconds")
-        for run in (first, second)
     ]
-    if not histories[0].equals(histories[1]):
-        found.append("history.csv")
-    return found
+    if names[0] != names[1] or not names[0]:
+        found.append(f"model files {names}")
+    for name in names[0]:
+        models = [modules.load_model(run.path / name) for run in runs]
+        for pair in zip(*(model.weights for model in models), strict=True):
+            if len({np.asarray(weight).tobytes() for weight in pair}) > 1:
+                found.append(f"{name}: {pair[0].path}")
+    one, other = map(utils.read_indices, runs)
+    found += [
+        name for name in one if not np.array_equal(one[name], other[name])
+    ]
+    one, other = (
+        utils.read_history(run).drop(columns="seconds") for run in runs
+    )
+    return found + ["history.csv"] * (not one.equals(other))
 
 
 def main():
@@ -177,17 +149,14 @@ def main():
         layout = ["--layout", "oasis", "--subjects", 8, "--image-size", 32]
         finish(start("dataset.py", "simulate", data, *layout))
         epochs = EPOCHS_PER_KILL * options.kills
-        settings = [*SETTINGS, "--epochs", epochs, "--prior-epochs", epochs]
-        settings += ["--data-dir", data, "--run-dir"]
-        started = time.monotonic()
-        finish(train(*settings, alone))
-        print(f"alone: {time.monotonic() - started:.0f} s", flush=True)
-        kills, inside = train_with_kills(
-            killed, [*settings, killed], options.kills, options.seed
-        )
+        settings = [*SETTINGS, "--data-dir", data, "--epochs", epochs]
+        settings += ["--prior-epochs", epochs, "--decoder-epochs", epochs // 2]
+        finish(start("train.py", *settings, "--run-dir", alone))
+        settings += ["--run-dir", killed]
+        inside = train_with_kills(killed, settings, options.kills, options.seed)
         found = differences(alone, killed)
-    print(f"{kills} kills, {inside} of them while writing a file")
-    print("equal to the bit" if not found else f"NOT EQUAL: {found}")
+    print(f"{options.kills} kills, {inside} of them while writing a file")
+    print("bit-equal" if not found else f"NOT EQUAL: {found}")
     return bool(found)
 
 

@@ -8,30 +8,44 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-import dataset
 import modules
 import train
 import utils
-from tests import mirrored
-from tests.benchmarks import common
 from tests.conftest import TINY, train_tiny
 
 ROOT = Path(train.__file__).parent
-# 24 steps of each stage; dropout would hide other conditions on each replica.
+# Dropout would hide other conditions on each replica.
 FLAGS = (
-    "--epochs 6 --prior-epochs 12 --condition-dropout 0 --prior gated "
-    "--prior-ema-momentum 0.9 --no-evaluate"
+    "--epochs 6 --prior-epochs 10 --condition-dropout 0 --prior gated "
+    "--prior-ema-momentum 0.9 --no-evaluate --round-steps 2"
 ).split()
+# `train.py` on two logical CPUs: a machine without GPUs has no other replicas.
+MIRRORED = """
+import sys, tensorflow as tf, train, utils
+cpu = tf.config.list_physical_devices("CPU")[0]
+halves = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(cpu, halves)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+utils.choose_strategy = lambda *_, **__: strategy
+utils.run_main(train.main)
+"""
+
+
+def oasis_flags(data, run, *flags):
+    return map(
+        str,
+        ["--dataset", "oasis", "--data-dir", data, "--run-dir", run, *TINY]
+        + [*FLAGS, *flags],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +54,35 @@ def alone(oasis_dir, tmp_path_factory):
     return train_tiny(path, *FLAGS, data=oasis_dir)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Workers:
     """Two processes of `train.py`, each in a folder of its own."""
 
     def __init__(self, folder, *flags):
-        hosts = common.free_hosts(2)
+        hosts = [f"127.0.0.1:{free_port()}" for _ in range(2)]
         self.folders = [folder / f"worker{k}" for k in range(2)]
         self.processes = []
         for k, own in enumerate(self.folders):
             own.mkdir(exist_ok=True)
             task = {"type": "worker", "index": k}
-            cluster = {"cluster": {"worker": hosts}, "task": task}
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, ROOT / "train.py", *map(str, flags)],
-                    cwd=own,
-                    env={
-                        **os.environ,
-                        "TF_CONFIG": json.dumps(cluster),
-                        "TMPDIR": str(own),
-                    },
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
+            config = {"cluster": {"worker": hosts}, "task": task}
+            config = {"TF_CONFIG": json.dumps(config), "TMPDIR": str(own)}
+            process = subprocess.Popen(
+                [sys.executable, ROOT / "train.py", *map(str, flags)],
+                cwd=own,
+                env={**os.environ, **config},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
+            self.processes.append(process)
 
     def wait_for(self, path):
-        """Until the file is there."""
         while not path.exists():
             assert all(process.poll() is None for process in self.processes)
             time.sleep(0.01)
@@ -81,38 +96,31 @@ class Workers:
         return ends
 
 
-def start_workers(run, folder, data, *flags):
-    data_flags = ("--dataset", "oasis", "--data-dir", data, "--run-dir", run)
-    return Workers(
-        folder,
-        *("--strategy", "multiworker", *data_flags, *TINY, *FLAGS, *flags),
+def assert_same_training(alone, run):
+    for name in ("vqvae.keras", "prior.keras"):
+        models = [modules.load_model(r.path / name) for r in (alone, run)]
+        for pair in zip(*(model.weights for model in models), strict=True):
+            one, other = map(np.asarray, pair)
+            np.testing.assert_allclose(
+                one, other, rtol=1e-5, atol=1e-5, err_msg=pair[0].path
+            )
+    one, other = (
+        utils.read_history(r).drop(columns="seconds") for r in (alone, run)
+    )
+    assert list(one["stage"]) == list(other["stage"])
+    numbers = one.select_dtypes("number").columns
+    np.testing.assert_allclose(
+        one[numbers], other[numbers], rtol=1e-3, atol=1e-5
     )
 
 
-def assert_same_models(one, other):
-    names = sorted(path.name for path in one.glob("*.keras"))
-    assert names == ["prior.keras", "vqvae.keras"]
-    for name in names:
-        pairs = zip(
-            keras.models.load_model(one / name).weights,
-            keras.models.load_model(other / name).weights,
-            strict=True,
-        )
-        for first, second in pairs:
-            np.testing.assert_allclose(
-                np.asarray(first),
-                np.asarray(second),
-                rtol=1e-5,
-                atol=1e-5,
-                err_msg=f"{name} {first.path}",
-            )
-
-
+@pytest.mark.slow
 def test_two_workers_train_as_one(alone, oasis_dir, tmp_path):
     """Also after SIGTERM to one of them, and SIGKILL; each time resumed."""
     run = tmp_path / "run"
     saved = run / "checkpoint" / "vqvae.npz"
-    workers = start_workers(run, tmp_path, oasis_dir, "--checkpoint-steps", 1)
+    flags = oasis_flags(oasis_dir, run, "--strategy", "multiworker")
+    workers = Workers(tmp_path, *flags)
     workers.wait_for(saved)
     workers.processes[1].send_signal(signal.SIGTERM)
     assert [code for code, _, _ in workers.finish()] == [143, 143]
@@ -128,7 +136,7 @@ def test_two_workers_train_as_one(alone, oasis_dir, tmp_path):
     assert "--resume" in errors and "Traceback" not in errors
     assert saved.exists()
 
-    for folder in workers.folders:  # of the killed one something is left
+    for folder in workers.folders:  # the killed one left something
         shutil.rmtree(folder)
     workers = Workers(tmp_path, "--resume", run)
     (code, output, errors), (second_code, silent, _) = workers.finish()
@@ -137,129 +145,40 @@ def test_two_workers_train_as_one(alone, oasis_dir, tmp_path):
     # Only the chief has written and spoken, and only in the run folder.
     assert silent == ""
     assert [list(folder.iterdir()) for folder in workers.folders] == [[], []]
-    assert_same_models(alone.path, run)
-    assert_same_history(alone, utils.Run.open(run))
+    assert_same_training(alone, utils.Run.open(run))
 
 
-def assert_same_history(alone, run):
-    one, two = (
-        utils.read_history(run).drop(columns="seconds") for run in (alone, run)
+def run_mirrored(*flags):
+    return subprocess.run(
+        [sys.executable, "-c", MIRRORED, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    assert one.groupby("stage")["step"].max().min() >= 20
-    assert list(one["stage"]) == list(two["stage"])
-    numbers = one.select_dtypes("number").columns
-    np.testing.assert_allclose(one[numbers], two[numbers], rtol=1e-3, atol=1e-5)
 
 
 def test_two_replicas_train_as_one(alone, oasis_dir, tmp_path):
     run = tmp_path / "run"
-    flags = ("--dataset", "oasis", "--data-dir", oasis_dir, *TINY, *FLAGS)
-    result = subprocess.run(
-        [sys.executable, mirrored.__file__, *flags, "--run-dir", run],
-        capture_output=True,
-        text=True,
-    )
+    decoder = "--decoder-epochs 1 --discriminator-channels 4".split()
+    result = run_mirrored(*oasis_flags(oasis_dir, run))
     assert result.returncode == 0, result.stderr
     assert "2 replicas share each batch" in result.stdout
-    assert_same_models(alone.path, run)
+    assert_same_training(alone, utils.Run.open(run))
+    flags = ["--stage", "decoder", "--run-dir", str(run), *decoder]
+    result = run_mirrored(*flags, "--no-evaluate")
+    assert result.returncode == 0, result.stderr
+    history = utils.read_history(utils.Run.open(run))
+    assert "decoder" in set(history["stage"])
 
 
-@pytest.mark.parametrize(
-    ("count", "batch"), [(33, 16), (7, 7), (5, 2), (12, 5)]
-)
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_divisible_batch_size(count, batch, parts):
-    def is_divisible(size):
-        last = count % size or size
-        return min(size, last) >= parts
-
-    sizes = [size for size in range(1, batch + 1) if is_divisible(size)]
-    found = dataset.divisible_batch_size(count, batch, parts)
-    assert found == max(sizes, default=0)
-
-
-def test_parts_of_batches_make_the_batches():
-    arrays = {"number": np.arange(11)}
-
-    def batches(**options):
-        found = dataset.array_batches(arrays, 4, seed=0, epochs=2, **options)
-        assert len(list(found)) == found.cardinality()
-        return [list(batch["number"].numpy()) for batch in found]
-
-    whole = batches(start_step=1)
-    first = batches(start_step=1, parts=(0, 2, 3))
-    second = batches(start_step=1, parts=(2, 3, 3))
-    assert len(first) == 2 * len(second) == 2 * len(whole)
-    for k, batch in enumerate(whole):
-        parts = [*first[2 * k : 2 * k + 2], second[k]]
-        assert sum(parts, []) == batch
-        assert all(parts)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-STEPS = {
-    "vqvae": lambda: modules.VQVAE(
-        (16, 16),
-        channels=8,
-        residual_channels=4,
-        num_embeddings=8,
-        embedding_dim=4,
-        codebook_update="gradient",
-        restart_threshold=0.0,
-        ssim_weight=0.5,
-    ),
-    "pixelcnn": lambda: modules.PixelCNN(8, (4, 4), channels=8, blocks=2),
-    "pixelsnail": lambda: modules.PixelSNAIL(
-        8, (4, 4), channels=8, blocks=5, kernel_size=3, position_features=True
-    ),
-}
-RANDOM = np.random.default_rng(0)
-BATCHES = {
-    "vqvae": RANDOM.random((5, 16, 16, 1), "float32"),
-    "pixelcnn": {"indices": RANDOM.integers(0, 8, (5, 4, 4), "int32")},
-    "pixelsnail": {"indices": RANDOM.integers(0, 8, (5, 4, 4), "int32")},
-}
-
-
-def weights_after(name, steps=2, jit=False, **settings):
-    """Weights after steps of gradient descent without momentum."""
-    keras.utils.set_random_seed(0)
-    model = STEPS[name]()
-    for attribute, value in settings.items():
-        assert hasattr(model, attribute)
-        setattr(model, attribute, value)
-    if name == "vqvae":  # the first batch sets the codebook: not in parts
-        model(BATCHES[name], training=True)
-    optimizer = keras.optimizers.SGD(0.05, global_clipnorm=0.1)
-    model.compile(optimizer, jit_compile=jit)
-    data = tf.data.Dataset.from_tensors(BATCHES[name]).repeat()
-    model.fit(data, steps_per_epoch=steps, shuffle=False, verbose=0)
-    return [np.asarray(weight) for weight in model.trainable_weights]
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("vqvae", {"accumulation_steps": 2}),
-        ("pixelcnn", {"accumulation_steps": 5}),
-        ("pixelsnail", {"recompute": True}),
-        ("pixelcnn", {"recompute": True, "accumulation_steps": 2}),
-        ("vqvae", {"jit": True}),
-        ("pixelsnail", {"jit": True}),
-    ],
-)
-def test_what_saves_memory_or_time_trains_alike(name, settings):
-    for one, other in zip(
-        weights_after(name), weights_after(name, **settings), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_recompute_with_dropout_is_refused():
-    prior = modules.PixelCNN(8, (4, 4), channels=8, blocks=1, dropout=0.5)
-    prior.recompute = True
-    with pytest.raises(ValueError, match="recompute"):
-        prior(BATCHES["pixelcnn"]["indices"], training=True)
+@pytest.mark.parametrize("flags", [["--jit"], ["--precision", "mixed_float16"]])
+def test_one_device_only(flags, oasis_dir, tmp_path):
+    """What Keras cannot do with replicas is refused, whatever chose them."""
+    run = tmp_path / "run"
+    result = run_mirrored(*oasis_flags(oasis_dir, run, *flags))
+    assert result.returncode == 2, result.stderr
+    assert f"error: {' '.join(flags)}: works on one device" in result.stderr
+    assert not run.exists()
 
 
 @pytest.mark.parametrize(
@@ -267,39 +186,39 @@ def test_recompute_with_dropout_is_refused():
     [
         ("--strategy multiworker", "TF_CONFIG"),
         ("--recompute --prior-dropout 0.1", "--prior-dropout 0"),
-        # 16 images in steps of 15 leave one for two parts.
-        ("--batch-size 15 --accumulation-steps 2", "use 14"),
-        ("--prior-batch-size 3 --accumulation-steps 3", "--prior-batch-size"),
+        ("--batch-size 2 --accumulation-steps 3", "--batch-size: 2 images"),
+        ("--accumulation-steps 17", "--batch-size: "),
     ],
 )
 def test_refused_by_name(flags, message, oasis_dir, tmp_path, capsys):
-    command = ["--dataset", "oasis", "--data-dir", str(oasis_dir), *TINY]
     run = tmp_path / "run"
+    argv = list(oasis_flags(oasis_dir, run, *flags.split()))
     with pytest.raises(SystemExit) as end:
-        utils.run_main(
-            train.main, [*command, "--run-dir", str(run), *flags.split()]
-        )
+        utils.run_main(train.main, argv)
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not run.exists()
 
 
+def test_tf_config_is_read_by_name(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{worker: 1}")
+    with pytest.raises(utils.FlagError, match="TF_CONFIG: expected JSON"):
+        utils.choose_strategy("auto")
+
+
 def test_the_launch_line_for_slurm_names_the_workers(tmp_path):
-    """The lines of README, with what Slurm would answer."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (script,) = re.findall(
-        r"^srun .*? bash -c '\n(.*?)^'$", readme, re.M | re.S
-    )
-    lines = script.splitlines()
-    assert (
-        lines[-1].strip().startswith("python train.py --strategy multiworker")
-    )
+    """The lines of the guide, with what Slurm would answer."""
+    page = ROOT / "resources" / "guide" / "many-machines.md"
+    pattern = r"(?ms)^srun .*? bash -c '\n(.*?)^'$"
+    (script,) = re.findall(pattern, page.read_text(encoding="utf-8"))
+    *lines, last = script.splitlines()
+    assert last.strip().startswith("python train.py --strategy multiworker")
     slurm = tmp_path / "scontrol"
     slurm.write_text("#!/bin/sh\nprintf 'node9\\nnode10\\n'\n")
     slurm.chmod(0o755)
     result = subprocess.run(
-        ["bash", "-c", "\n".join([*lines[:-1], 'echo "$TF_CONFIG"'])],
+        ["bash", "-c", "\n".join([*lines, 'echo "$TF_CONFIG"'])],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_PROCID": "1"},
         capture_output=True,
         text=True,
@@ -309,27 +228,3 @@ def test_the_launch_line_for_slurm_names_the_workers(tmp_path):
         "cluster": {"worker": ["node9:12345", "node10:12345"]},
         "task": {"type": "worker", "index": 1},
     }
-
-
-def test_one_device_only(oasis_dir, tmp_path):
-    """What Keras cannot do with replicas is refused, whatever chose them."""
-    flags = ("--dataset", "oasis", "--data-dir", oasis_dir, *TINY)
-    for refused in (["--jit"], ["--precision", "mixed_float16"]):
-        run = tmp_path / "run"
-        result = subprocess.run(
-            [sys.executable, mirrored.__file__, *flags, "--run-dir", run]
-            + refused,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 2, result.stderr
-        assert f"error: {' '.join(refused)}: goes with one device" in (
-            result.stderr
-        )
-        assert not run.exists()
-
-
-def test_tf_config_is_read_by_name(monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", "{worker: 1}")
-    with pytest.raises(utils.FlagError, match="TF_CONFIG: expected JSON"):
-        utils.choose_strategy("auto")

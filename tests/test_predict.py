@@ -1,14 +1,16 @@
-"""Tests of predict.py: every verb on a tiny run, and what it refuses."""
+"""Tests of predict.py: every verb on tiny runs, evaluation, report, export."""
 
+import base64
+import contextlib
+import html
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import types
-import weakref
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +19,44 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+import dataset
 import modules
 import predict
 import utils
-from tests.conftest import SIZE, SLICES, copy_run
-from tests.test_train import FIGURES, SAMPLES, check_figures, files
+from tests.conftest import SIZE, SLICES, blobs, copy_run
+
+FIGURES = {
+    *("reconstructions", "failures", "indices", "codebook", "history"),
+    *("samples", "failures_samples", "memorization"),
+}
+LOADED = {}
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch):
+    """Models are loaded, and their samplers compiled, once a session."""
+    load = modules.load_models
+
+    def cached(run):
+        paths = [run.vqvae_path, *run.prior_paths]
+        key = hash(tuple(p.exists() and p.read_bytes() for p in paths))
+        if key not in LOADED:
+            LOADED[key] = load(run)
+        return LOADED[key]
+
+    monkeypatch.setattr(modules, "load_models", cached)
 
 
 @pytest.fixture
 def run(tiny_run, tmp_path):
     """A copy of `tiny_run` to be changed at will."""
     return copy_run(tiny_run, tmp_path)
+
+
+@pytest.fixture
+def levels(levels_run, tmp_path):
+    """A copy of `levels_run`: two levels, labels and slice positions."""
+    return copy_run(levels_run, tmp_path)
 
 
 def call(*argv):
@@ -38,729 +67,1024 @@ def refused(code, capsys, *argv):
     """Run the script; return its one line on stderr."""
     with pytest.raises(SystemExit) as caught:
         utils.run_main(predict.main, [str(part) for part in argv])
-    assert caught.value.code == code
     error = capsys.readouterr().err
+    assert caught.value.code == code, error
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
-def samples_of(run, pattern="*"):
-    """Return {name: pixels} of the generated images."""
-    found = {}
-    for path in sorted(predict.sample_folder(run).glob(pattern)):
+def files(folder):
+    """{name: bytes} of all files in a folder but locks."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def figures(folder):
+    """Names of the figures in a folder, each a PNG of some size."""
+    found = list(Path(folder).glob("*.png"))
+    for path in found:
         with Image.open(path) as image:
-            assert (image.format, image.mode) == ("PNG", "L")
-            found[path.name] = np.asarray(image)
-    return found
+            assert image.format == "PNG" and min(image.size) > 100, path
+    return {path.stem for path in found}
 
 
-def rows(text):
-    """Return {file name: SSIM} that a reconstruction printed."""
-    found = re.findall(r"^SSIM (\S+) +(.*)$", text, re.MULTILINE)
-    return {name: float(value) for value, name in found}
+def trained(run, **flags):
+    return predict.Trained.load(run, predict.Generate(**flags))
 
 
-# Without a verb
-
-
-def test_bare_command_takes_the_newest_run_and_draws_both_figures(
-    tiny_run, vqvae_run, tmp_path, monkeypatch, capsys
-):
-    for name, source in (("a-new", tiny_run), ("b-old", vqvae_run)):
-        shutil.copytree(source.path, tmp_path / "runs" / name)
-        shutil.rmtree(tmp_path / "runs" / name / "figures")
-    os.utime(tmp_path / "runs" / "b-old" / "vqvae.keras", (1, 1))
-    monkeypatch.chdir(tmp_path)
-    predict.main([])
-    check_figures(Path("runs/a-new/figures"), ["reconstructions", "samples"])
-    assert not Path("runs/b-old/figures").exists()
-    assert len(samples_of(utils.Run.open("runs/a-new"), "*.png")) == 64
-    text = capsys.readouterr().out
-    assert len(rows(text)) == SLICES
-    assert "bits per code" in text and "ssim foreground" in text
-
-    shutil.rmtree("runs/a-new")
-    predict.main([])
-    check_figures(Path("runs/b-old/figures"), ["reconstructions"])
-    assert "no prior in this run" in capsys.readouterr().out
-
-
-def test_bare_command_without_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    error = refused(4, capsys)
-    assert "runs: no trained run here" in error and "train.py" in error
-    assert not list(tmp_path.iterdir())
-
-
-# Reconstruct
-
-
-def test_reconstruct_a_split(run, capsys):
-    shutil.rmtree(run.figures_path)
-    call("reconstruct", run.path, "--split", "train", "--count", "5")
-    found = rows(capsys.readouterr().out)
-    names = [Path(p).name for p in utils.read_splits(run)["train"]["path"]]
-    assert list(found) == [names[k] for k in utils.spread(16, 5)]
-    check_figures(run.figures_path, ["reconstructions"])
-
-
-def test_reconstruct_images(run, adni_dir, tmp_path, capsys):
-    paths = sorted((adni_dir / "test").rglob("*.jpeg"))[:2]
-    call("reconstruct", run.path, "--images", *paths)
-    found = rows(capsys.readouterr().out)
-    vqvae = utils.load_model(run.vqvae_path)
-    for path in paths:
-        data = path.read_bytes()
-        image = tf.io.decode_jpeg(
-            data, channels=1, dct_method="INTEGER_ACCURATE"
-        )
-        image = tf.cast(image, tf.float32)[None] / 255
-        value = tf.image.ssim(image, vqvae.reconstruct(image), max_val=1.0)
-        assert found[path.name] == pytest.approx(value.numpy()[0], abs=1e-4)
-    check_figures(
-        run.figures_path, FIGURES | SAMPLES | {"reconstructed_images"}
-    )
-
-
-# Generate
-
-
-def test_generate_writes_the_same_image_k_in_any_request(run, capsys):
-    call("generate", run.path, "-n", "3")
-    first = samples_of(run)
-    assert list(first) == [f"seed0_{k:06d}.png" for k in range(3)]
-    assert all(image.shape == (SIZE, SIZE) for image in first.values())
-    written = files(run.path / "samples")
-
-    call("generate", run.path, "-n", "18")  # more than are sampled at once
-    more = files(run.path / "samples")
-    assert len(more) == 18 and written.items() <= more.items()
-    assert len(set(more.values())) > 1
-
-    call("generate", run.path, "-n", "2", "--seed", "1")
-    other = samples_of(run, "seed1_*")
-    assert len(other) == 2
-    assert any(
-        np.any(other[f"seed1_{k:06d}.png"] != first[f"seed0_{k:06d}.png"])
-        for k in range(2)
-    )
-    check_figures(run.figures_path, FIGURES | SAMPLES)
-    text = capsys.readouterr().out
-    assert "18 images drawn, 0 there already, in" in text
-    assert "grid of the first 18 in" in text
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """Priors by the hash of their run: each is compiled once."""
-    return {}
+def samples_of(run, pattern="*.png"):
+    """{name: pixels} of the generated images."""
+    folder = predict.sample_folder(trained(run))
+    found = sorted(folder.glob(pattern))
+    return {path.name: utils.read_png(path) for path in found}
 
 
 @pytest.fixture
-def draws(compiled, monkeypatch):
+def draws(monkeypatch):
     """What `modules.generate` is called with, in small chunks."""
-    seen, generate, load = [], modules.generate, utils.load_priors
+    seen, generate = [], modules.generate
 
     def spy(vqvae, priors, n, seed, **options):
         seen.append(types.SimpleNamespace(n=n, seed=seed, **options))
         return generate(vqvae, priors, n, seed, **options)
 
-    def load_once(run, vqvae):
-        key = predict.sample_folder(run).name
-        if key not in compiled:
-            compiled[key] = load(run, vqvae)
-        return compiled[key]
-
     monkeypatch.setattr(modules, "generate", spy)
-    monkeypatch.setattr(utils, "load_priors", load_once)
     monkeypatch.setattr(predict, "CHUNK", 16)
     return seen
 
 
-def test_generate_options_reach_the_sampler(run, draws):
+# Without a verb
+
+
+@pytest.mark.parametrize("line", [[], ["runs/a"]])
+def test_bare_command(line, levels_run, tmp_path, monkeypatch, capsys):
+    """It takes the newest run, writes figures and report, says what matters."""
+    for name in ("a", "b"):
+        shutil.copytree(levels_run.path, tmp_path / "runs" / name)
+        shutil.rmtree(tmp_path / "runs" / name / "figures")
+    os.utime(tmp_path / "runs" / "b" / "vqvae.keras", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    predict.main(line)
+    assert figures("runs/a/figures") == {"reconstructions", "samples"}
+    assert not Path("runs/b/figures").exists()
+    names = set(samples_of(utils.Run.open("runs/a")))
+    assert len(names) == 64
+    text = capsys.readouterr().out
+    assert "SSIM" in text and "predict.py generate runs/a" in text
+    assert text.count("bits per code") == 0  # only `evaluate` shows the table
+
+
+def test_bare_command_without_priors_or_images(vqvae_run, tmp_path, capsys):
+    """A run folder from a colleague."""
+    run = copy_run(vqvae_run, tmp_path)
+    run.update(data_dir=str(tmp_path / "gone"))
+    run.evaluation_path.unlink()
+    call(run.path)
+    text = capsys.readouterr().out
+    assert "no prior" in text and "no reconstructions without" in text
+    assert "Not evaluated yet" in text_of(run)
+    assert "Not evaluated yet" in card_of(run)
+
+
+def test_the_shipped_model_is_not_written_to(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    """It is used where there is no run; results go to runs/."""
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "resources"
+    mine.mkdir()
+    for name in ("templates", "metrics.csv"):
+        (mine / name).symlink_to(utils.RESOURCES / name)
+    monkeypatch.setattr(utils, "RESOURCES", mine)
+    assert "no trained run here" in refused(4, capsys)
+    home = mine / "pretrained" / "brains"
+    shutil.copytree(tiny_run.path, home)
+    for name in ("split.csv", "indices.npz", "history.csv"):
+        (home / name).unlink()
+    before = files(home)
+    call()
+    assert files(home) == before
+    assert "no reconstructions" in capsys.readouterr().out
+    output = tmp_path / "runs" / "results-brains"
+    assert figures(output / "figures") == {"samples"}
+    assert len(list(output.rglob("seed*.png"))) == 64
+    assert (output / "report.html").exists()
+
+
+# Reconstruct
+
+
+def rows(capsys):
+    """{file name: SSIM} that a reconstruction printed."""
+    text = capsys.readouterr().out
+    found = re.findall(r"^SSIM (\S+) +(.*)$", text, re.MULTILINE)
+    return {name: float(value) for value, name in found}
+
+
+def test_reconstruct_a_split(run, capsys):
+    shutil.rmtree(run.figures_path)
+    call("reconstruct", run.path, "--split", "train", "--count", "5")
+    table = utils.read_split_table(run)
+    paths = list(table["path"][table["split"] == "train"])
+    expected = [Path(paths[k]).name for k in utils.spread(len(paths), 5)]
+    assert list(rows(capsys)) == expected
+    assert figures(run.figures_path) == {"reconstructions"}
+
+
+def test_reconstruct_images_also_blank_ones(run, tmp_path, capsys):
+    paths = [tmp_path / "image.png", tmp_path / "blank.png"]
+    pixels = np.stack([blobs(7), np.zeros((SIZE, SIZE), "uint8")])
+    for path, image in zip(paths, pixels, strict=True):
+        utils.write_png(path, image)
+    call("reconstruct", run.path, "--images", *paths)
+    images = np.float32(pixels[..., None] / 255)
+    decoded = modules.load_models(run)[0].reconstruct(images)
+    values = tf.image.ssim(images, decoded, max_val=1.0).numpy()
+    assert list(rows(capsys).values()) == pytest.approx(values, abs=1e-2)
+    assert "reconstructed_images" in figures(run.figures_path)
+
+
+def test_results_go_where_output_says(run, tmp_path):
+    """Of a run that one may only read."""
+    before, output = files(run.path), tmp_path / "mine"
+    image = tmp_path / "image.png"
+    Image.fromarray(blobs(1)).save(image)
+    for verb in (
+        ["show"],
+        ["generate", "-n", "2"],
+        ["reconstruct"],
+        ["evaluate"],
+        ["complete", image],
+        ["anomaly", "--count", "2"],
+    ):
+        verb[1:1] = [run.path]
+        call(*verb, "--output", output)
+    assert files(run.path) == before
+    expected = {"completions.npz", "anomaly.csv", "evaluation.json"}
+    expected |= {"report.html", "MODEL_CARD.md", "figures", "samples"}
+    assert {path.name for path in output.iterdir()} == expected
+    assert figures(output / "figures") >= FIGURES
+
+
+# Generate
+
+
+def test_image_k_is_the_same_in_any_request(run, capsys):
+    call("generate", run.path, "-n", "3")
+    first = samples_of(run)
+    assert list(first) == [f"seed0_{k:06d}.png" for k in range(3)]
+    assert all(image.shape == (SIZE, SIZE) for image in first.values())
+    call("generate", run.path, "-n", "18")
+    more = samples_of(run)
+    assert len(more) == 18 and len({p.tobytes() for p in more.values()}) > 1
+    for name, image in first.items():
+        np.testing.assert_array_equal(more[name], image)
+    call("generate", run.path, "-n", "2", "--seed", "1")
+    other = list(samples_of(run, "seed1_*").values())
+    assert np.any(np.stack(other) != np.stack(list(first.values())[:2]))
+    text = capsys.readouterr().out
+    assert "18 images sampled, 0 there already" in text
+
+
+def test_options_reach_the_sampler_and_the_names(run, draws):
     call("generate", run.path, "-n", "3", "--top-k", "1")
     flags = "--temperature 0.5 --top-p 0.9 --slice-position 0.25".split()
     call("generate", run.path, "-n", "18", "--seed", "7", *flags)
     greedy, *chunks = draws
-    assert (greedy.top_k, greedy.label) == (1, None)
+    assert greedy.sampling == [modules.Sampling(top_k=1)]
     positions = modules.slice_positions(3)
     np.testing.assert_array_equal(greedy.slice_position, positions)
     assert [(c.n, c.seed, c.first) for c in chunks] == [(16, 7, 0), (2, 7, 16)]
     for chunk in chunks:
-        assert (chunk.temperature, chunk.top_p) == (0.5, 0.9)
+        assert chunk.sampling == [modules.Sampling(0.5, top_p=0.9)]
         assert list(chunk.slice_position) == [0.25] * chunk.n
-    # Other options, other files: no folder mixes them unseen.
     names = set(samples_of(run))
-    assert "seed0_top-k1_000000.png" in names
-    assert (
-        "seed7_temperature0.5_top-p0.9_slice-position0.25_000017.png" in names
-    )
-    assert len(names) == 3 + 18
+    assert "seed0_top-k1_000000.png" in names and len(names) == 3 + 18
+    long = "seed7_temperature0.5_top-p0.9_slice-position0.25_000017.png"
+    assert long in names
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p", "slice_position"])
-def test_other_settings_have_other_names(name):
-    values = (0.1, 0.10000001, 0.2, 1.0)
-    names = {predict.sample_name(predict.Generate(**{name: v})) for v in values}
-    assert len(names) == len(values)
-    assert predict.sample_name(
-        predict.Generate(guidance=2.0, label="v1.0")
-    ) == ("seed0_guidance2_labelv1.0")
-
-
-def test_generate_greedily_is_the_same_for_every_seed(run):
-    flags = ["--top-k", "1", "--slice-position", "0.5"]
-    call("generate", run.path, "-n", "2", "--seed", "5", *flags)
-    images = list(samples_of(run).values())
-    np.testing.assert_array_equal(*images)
-
-
-def test_generate_needs_a_prior(vqvae_run, capsys):
-    before = files(vqvae_run.path)
-    error = refused(4, capsys, "generate", vqvae_run.path)
-    assert "this run has no prior" in error and "--stage prior" in error
-    assert files(vqvae_run.path) == before
-
-
-# Many images: chunks, shards, going on
-
-
-def load(path):
-    """Arrays of an npz chunk."""
-    with np.load(path) as chunk:
-        return dict(chunk)
-
-
-def generated(run, *flags):
-    """Generate into the run; return {name: bytes} of all its samples."""
-    call("generate", run.path, *flags)
-    return files(predict.sample_folder(run))
+def test_the_sampling_chosen_for_the_run_is_the_default(levels, draws):
+    """Files are named by how they were sampled."""
+    levels.update(sampling={"temperature": [0.7, 0.9], "top_p": [1.0, 0.95]})
+    flags = "--temperature 1 --label AD --guidance 2".split()
+    call("generate", levels.path, "-n", "2")
+    call("generate", levels.path, "-n", "2", "--temperature", "0.10000001")
+    call("generate", levels.path, "-n", "2", *flags)
+    chosen, cold, guided = draws
+    sampling = [modules.Sampling(0.7), modules.Sampling(0.9, top_p=0.95)]
+    assert chosen.sampling == sampling
+    assert cold.sampling == [modules.Sampling(0.10000001)] * 2
+    assert guided.sampling == [modules.Sampling(guidance=2.0)] * 2
+    assert set(guided.label) == {"AD"}
+    assert set(samples_of(levels, "*_000001.png")) == {
+        "seed0_temperature0.7-0.9_top-p1-0.95_000001.png",
+        "seed0_temperature0.10000001_000001.png",
+        "seed0_guidance2_labelAD_000001.png",
+    }
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
-def test_shards_together_equal_one_request(kind, levels_run, tmp_path, draws):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["-n", "53", "--format", kind]
-    expected = generated(copy_run(levels_run, whole), *flags)
-    assert [draw.first for draw in draws] == [0, 16, 32, 48]
-    assert len(expected) == {"png": 53, "npz": 4}[kind]
-
-    run, count = copy_run(levels_run, parts), 0
-    for shard, firsts in (("1/3", [16]), ("2/3", [32]), ("0/3", [0, 48])):
-        draws.clear()
-        found = generated(run, *flags, "--shard", shard)
-        assert [draw.first for draw in draws] == firsts
-        assert len(found) > count
-        count = len(found)
-    assert found == expected
+def test_parts_together_equal_one_request(kind, levels_run, tmp_path, draws):
+    flags = ["--format", kind, "-n"]
+    whole = copy_run(levels_run, tmp_path / "whole")
+    call("generate", whole.path, *flags, "48")
+    assert [draw.first for draw in draws] == [0, 16, 32]
+    parts = copy_run(levels_run, tmp_path / "parts")
+    draws.clear()
+    call("generate", parts.path, *flags, "32", "--first", "16")
+    call("generate", parts.path, *flags, "16")
+    assert [draw.first for draw in draws] == [16, 32, 0]
+    found, expected = (files(run.path / "samples") for run in (parts, whole))
+    assert found == expected and len(found) == {"png": 48, "npz": 3}[kind]
+    assert {"samples", "samples_000016"} <= figures(parts.figures_path)
 
 
-def test_npz_holds_the_images_and_what_they_are_of(levels_run, tmp_path, draws):
-    run = copy_run(levels_run, tmp_path)
-    generated(run, "-n", "21")
-    images = np.stack(list(samples_of(run).values()))
-    generated(run, "-n", "21", "--format", "npz")
-    folder = predict.sample_folder(run)
-    names = ["seed0_000000.npz", "seed0_000016.npz"]
-    assert sorted(p.name for p in folder.glob("*.npz")) == names
-    parts = [load(folder / name) for name in names]
+def test_npz_holds_images_and_what_they_are_of(levels, draws):
+    call("generate", levels.path, "-n", "21")
+    images = np.stack(list(samples_of(levels).values()))
+    call("generate", levels.path, "-n", "21", "--format", "npz")
+    paths = sorted(predict.sample_folder(trained(levels)).glob("*.npz"))
+    assert [p.stem[-6:] for p in paths] == ["000000", "000016"]
+    parts = [dict(np.load(path)) for path in paths]
     chunk = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-    assert set(chunk) == {
-        *("images", "number", "indices_1", "indices_2"),
-        *("label", "slice_position"),
-    }
     assert chunk["images"].dtype == np.uint8
     np.testing.assert_array_equal(chunk["images"], images)
     assert list(chunk["number"]) == list(range(21))
     assert list(chunk["label"]) == ["AD"] * 8 + ["NC"] * 8 + ["AD"] * 5
     positions = modules.slice_positions(21)
     np.testing.assert_array_equal(chunk["slice_position"], positions)
+    vqvae, _ = modules.load_models(levels)
     indices = [chunk["indices_1"], chunk["indices_2"]]
-    assert [grid.shape for grid in indices] == [(21, 8, 8), (21, 4, 4)]
-    vqvae = utils.load_model(run.vqvae_path)
     decoded = vqvae.decode_indices(indices).numpy()[..., 0]
     np.testing.assert_allclose(images / 255, decoded, atol=0.51 / 255)
 
 
-def test_npz_without_what_a_prior_is_not_told(run):
-    generated(run, "-n", "3", "--format", "npz")
-    chunk = load(predict.sample_folder(run) / "seed0_000000.npz")
-    assert set(chunk) == {"images", "number", "indices_1", "slice_position"}
-    assert {len(values) for values in chunk.values()} == {3}
-
-
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_a_killed_request_goes_on(kind, run, draws, capsys):
-    flags = ["-n", "70", "--format", kind]
-    expected = generated(run, *flags)
-    folder = predict.sample_folder(run)
+    """What another machine is writing is left alone."""
+    flags = ["generate", run.path, "-n", "40", "--format", kind]
+    call(*flags)
+    folder = predict.sample_folder(trained(run))
+    expected = files(folder)
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    gone, cut = (folder / f"seed0_{k:06d}.{kind}" for k in (16, 48))
-    left = gone.with_name(f"{gone.name}.tmp-{process.pid}{gone.suffix}")
-    gone.rename(left)
-    cut.write_bytes(cut.read_bytes()[:-40])  # as no process leaves it
-
+    gone, cut = (folder / f"seed0_{k:06d}.{kind}" for k in (16, 32))
+    mark = f"tmp-{utils._HOST}-{process.pid}"
+    gone.rename(gone.with_name(f"{gone.name}.{mark}{gone.suffix}"))
+    cut.write_bytes(cut.read_bytes()[:-40])
+    other = folder / f"seed0_000000.png.tmp-elsewhere-{process.pid}.png"
+    other.write_bytes(b"")
     draws.clear()
     capsys.readouterr()
-    assert generated(run, *flags) == expected
-    assert [draw.first for draw in draws] == [16, 48]
-    assert "32 images drawn, 38 there already, in" in capsys.readouterr().out
-    draws.clear()
-    assert generated(run, *flags) == expected
-    assert not draws
-
-
-def test_files_under_way_elsewhere_are_left_alone(run, draws):
-    """Other shards and requests may be alive on other machines."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    folder = predict.sample_folder(run)
-    folder.mkdir(parents=True)
-    names = [
-        f"seed0_000016.png.tmp-{process.pid}.png",  # of shard 1
-        f"seed0_000000.png.tmp-{os.getppid()}.png",  # alive
-        f"seed1_000000.png.tmp-{process.pid}.png",
-        f"seed0_top-k1_000000.png.tmp-{process.pid}.png",
-    ]
-    for name in names:
-        (folder / name).write_bytes(b"")
-    assert set(names) < set(generated(run, "-n", "20", "--shard", "0/2"))
-
-
-def test_an_npz_of_fewer_images_is_drawn_again(run, draws):
-    flags = ["--format", "npz", "-n"]
-    short = generated(run, *flags, "18")
-    more = generated(run, *flags, "27")
-    assert [draw.first for draw in draws] == [0, 16, 16]
-    assert set(short) == set(more)
-    assert short["seed0_000000.npz"] == more["seed0_000000.npz"]
-    chunk = load(predict.sample_folder(run) / "seed0_000016.npz")
-    assert list(chunk["number"]) == list(range(16, 27))
-    draws.clear()
-    assert generated(run, *flags, "20") == more  # those and others
-    assert not draws
+    call(*flags)
+    assert "24 images sampled, 16 there" in capsys.readouterr().out
+    assert [draw.first for draw in draws] == [16, 32]
+    other.unlink()
+    assert files(folder) == expected
 
 
 def test_samples_of_another_prior_are_not_taken_for_its_own(run, draws):
-    path = run.path / "prior.keras"
-    earlier, before = path.read_bytes(), generated(run, "-n", "20")
-    folder = predict.sample_folder(run)
-    prior = utils.load_model(path)
+    call("generate", run.path, "-n", "20")
+    path, folder = run.prior_paths[0], predict.sample_folder(trained(run))
+    before = files(folder)
+    prior = modules.load_model(path)
     prior.logits.bias.assign_add(np.linspace(-2, 2, 16))
     prior.save(path)
     draws.clear()
-    after = generated(run, "-n", "18")
-    assert len(draws) == 2
-    assert len(after) == 18  # none of the others among them
-    assert any(after[name] != before[name] for name in after)
-    assert files(folder) == before
-
-    path.write_bytes(earlier)
-    draws.clear()
-    assert generated(run, "-n", "20") == before
-    assert not draws
+    call("generate", run.path, "-n", "18")
+    after = predict.sample_folder(trained(run))
+    assert len(draws) == 2 and after != folder and files(folder) == before
+    assert len(files(after)) == 18
 
 
-def test_a_shard_without_the_first_images_draws_no_grid(run, draws, capsys):
-    shutil.rmtree(run.figures_path)
-    for shard, count in (("1/2", 2), ("2/3", 0)):
-        capsys.readouterr()
-        call("generate", run.path, "-n", "18", "--shard", shard)
-        text = capsys.readouterr().out
-        assert f"{count} images drawn, 0 there" in text and "grid" not in text
-        assert not run.figures_path.exists()
-        shutil.rmtree(run.path / "samples", ignore_errors=True)
-    call("generate", run.path, "-n", "18", "--shard", "0/2")
-    assert "grid of the first 16 in" in capsys.readouterr().out
-    check_figures(run.figures_path, ["samples"])
-
-
-@pytest.mark.parametrize("kind", ["png", "npz"])
-def test_generate_holds_one_chunk_at_a_time(kind, run, draws, monkeypatch):
-    held, alive = [], []
-    original = predict.draw
-
-    def draw(*args):
-        alive.append(sum(reference() is not None for reference in held))
-        chunk = original(*args)
-        held.append(weakref.ref(chunk["images"]))
-        return chunk
-
-    monkeypatch.setattr(predict, "draw", draw)
-    call("generate", run.path, "-n", "100", "--format", kind)
-    assert alive == [0] * 7
-
-
-# Labels, guidance and two levels
-
-
-def test_generate_a_label_with_guidance(levels_run, tmp_path, draws):
-    run = copy_run(levels_run, tmp_path)
-    flags = "--label AD --guidance 2 -n 3".split()
-    call("generate", run.path, *flags)
-    [options] = draws
-    assert (set(options.label), options.guidance) == ({"AD"}, 2.0)
-    images = samples_of(run)
-    names = [f"seed0_guidance2_labelAD_{k:06d}.png" for k in range(3)]
-    assert list(images) == names
-    assert all(image.shape == (SIZE, SIZE) for image in images.values())
-    check_figures(run.figures_path, FIGURES | SAMPLES)
-
-
-def test_labels_that_a_run_does_not_know(levels_run, tiny_run, capsys):
-    for run, label, known in (
-        (levels_run, "MCI", "(AD, NC)"),
-        (levels_run, "", "(AD, NC)"),
-        (tiny_run, "AD", "(none: no --condition label in training)"),
+def test_conditions_that_a_run_does_not_know():
+    run = types.SimpleNamespace(path="runs/one")
+    for labels, position, flags, part in (
+        ((), True, {"guidance": 2.0}, None),
+        (("AD",), False, {"guidance": 2.0}, None),
+        ((), False, {"guidance": 0.0}, "--guidance: "),
+        (("AD",), False, {"slice_position": 0.0}, "--slice-position: "),
+        (("AD", "NC"), True, {"label": ""}, r"--label: .*\(AD, NC\), found"),
+        ((), True, {"label": "AD"}, r"--label: .*\(none: "),
     ):
-        before = files(run.path)
-        argv = ["generate", run.path, "--label", label]
-        error = refused(2, capsys, *argv)
-        assert error.startswith("error: --label: expected one of those of ")
-        assert f"{run.path} {known}, found {label!r}" in error
-        assert files(run.path) == before
+        prior = types.SimpleNamespace(labels=labels, slice_condition=position)
+        state = types.SimpleNamespace(run=run, priors=[prior])
+        expected = contextlib.nullcontext()
+        if part:
+            expected = pytest.raises(utils.FlagError, match=part)
+        with expected:
+            predict.check_conditions(state, predict.Generate(**flags))
 
 
-@pytest.mark.parametrize(
-    "labels, positions, guidance, fine",
-    [
-        (("AD",), False, 2.0, True),
-        ((), True, 2.0, True),
-        ((), False, 1.0, True),
-        ((), False, 2.0, False),
-        ((), False, 0.0, False),
-    ],
-)
-def test_guidance_needs_a_condition(labels, positions, guidance, fine):
-    prior = types.SimpleNamespace(labels=labels, slice_condition=positions)
-    run = types.SimpleNamespace(path="runs/one")
-    options = predict.Generate(guidance=guidance)
-    if fine:
-        predict.check_conditions(run, [prior], options)
-    else:
-        message = "--guidance: runs/one was trained without --condition"
-        with pytest.raises(utils.FlagError, match=message):
-            predict.check_conditions(run, [prior], options)
+# Complete
 
 
-def test_slice_position_needs_a_condition():
-    prior = types.SimpleNamespace(labels=("AD",), slice_condition=False)
-    run = types.SimpleNamespace(path="runs/one")
-    message = "--slice-position: runs/one was trained without --condition slice"
-    with pytest.raises(utils.FlagError, match=message):
-        predict.check_conditions(
-            run, [prior], predict.Generate(slice_position=0.5)
+def completions(run, *argv):
+    call("complete", run.path, *argv)
+    with np.load(run.path / "completions.npz") as file:
+        return dict(file)
+
+
+def test_nothing_of_the_removed_part_leaks(run, tmp_path):
+    whole, other = blobs(98), blobs(99)
+    other[:16] = whole[:16]
+    found = []
+    for pixels in (whole, other):
+        path = tmp_path / "image.png"
+        Image.fromarray(pixels).save(path)
+        found.append(completions(run, path, "-n", "2"))
+    for name in found[0]:
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+
+
+def test_kept_region_resembles_the_image(run, capsys):
+    test = dataset.load_run(run, needed=("test",))["test"].take([0, 1])
+    paths = [test.root / path for path in test.table["path"]]
+    found = completions(run, *paths, "-n", "6", "--seed", "3")
+    known, drawn = found["known_1"], found["indices_1"]
+    assert drawn.shape == (2, 6, *known.shape[1:])
+    assert np.any(known >= 0) and np.any(known < 0)
+    for one, grids in zip(known, drawn, strict=True):
+        assert np.all((grids == one) | (one < 0))
+        assert not np.all(grids == grids[0])
+    vqvae, _ = modules.load_models(run)
+    rebuilt = vqvae.reconstruct(test.read()).numpy()[..., 0]
+    error = np.abs(found["images"] / 255 - rebuilt[:, None])
+    assert error[:, :, :8].mean() < 0.5 * error[:, :, 16:].mean()
+    # The position of images of the run's own data is known.
+    assert "label unknown, slice position 0.00" in capsys.readouterr().out
+    assert "completions" in figures(run.figures_path)
+
+
+def test_cells_kept_are_a_cell_from_the_cut():
+    box = (8, 4, 48, 24)
+    for crop, fraction, cut, kept in (
+        (None, 0.5, 32, 7),
+        (None, 0.36, 23, 4),
+        (box, 0.5, 32, 5),
+        (box, 1.0, 64, 12),
+    ):
+        rows = 12 if crop else 16
+        vqvae = types.SimpleNamespace(
+            image_size=(64, 32), crop=crop, latent_grids=[(rows, 8)]
         )
+        pixels, cells = predict.kept_part(vqvae, fraction)
+        assert (pixels, cells.sum()) == (cut, kept)
+        assert cells[:kept].all() and len(cells) == rows
+    with pytest.raises(utils.FlagError, match="^--keep-fraction: 0.05 keeps"):
+        predict.kept_part(vqvae, 0.05)
 
 
-@pytest.mark.parametrize("line", [[], ["runs/one"]])
-def test_bare_command_on_two_levels(
-    line, levels_run, tmp_path, monkeypatch, capsys
-):
-    path = tmp_path / "runs" / "one"
-    shutil.copytree(levels_run.path, path)
-    shutil.rmtree(path / "figures")
-    monkeypatch.chdir(tmp_path)
-    predict.main(line)
-    check_figures(path / "figures", ["reconstructions", "samples"])
-    names = set(samples_of(utils.Run.open(path)))
-    assert names == {f"seed0_{k:06d}.png" for k in range(64)}
-    text = capsys.readouterr().out
-    assert text.count("bits per code") == 2 and "label" in text
+# Anomaly
 
 
-def test_inspect_shows_the_priors_of_two_levels(levels_run, capsys):
-    call("inspect", levels_run.path)
-    text = capsys.readouterr().out
-    for part in (
-        "data        adni, real",
-        "train: 12 images, 3 subjects",
-        "level 1     grid 8x8, K=16, D=4, ",
-        "level 2     grid 4x4, K=16, D=4, ",
-        "quantizer_2 ",
-        "\nprior_bottom.keras: PixelSNAIL, ",
-        "\nprior_top.keras: PixelSNAIL, ",
-        "attentions[0] ",
-        "context ",
-    ):
-        assert part in text, part
+class Squares:
+    """A VQ-VAE whose index is the grey level of a square of 4x4 pixels."""
+
+    levels, num_embeddings, latent_grids = 1, 8, [(16, 16)]
+
+    def encode(self, images):
+        return [np.int32(np.round(np.asarray(images)[:, ::4, ::4, 0] * 7))]
 
 
-@pytest.mark.parametrize("name", ["prior_bottom.keras", "prior_top.keras"])
-@pytest.mark.parametrize("verb", ["generate", "evaluate", "inspect"])
-def test_one_prior_of_two_is_missing(name, verb, levels_run, tmp_path, capsys):
-    run = copy_run(levels_run, tmp_path)
-    (run.path / name).unlink()
-    error = refused(4, capsys, verb, run.path)
-    assert f"{run.path / name}: " in error and "--stage prior" in error
+def test_what_is_unlikely_is_found_and_restored(monkeypatch):
+    """A prior that expects index 0, whatever came before: 0.1 bits."""
+    logits = np.array([5.0] + [0.0] * 7)
+    nats = logits - np.log(np.exp(logits).sum())
+    prior = types.SimpleNamespace(
+        labels=(),
+        slice_condition=False,
+        upper_grids=(),
+        log_prob=lambda indices: tf.constant(nats[indices], tf.float32),
+    )
+
+    def generate(vqvae, priors, n, seed, known, **options):
+        grid = np.where(known[0] < 0, 0, known[0])
+        return np.kron(grid, np.ones((4, 4))) / 7, [grid], np.zeros(n)
+
+    monkeypatch.setattr(modules, "generate", generate)
+    state = predict.Trained(None, None, Squares(), [prior], 0, [])
+    images = np.zeros((3, 64, 64), "float32")
+    images[1, 16:32, 40:56] = 1
+    images[2, 8, 8] = 0.05  # too thin, too faint
+    table = pd.DataFrame({"label": [""] * 3, "position": [np.nan] * 3})
+    healthy = predict.find_anomalies(state, images[::2], table[::2], 3)
+    limits = healthy["limits"]
+    found = predict.find_anomalies(state, images, table, 3, limits)
+    bits = found["bits"][0]
+    usual, odd = -nats[:2] / math.log(2)
+    assert bits[1, 4:8, 10:14] == pytest.approx(odd, rel=1e-4)
+    bits[1, 4:8, 10:14] = usual
+    assert bits == pytest.approx(usual, rel=1e-3)
+    residual = found["residual"]
+    assert residual.shape == images.shape and residual[1, 24, 48] > 0.8
+    assert residual[1, :, :24].max() == 0 and not residual[[0, 2]].any()
+    assert not found["restored"][1].any()
+
+
+def test_percentiles_are_of_the_validation_images():
+    def result(*scores):
+        residual = np.reshape(scores, (-1, 1, 1))
+        bits = [np.ones((len(scores), 3, 3))]
+        return {"residual": residual, "bits": bits, "near": bits}
+
+    table, healthy = pd.DataFrame({"path": list("abc")}), (0.4, 0.1, 0.3, 0.2)
+    found = result(0.05, 0.25, 0.5), result(*healthy)
+    table = predict.anomaly_table(table, *found)
+    assert list(table["percentile"]) == [0, 50, 100]
+    assert list(table["score"]) == [0.05, 0.25, 0.5]
+    assert list(table["bits_1"]) == [9, 9, 9]
+
+
+def test_anomaly_does_not_use_labels(levels, tmp_path, draws, capsys):
+    """Slice positions are used only if all are known."""
+    call("anomaly", levels.path, "--count", "2", "--restorations", "1")
+    assert all(set(one.label) == {None} for one in draws)
+    assert not any(np.isnan(one.slice_position).any() for one in draws)
+    table = pd.read_csv(levels.path / "anomaly.csv")
+    expected = "path bits_1 bits_2 surprisal_1 surprisal_2 score percentile"
+    assert list(table) == expected.split() and len(table) == 2
+    assert table["percentile"].between(0, 100).all()
+    assert "anomaly" in figures(levels.figures_path)
+    assert capsys.readouterr().out.count("percentile") == 2
+    draws.clear()
+    image = tmp_path / "strange.png"
+    Image.fromarray(blobs(5)).save(image)
+    call("anomaly", levels.path, image, "--restorations", "1")
+    assert all(np.isnan(one.slice_position).all() for one in draws)
 
 
 # Evaluate
 
 
 def test_evaluate_finds_what_training_found(run):
-    before = json.loads(run.evaluation_path.read_text())
+    """Also of a model that is shared without its indices."""
+    before = utils.read_evaluation(run)
     shutil.rmtree(run.figures_path)
     run.evaluation_path.unlink()
+    run.indices_path.unlink()
     call("evaluate", run.path)
-    after = json.loads(run.evaluation_path.read_text())
+    after = utils.read_evaluation(run)
     assert set(after.pop("speed")) == set(before.pop("speed"))
     assert after == before
-    check_figures(run.figures_path, FIGURES | SAMPLES)
+    assert figures(run.figures_path) == FIGURES
+    [prior] = after["prior"]
+    cells = np.prod(after["codebook"][0]["grid"])
+    bits = prior["bits_per_code"]
+    assert set(bits) == {"train", "validate", "test"}
+    assert prior["bits_per_image"] == pytest.approx(bits["test"] * cells)
+    assert prior["bits_per_foreground_code"] > 0
+    assert prior["bits_per_foreground_pixel"] >= bits["test"] * cells / SIZE**2
+    assert after["generation"]["frechet"] is None  # too few images
+    assert re.search("frechet  +-\n", predict.summary_table(after))
 
 
-def test_evaluate_with_fewer_and_likelier_samples(levels_run, tmp_path, draws):
-    run = copy_run(levels_run, tmp_path)
-    call("evaluate", run.path, "--num-samples", "3", "--temperature", "0.5")
-    generation = utils.read_evaluation(run)["generation"]
-    assert (generation["n"], generation["temperature"]) == (3, 0.5)
-    assert {options.temperature for options in draws} == {0.5}
-
-
-def test_evaluate_other_data_takes_all_as_test_images(run, adni_dir, capsys):
-    before = files(run.path)
-    call("evaluate", run.path, "--data-dir", adni_dir)
-    text = capsys.readouterr()
-    assert "warning" not in text.err
-    after = files(run.path)
-    assert before.items() <= after.items()
-    figures = FIGURES - {"history"}
-    assert set(after) - set(before) == {
-        "evaluation-AD_NC.json",
-        *(f"figures/AD_NC/{name}.png" for name in figures),
-    }
-    check_figures(run.figures_path / "AD_NC", figures)
-    evaluation = json.loads(after["evaluation-AD_NC.json"])
-    assert evaluation["data"] == {
-        "dataset": "adni",
-        "data_dir": str(adni_dir),
-        "simulated": False,
-        "image_size": [SIZE, SIZE],
-        "images_seen_in_training": 0,
-        "test": {"subjects": 6, "images": 6 * SLICES},
-    }
-    [prior] = evaluation["prior"]
-    assert set(prior["bits_per_code"]) == {"test"}
-    low, high = evaluation["reconstruction"]["ssim"]["ci95"]
-    assert low < evaluation["reconstruction"]["ssim"]["mean"] < high
-    assert set(evaluation["speed"]) == {"images_per_second_encoded"}
-
-
-def test_evaluate_says_that_images_were_trained_on(run, oasis_dir, capsys):
-    call("evaluate", run.path, "--data-dir", oasis_dir, "--dataset", "oasis")
+def test_evaluate_data_that_were_moved(run, oasis_dir, tmp_path, capsys):
+    """Whether their folder is named or the one around it."""
+    before = utils.read_evaluation(run)
+    moved = tmp_path / "moved"
+    shutil.copytree(oasis_dir, moved / oasis_dir.name)
+    run.update(data_dir=str(tmp_path / "gone"))
+    call("evaluate", run.path, "--data-dir", moved)
+    after = utils.read_evaluation(run)
+    assert after["reconstruction"] == before["reconstruction"]
+    assert not list(run.path.glob("evaluation-*.json"))
+    for verb in ("reconstruct", "anomaly"):
+        call(verb, run.path, "--data-dir", moved, "--count", "2")
+    # As if it were another data set.
+    flags = ["--data-dir", moved, "--dataset", "oasis"]
+    call("evaluate", run.path, *flags)
     assert "warning: 20 of 24 images" in capsys.readouterr().err
-    evaluation = run.path / "evaluation-keras_png_slices_data.json"
-    data = json.loads(evaluation.read_text())["data"]
-    assert data["images_seen_in_training"] == 20
-    assert data["test"] == {"subjects": 6, "images": 24}
 
 
-def test_evaluate_leaves_unfit_files_of_other_data_out(
-    vqvae_run, adni_dir, tmp_path, capsys
-):
-    """Of a folder with the name of one evaluated before."""
-    run = copy_run(vqvae_run, tmp_path)
-    call("evaluate", run.path, "--data-dir", adni_dir)
-    first = (run.path / "evaluation-AD_NC.json").read_bytes()
-    other = shutil.copytree(adni_dir, tmp_path / "other" / "AD_NC")
-    bad = next((other / "test").rglob("*.jpeg"))
+def test_evaluate_other_data(run, adni_dir, tmp_path, capsys):
+    """All images are test images; unfit files are refused or left out."""
+    before = files(run.path)
+    data = shutil.copytree(adni_dir, tmp_path / "other")
+    bad = next((data / "test").rglob("*.jpeg"))
     bad.write_bytes(bad.read_bytes()[:100])
-    flags = ("evaluate", run.path, "--data-dir", other)
+    flags = ["evaluate", run.path, "--data-dir", data]
     assert bad.name in refused(3, capsys, *flags)
     call(*flags, "--skip-bad")
-    assert (run.path / "evaluation-AD_NC.json").read_bytes() == first
-    [second] = run.path.glob("evaluation-AD_NC-*.json")
-    data = json.loads(second.read_text())["data"]
-    assert data["data_dir"] == str(other)
-    assert data["test"]["images"] == 6 * SLICES - 1
-    name = second.stem.removeprefix("evaluation-")
-    rejected = pd.read_csv(run.figures_path / name / "rejected.csv")
-    assert [bad.name] == [Path(path).name for path in rejected["path"]]
-    written = second.read_bytes()
-    call(*flags, "--skip-bad")  # in the same place again
-    assert len(list(run.path.glob("evaluation-*.json"))) == 2
-    assert json.loads(written)["data"] == data
+    after = files(run.path)
+    assert before.items() <= after.items()
+    written = {"reconstructions", "failures", "indices", "codebook"}
+    assert figures(run.figures_path / "other") == written
+    evaluation = json.loads(after["evaluation-other.json"])
+    about = evaluation["data"]
+    assert about["test"] == {"subjects": 6, "images": 6 * SLICES - 1}
+    assert about["images_seen_in_training"] == 0 and "train" not in about
+    assert about["data_dir"] == str(data) and not about["simulated"]
+    assert set(evaluation) == {"data", "reconstruction", "codebook", "speed"}
+    rejected = pd.read_csv(run.figures_path / "other" / "rejected.csv")
+    assert [Path(path).name for path in rejected["path"]] == [bad.name]
 
 
-def test_evaluate_a_run_without_prior(vqvae_run, tmp_path):
-    run = copy_run(vqvae_run, tmp_path)
-    before = json.loads(run.evaluation_path.read_text())
-    call("evaluate", run.path)
-    after = json.loads(run.evaluation_path.read_text())
-    assert after.pop("speed") and before.pop("speed")
-    assert after == before
+def test_a_missing_score_is_a_dash(run, capsys):
+    """As of test images that are dark throughout."""
+    nothing = {"mean": None, "ci95": [None, None]}
+    evaluation = utils.read_evaluation(run)
+    evaluation["reconstruction"]["ssim_foreground"] = nothing
+    evaluation["generation"]["frechet"] = None
+    utils.write_json(run.evaluation_path, evaluation)
+    call("show", run.path)
+    assert "(- inside the head)" in capsys.readouterr().out
+    assert "- inside the head" in text_of(run)
+    text = predict.summary_table(evaluation | {"memorization": None})
+    assert re.search("ssim foreground  +-\n", text)
+    assert predict.summary_table({}) == "nothing evaluated yet"
+
+
+def test_weights_that_cannot_be_had_are_one_line(run, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise Exception("URL fetch failure on https://x: None -- refused")
+
+    monkeypatch.setattr(tf.keras.applications, "InceptionV3", refuse)
+    before = run.evaluation_path.read_bytes()
+    flags = ["evaluate", run.path, "--features", "inception"]
+    error = refused(6, capsys, *flags)
+    assert "refused" in error and "--features hog" in error
+    assert run.evaluation_path.read_bytes() == before
+
+
+# Samples against real images
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """`dataset.Slices` of simulated subjects; the fresh ones stand for
+    generated images.
+    """
+    folder = tmp_path_factory.mktemp("people") / "data"
+    dataset.simulate(folder, "oasis", 16, 48)
+    settings = utils.DataSettings(dataset="oasis", data_dir=str(folder))
+    slices = dataset.load(settings)
+    order = sorted(set(slices.subjects))
+    groups = {"train": order[:6], "test": order[6:11], "fresh": order[11:]}
+    return {
+        name: slices.take(np.flatnonzero(np.isin(slices.subjects, kept)))
+        for name, kept in groups.items()
+    }
+
+
+class Decoder:
+    """A VQ-VAE that loses nothing."""
+
+    image_size, levels = (48, 40), 1
+
+    def reconstruct(self, images):
+        return images
+
+
+def evaluate_generator(people, folder, images, count, labels=()):
+    """What is found of a generator that returns `images`; how it was called."""
+    asked = {}
+
+    def generate(vqvae, priors, n, seed, **options):
+        asked.update(options, n=n, seed=seed)
+        return images[:n], [], np.zeros(n)
+
+    run = utils.Run(folder, utils.Settings(), {})
+    prior = types.SimpleNamespace(labels=labels, slice_condition=True)
+    sampling = [modules.Sampling(0.9)]
+    state = predict.Trained(run, run, Decoder(), [prior], 7, sampling)
+    options = predict.Evaluate(num_samples=count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules, "generate", generate)
+        found = predict.evaluate_samples(state, people, options)
+    json.dumps(found, allow_nan=False)
+    return found, asked
+
+
+def test_fresh_subjects_score_as_the_floor(people, tmp_path):
+    images = people["fresh"].read()[..., 0]
+    found, asked = evaluate_generator(people, tmp_path, images, 64)
+    part, copies = found["generation"], found["memorization"]
+    assert (part["n"], part["seed"]) == (64, 7)
+    assert part["sampling"]["temperature"] == [0.9]
+    assert "8 principal components" in part["features"]
+    frechet = part["frechet"]
+    floor = frechet["generated_vs_test"] / frechet["train_vs_test"]
+    assert frechet["ratio"] == pytest.approx(floor) and frechet["ratio"] < 2
+    low, high = frechet["ratio_ci95"]
+    assert low < frechet["ratio"] < high
+    stages = part["by_stage"]
+    assert set(stages) == {"rebuilt", "all_drawn"}
+    assert stages["all_drawn"] == frechet["ratio"]
+    assert stages["rebuilt"] == pytest.approx(1)  # a decoder without loss
+    for name in ("precision", "recall", "density", "coverage", "kid"):
+        for score in (part[name], part["floor"][name]):
+            low, high = score["ci95"]
+            assert low <= score["mean"] <= high
+    assert copies["alarm"] is False and copies["test_images"] == 160
+    assert part["c2st"]["train_vs_test"]["mean"] < 0.95
+    # The conditions asked for were those of test images.
+    assert asked["sampling"] == [modules.Sampling(0.9)]
+    positions = np.float32(people["test"].table["position"])
+    assert set(asked["slice_position"]) <= set(positions)
+    for _, key, text in predict.summary_rows(found):
+        assert len(predict.explain(key)) > 10, key
+        assert (", floor " in text) == (key in part["floor"])
+    assert figures(tmp_path / "figures") == {"failures_samples", "memorization"}
+
+
+def test_noise_is_told_from_real_and_copies_are_found(people, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.random((64, *people["train"].size)).astype("float32")
+    found, _ = evaluate_generator(people, tmp_path, noise, 64)
+    part = found["generation"]
+    assert part["c2st"]["generated_vs_test"]["mean"] > 0.9
+    assert part["frechet"]["ratio"] > 1.5
+    assert predict.stage_verdict(found).startswith("the prior")
+    cheat = people["train"].read(np.arange(40))[..., 0]
+    found, _ = evaluate_generator(people, tmp_path, cheat, 40)
+    assert found["memorization"]["alarm"] is True
+    assert found["memorization"]["copies"] == 40
+    assert found["generation"]["ssim_to_nearest_train"]["mean"] > 0.99
+
+
+def test_the_floor_is_of_other_subjects_in_like_condition(people):
+    def table(name):
+        frame = people[name].table
+        odd = frame["subject"].str[-1].astype(int) % 2
+        return frame.assign(label=np.where(odd, "NC", "AD"))
+
+    test, train = table("test"), table("train")
+    prior = types.SimpleNamespace(labels=("AD", "NC"), slice_condition=True)
+    rows, peers = predict.match_images(test, train, prior, 60, seed=1)
+    assert len(set(rows)) == len(set(peers)) == 60
+    a, b = test.iloc[rows], train.iloc[peers]
+    assert list(a["label"]) == list(b["label"])
+    apart = np.abs(a["position"].to_numpy() - b["position"].to_numpy())
+    assert apart.max() < 0.1
+    prior = types.SimpleNamespace(labels=(), slice_condition=False)
+    rows, peers = predict.match_images(test, train, prior, 1000, seed=1)
+    assert len(rows) == len(set(peers)) == 160
+
+
+def test_by_stage_of_two_levels(levels, draws, monkeypatch):
+    """Real upper indices with sampled lower ones are a stage of their own."""
+    monkeypatch.setattr(utils, "PCA_SHARE", 1)  # enough of few images
+    monkeypatch.setattr(utils, "c2st", lambda *args: None)
+    flags = ["--num-samples", "6", "--temperature", "0.5"]
+    call("evaluate", levels.path, *flags)
+    found = utils.read_evaluation(levels)["generation"]
+    stages = found["by_stage"]
+    assert set(stages) == set(predict.STAGES) and min(stages.values()) > 0
+    assert found["n"] == 6 and found["sampling"]["temperature"] == [0.5, 0.5]
+    sampled = {level.temperature for draw in draws for level in draw.sampling}
+    assert sampled == {0.5}
+    [forced] = [draw for draw in draws if getattr(draw, "known", None)]
+    lower, upper = forced.known
+    assert (lower == -1).all() and (upper >= 0).all()
+
+
+def test_verdict_names_the_stage_where_the_ratio_rises():
+    names = ("rebuilt", "upper_real", "all_drawn")
+    for ratios, word in {
+        (4.0, None, 5.0): "the VQ-VAE",
+        (1.2, None, 5.0): "the prior (",
+        (1.2, 3.0, 4.0): "lowest",
+        (1.2, 1.3, 4.0): "top",
+        (1.0, None, 1.1): "nothing much",
+    }.items():
+        stages = dict(zip(names, ratios, strict=True))
+        evaluation = {"generation": {"by_stage": stages}}
+        assert word in predict.stage_verdict(evaluation)
+
+
+def test_labels_of_simulated_brains_are_told_by_ventricles(monkeypatch):
+    positions = [0.6, 0.7, 0.6, 0.1]  # the last plane has no ventricles
+    table = pd.DataFrame(
+        {"label": ["AD", "NC", "AD", "AD"], "position": positions}
+    )
+    test = types.SimpleNamespace(table=table, read=lambda: np.arange(4))
+
+    def generate(vqvae, priors, n, seed, label, slice_position, **options):
+        assert 0.5 <= min(slice_position) and max(slice_position) <= 0.8
+        return np.full(n, {"AD": 9.0, "NC": 3.0, "MCI": 5.0}[label]), [], None
+
+    def ventricles(images, positions):
+        return np.where(np.asarray(positions) < 0.5, np.nan, images)
+
+    monkeypatch.setattr(modules, "generate", generate)
+    monkeypatch.setattr(dataset, "ventricle_areas", ventricles)
+    settings = utils.replace(utils.Settings(), num_samples=3)
+    run = utils.Run("run", settings, {"simulated": True})
+    names = ("AD", "NC", "MCI")
+    prior = types.SimpleNamespace(labels=names, slice_condition=True)
+    state = predict.Trained(run, run, None, [prior], 5, [])
+    entries = predict.evaluate_labels(state, test)
+    assert [entry["test_images"] for entry in entries] == [3, 1, 0]
+    assert [entry["images_drawn"] for entry in entries] == [3, 3, 3]
+    areas = [entry["ventricle_area"] for entry in entries]
+    assert areas == [
+        {"real": 1.0, "generated": 9.0},
+        {"real": 1.0, "generated": 3.0},
+        {"real": None, "generated": 5.0},
+    ]
+    run.info["simulated"] = False
+    entries = predict.evaluate_labels(state, test)
+    assert entries[0] == {"label": "AD", "test_images": 3}
+
+
+# Report and model card
+
+
+def text_of(run):
+    """The text of the report, without style and tags."""
+    source = run.report_path.read_text(encoding="utf-8")
+    body = source.split("</style>")[1]
+    return " ".join(html.unescape(re.sub("<[^>]+>", " ", body)).split())
+
+
+@pytest.fixture(params=["tiny_run", "levels_run", "vqvae_run"])
+def any_run(request):
+    """Runs of one level, of two with labels, and without prior."""
+    return request.getfixturevalue(request.param)
+
+
+def card_of(run):
+    return run.card_path.read_text(encoding="utf-8")
+
+
+IMAGE = r'<img class="(\w+)" src="data:image/png;base64,(.*)" alt="(.{20,})">'
+
+
+def test_report_holds_every_figure_samples_first(any_run):
+    """It needs nothing from elsewhere."""
+    source = any_run.report_path.read_text(encoding="utf-8")
+    names, shown, alts = zip(*re.findall(IMAGE, source), strict=True)
+    expected = {p.stem: p for p in any_run.figures_path.glob("*.png")}
+    for name, text in zip(names, shown, strict=True):
+        assert base64.b64decode(text) == expected.pop(name).read_bytes()
+    assert not expected and len(set(alts)) == len(alts)
+    first = ["samples"] if any_run.has_priors else []
+    first += ["reconstructions", "failures"]
+    assert list(names[: len(first)]) == first
+    rest = re.sub(IMAGE, "", source)
+    assert not re.search("src=|href=|url\\(|@import|<script|<link", rest)
+
+
+def test_report_shows_every_score_and_setting(any_run):
+    text = text_of(any_run)
+    scores = predict.summary_rows(utils.read_evaluation(any_run))
+    assert len(scores) > 20
+    for section, key, value in scores:
+        meaning = predict.explain(key)
+        assert len(meaning) > 10, (section, key)
+        row = f"{key.replace('_', ' ')} {value} {meaning}"
+        assert " ".join(row.split()) in text
+    for name, value in utils.flat(any_run.settings).items():
+        assert " ".join(f"{name} {utils.typed(value)}".split()) in text
+
+
+def test_card_says_what_cards_say(any_run):
+    card = card_of(any_run)
+    assert re.findall("^## (.*)$", card, re.MULTILINE) == [
+        *("Model", "Use", "Data", "Evaluation", "Memorization", "How to use")
+    ]
+    assert re.match("---\n(.+\n)+---\n\n# Model card", card)
+    evaluation = utils.read_evaluation(any_run)
+    for name in ("train", "validate", "test"):
+        part = evaluation["data"][name]
+        row = f"| {name} | {part['subjects']} | {part['images']} |"
+        assert row in card
+    for section, key, text in predict.summary_rows(evaluation):
+        if section not in ("data", "memorization", "speed"):
+            assert f"| {section} | {key.replace('_', ' ')} | {text} |" in card
+    assert "**real**" in card and "**Licence.**" in card
+    assert ("predict.py generate" in card) == any_run.has_priors
+    assert "{{" not in card and "{%" not in card and "\n\n\n" not in card
+
+
+def test_report_and_card_warn(run):
+    """Of simulated data, of copies; and escape what they are told."""
+    assert "applies to real scans" not in text_of(run)
+    assert "Alarm:" not in text_of(run) and "ALARM" not in card_of(run)
+    run.info["command"] = "train.py --run-dir '<script>alert(1)</script>'"
+    evaluation = utils.read_evaluation(run)
+    evaluation["data"]["simulated"] = True
+    evaluation["memorization"] |= {"copies": 2, "alarm": True}
+    evaluation["generation"] |= {
+        "frechet": {"ratio": 6.0},
+        "by_stage": {"rebuilt": 1.5, "all_drawn": 6.0},
+    }
+    utils.write_json(run.evaluation_path, evaluation)
+    predict.write_report(trained(run))
+    text = text_of(run)
+    assert "applies to real scans" in text and "Alarm:" in text
+    assert "ALARM" in card_of(run) and "Licence" not in card_of(run)
+    assert run.info["command"] in text
+    assert "ratio 6.00 : told from real slices at a glance" in text
+    assert "What limits them: the prior" in text
+    source = run.report_path.read_text(encoding="utf-8")
+    assert "<script" not in source
+    bars = re.findall(r'<span style="width: (.*)%">', source)
+    assert bars == ["25.0", "100.0"]
+
+
+def test_summary_is_five_lines(levels, capsys):
+    evaluation = utils.read_evaluation(levels)
+    evaluation["generation"] |= {
+        "frechet": {"ratio": 1.25},
+        "by_stage": {"rebuilt": 1.1, "all_drawn": 1.25},
+    }
+    predict.print_summary(levels, evaluation)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert str(levels.report_path) in lines[0] and "SSIM" in lines[1]
+    assert "1.25: about as close" in lines[2] and "nothing much" in lines[3]
+    assert f"python predict.py generate {levels.path}" in lines[4]
 
 
 # Inspect
 
 
-def test_inspect_shows_what_a_run_is_made_of(tiny_run, capsys):
-    before = files(tiny_run.path)
-    call("inspect", tiny_run.path)
-    text = capsys.readouterr().out
-    for part in (
-        "recipe      quickstart",
-        "data        oasis, real",
-        "train: 16 images, 4 subjects",
-        "test: 4 images, 1 subjects",
-        "image size  32x32",
-        "level 1     grid 8x8, K=16, D=4, ",
-        "vqvae.keras: VQVAE, 2,977 weights",
-        "encoder_1 ",
-        "quantizer_1 ",
-        "prior.keras: PixelCNN",
-        "residual[0] ",
-        "prior_blocks         1",
-        "usage",
-        "perplexity",
-        "ssim foreground",
-        "bits per code",
+def test_inspect_as_json(any_run, capsys):
+    before = files(any_run.path)
+    call("inspect", any_run.path, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    evaluation = utils.read_evaluation(any_run)
+    assert facts["evaluation"] == evaluation
+    assert facts["data"] == evaluation["data"] and facts["complete"] is True
+    assert facts["settings"]["num_embeddings"] == 16
+    for level, entry in zip(
+        facts["codebook"], evaluation["codebook"], strict=True
     ):
-        assert part in text, part
-    assert files(tiny_run.path) == before
+        assert level == {**entry, "embedding_dim": 4}
+    vqvae, priors = modules.load_models(any_run)
+    models = facts["models"].values()
+    for model, found in zip([vqvae, *priors], models, strict=True):
+        assert found["weights"] == model.count_params()
+        assert sum(x["weights"] for x in found["layers"]) == found["weights"]
+    assert files(any_run.path) == before
 
 
-def test_a_script_has_nothing_to_say_on_stderr(tiny_run):
-    done = subprocess.run(
-        [sys.executable, "predict.py", "inspect", str(tiny_run.path)],
-        cwd=Path(predict.__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "prior.keras" in done.stdout
+def test_inspect_on_a_page(levels_run, capsys):
+    call("inspect", levels_run.path)
+    page = capsys.readouterr()
+    assert page.err == ""
+    for part in (
+        "data        adni, real",
+        "train: 12 images, 3 subjects",
+        "level 2     grid 4x4, K=16, D=4, ",
+        "quantizer_2 ",
+        "\nprior_top.keras: PixelSNAIL, ",
+        "prior_blocks ",
+        "ssim foreground",
+    ):
+        assert part in page.out, part
 
 
-def test_inspect_a_run_without_prior_or_scores(vqvae_run, tmp_path, capsys):
+def test_inspect_without_scores(vqvae_run, tmp_path, capsys):
     run = copy_run(vqvae_run, tmp_path)
+    known = utils.read_evaluation(run)
     run.evaluation_path.unlink()
-    call("inspect", run.path)
-    text = capsys.readouterr().out
-    assert "vqvae.keras" in text and "prior.keras" not in text
-    assert "scores" not in text
+    call("inspect", run.path, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["evaluation"] == {} and facts["data"] == known["data"]
+    assert facts["codebook"][0].items() >= known["codebook"][0].items()
+
+
+# Export
+
+ELSEWHERE = """
+import importlib.util, sys
+import numpy as np
+import tensorflow as tf
+
+for name in ("modules", "utils", "dataset", "predict"):
+    assert importlib.util.find_spec(name) is None, name
+model = tf.saved_model.load(sys.argv[1])
+drawn = model.generate(11, 7, 0.9, "NC")
+encoded = model.signatures["encode"](images=drawn["images"][..., None])
+drawn |= model.signatures["decode"](**encoded) | {"drawn": drawn["images"]}
+np.savez(sys.argv[2], **drawn)
+"""
+
+
+def test_export_opens_without_our_code(levels_run, tmp_path):
+    dest, found = tmp_path / "new" / "folder", tmp_path / "found.npz"
+    call("export", levels_run.path, dest)
+    about = json.loads((dest / "export.json").read_text(encoding="utf-8"))
+    assert about["signatures"] == ["encode", "decode", "generate"]
+    assert set(about["labels"]) == {"AD", "NC"}
+    assert about["latent_grids"] == [[8, 8], [4, 4]]
+    argv = [sys.executable, "-I", "-c", ELSEWHERE, str(dest), str(found)]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    models, options = modules.load_models(levels_run), {"label": "NC"}
+    options["sampling"] = modules.Sampling(0.9)
+    images, grids, _ = modules.generate(*models, 11, 7, **options)
+    with np.load(found) as drawn:
+        np.testing.assert_array_equal(drawn["drawn"], images)
+        np.testing.assert_array_equal(drawn["indices_2"], grids[1])
+        rebuilt = models[0].reconstruct(images[..., None])
+        np.testing.assert_allclose(drawn["images"], rebuilt, atol=1e-5)
+
+
+def test_export_replaces_nothing_and_fails_clean(
+    vqvae_run, tmp_path, monkeypatch, capsys
+):
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    call("export", vqvae_run.path, dest)  # an empty folder is fine
+    assert "signatures encode, decode:" in capsys.readouterr().out
+    before = files(dest)
+    error = refused(4, capsys, "export", vqvae_run.path, dest)
+    assert "not an empty folder" in error and files(dest) == before
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils, "write_json", fail)
+    with pytest.raises(OSError):
+        call("export", vqvae_run.path, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["dest"]
 
 
 # Refused
 
 
-def test_missing_run(tmp_path, capsys):
-    for verb in ("reconstruct", "generate", "evaluate", "inspect"):
+def test_bad_flags(capsys):
+    for argv, part in {
+        "generate --temperature 0": "--temperature: expected a number in (0",
+        "generate --temperature nan": "--temperature: expected a number in",
+        "generate -n 0": "--number: expected a whole number in [1",
+        "generate --temp 1": "--temp: unknown argument",
+        "generate --format jpg": "--format: expected one of png, npz",
+        "reconstruct --datadir x": "did you mean --data-dir?",
+        "inspect --data-dir x": "--data-dir: unknown argument; see --help",
+        "complete": "RUN: missing",
+        "export RUN": "DEST: missing",
+        "paint": "VERB: expected one of",
+    }.items():
+        assert part in refused(2, capsys, *argv.split())
+
+
+def test_flags_that_need_others(run, levels_run, capsys):
+    error = refused(2, capsys, "evaluate", run.path, "--skip-bad")
+    assert "need another data set in --data-dir" in error
+    assert "IMAGE: missing" in refused(2, capsys, "complete", run.path)
+    image = run.figures_path / "samples.png"
+    error = refused(4, capsys, "complete", levels_run.path, image)
+    assert "complete needs a run of one level, found 2" in error
+
+
+def test_runs_that_are_none(tmp_path, vqvae_run, capsys):
+    for verb in ("show", "reconstruct", "generate", "evaluate", "inspect"):
         error = refused(4, capsys, verb, tmp_path / "none")
         assert f"{tmp_path / 'none'}: no such run folder" in error
+    assert "runs/none: no such run folder" in refused(4, capsys, "runs/none")
     error = refused(4, capsys, "inspect", tmp_path)
     assert "no config.json, so not a run folder" in error
+    for verb in (["generate"], ["anomaly"], ["complete", "x.png"]):
+        verb.insert(1, vqvae_run.path)
+        error = refused(4, capsys, *verb)
+        assert "this run has no prior" in error and "--stage prior" in error
 
 
-@pytest.mark.parametrize(
-    "argv, part",
-    [
-        ("generate --temperature 0", "--temperature: expected a number in (0"),
-        ("generate --top-p 1.5", "--top-p: expected"),
-        ("generate -n 0", "--number: expected a whole number in [1"),
-        ("generate --temp 1", "--temp: unknown argument"),
-        ("generate --guidance -1", "--guidance: expected a number in [0, 100]"),
-        ("generate --format jpg", "--format: expected one of png, npz"),
-        *(
-            (f"generate --shard={shard}", f"expected I/N with 0 <= I < N, {x}")
-            for shard in ("4/4", "0/0", "-1/4", "1", "1/", "a/b", "1/2/3")
-            for x in [f"such as 0/4, found '{shard}'"]
-        ),
-        ("reconstruct --split all", "--split: expected one of train"),
-        ("evaluate --dataset oasis", "--dataset: goes with --data-dir only"),
-        ("evaluate --skip-bad", "--skip-bad: goes with --data-dir only"),
-        (
-            "evaluate --data-dir x --temperature 0.9",
-            "--temperature: does not go with --data-dir",
-        ),
-        ("paint", "VERB: invalid choice: 'paint'"),
-    ],
-)
-def test_bad_flags(argv, part, capsys):
-    assert part in refused(2, capsys, *argv.split())
-
-
-@pytest.mark.parametrize("verb", ["reconstruct", "generate", "inspect"])
-def test_truncated_model(run, verb, capsys):
-    run.vqvae_path.write_bytes(run.vqvae_path.read_bytes()[:5000])
-    error = refused(4, capsys, verb, run.path)
-    assert f"{run.vqvae_path}: truncated" in error
-
-
-@pytest.mark.parametrize("name", ["vqvae.keras", "prior.keras"])
-def test_model_whose_settings_do_not_fit_its_weights(name, run, capsys):
-    """Never the weights of 16 code vectors in a codebook of 8."""
-    path = run.path / name
-    with zipfile.ZipFile(path) as archive:
-        members = {n: archive.read(n) for n in archive.namelist()}
-    text = members["config.json"]
-    members["config.json"] = text.replace(
-        b'"num_embeddings": 16', b'"num_embeddings": 8'
-    )
-    assert members["config.json"] != text
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, data in members.items():
-            archive.writestr(member, data)
-    error = refused(4, capsys, "generate", run.path)
-    assert f"{path}: cannot be loaded" in error
-
-
-def test_prior_of_another_codebook(run, levels_run, capsys):
-    path = run.path / "prior.keras"
+def test_models_that_do_not_fit(run, levels_run, capsys):
+    path = run.prior_paths[0]
     shutil.copy(levels_run.path / "prior_top.keras", path)
     for verb in ("generate", "evaluate", "inspect"):
         error = refused(4, capsys, verb, run.path)
         assert f"{path}: trained on another codebook" in error
+    call("reconstruct", run.path)  # needs no prior
+    path.write_bytes(path.read_bytes()[:5000])
+    assert f"{path}: truncated" in refused(4, capsys, "show", run.path)
 
 
-@pytest.mark.parametrize(
-    "name, verb",
-    [
-        ("split.csv", "reconstruct"),
-        ("evaluation.json", "inspect"),
-        ("indices.npz", "evaluate"),
-        ("history.csv", "evaluate"),
-    ],
-)
-def test_damaged_files_of_a_run(name, verb, run, capsys):
-    path = run.path / name
-    path.write_bytes(b"")
-    assert f"{path}: damaged" in refused(4, capsys, verb, run.path)
-    if name != "evaluation.json":
-        path.unlink()
-        assert f"{path}: missing" in refused(4, capsys, verb, run.path)
+def test_damaged_files_of_a_run(run, capsys):
+    for name, verb in {
+        "split.csv": "reconstruct",
+        "evaluation.json": "inspect",
+        "indices.npz": "evaluate",
+    }.items():
+        path, whole = run.path / name, (run.path / name).read_bytes()
+        path.write_bytes(b"")
+        assert f"{path}: damaged" in refused(4, capsys, verb, run.path)
+        path.write_bytes(whole)
 
 
-def test_data_gone_or_changed_since_training(run, oasis_dir, capsys):
-    text = run.split_path.read_text()
-    gone = text.replace("case_006_slice_0", "case_006_slice_99")
-    run.split_path.write_text(gone)
-    for verb in ("reconstruct", "evaluate"):
-        error = refused(3, capsys, verb, run.path)
-        assert "case_006_slice_99.nii.png: no longer there" in error
-    changed = text.replace("case_006_slice_0", "case_006_slice_1")
-    run.split_path.write_text(changed)
-    for verb in ("reconstruct", "evaluate"):
-        error = refused(3, capsys, verb, run.path)
-        assert "case_006_slice_1.nii.png: file changed since" in error
-    run.split_path.write_text(text.replace("validate", "train"))
-    error = refused(3, capsys, "reconstruct", run.path, "--split", "validate")
-    assert "validate: no images in" in error
-
-
-def test_unfit_images_and_data(run, tmp_path, capsys):
+def test_images_gone_or_unfit(run, tmp_path, capsys):
     before = files(run.path)
-    error = refused(
-        3, capsys, "reconstruct", run.path, "--images", tmp_path / "x.png"
-    )
-    assert f"{tmp_path / 'x.png'}: found nothing there" in error
-    (tmp_path / "x.png").write_bytes(b"not an image")
-    error = refused(
-        3, capsys, "reconstruct", run.path, "--images", tmp_path / "x.png"
-    )
-    assert "expected a PNG or JPEG" in error
+    gone = tmp_path / "gone.png"
+    for verb in (["reconstruct", run.path, "--images"], ["anomaly", run.path]):
+        assert "gone.png" in refused(3, capsys, *verb, gone)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"not an image")
+    assert "bad.png" in refused(3, capsys, "complete", run.path, bad)
     empty = tmp_path / "empty"
     empty.mkdir()
     error = refused(3, capsys, "evaluate", run.path, "--data-dir", empty)
-    assert f"{empty}: found no data set" in error
-    assert files(run.path) == before
+    assert str(empty) in error and files(run.path) == before
+    text = run.split_path.read_text()
+    run.split_path.write_text(text.replace("validate", "train"))
+    error = refused(3, capsys, "reconstruct", run.path, "--split", "validate")
+    assert "validate: no images in" in error

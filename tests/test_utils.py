@@ -1,29 +1,31 @@
-"""Tests of utils.py."""
+"""Tests of utils.py. Tables of cases are text, a case a line."""
 
-import dataclasses
 import errno
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
 import pytest
+from tyro.conf import Positional, arg
 
 import utils
+from tests.conftest import blobs
 
 ROOT = Path(utils.__file__).parent
 
 
-def run_python(code, *arguments):
+def run_python(code, **environment):
     """Run Python code in the project's folder, in a new process."""
+    command, env = [sys.executable, "-c", code], os.environ | environment
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        command, cwd=ROOT, env=env, capture_output=True, text=True
     )
 
 
@@ -43,57 +45,45 @@ def raising(error):
     return main
 
 
+def cases(table):
+    """Parametrize a test by the lines of a table of texts."""
+    lines = [line.strip() for line in table.strip().splitlines()]
+    rows = [tuple(cell.strip() for cell in line.split("|")) for line in lines]
+    return pytest.mark.parametrize("case", rows, ids=lines)
+
+
 # Errors
 
 
-@pytest.mark.parametrize(
-    "kind, code",
-    [
-        (utils.FlagError, 2),
-        (utils.DataError, 3),
-        (utils.RunError, 4),
-        (utils.NumericsError, 5),
-        (utils.ResourceError, 6),
-    ],
-)
-def test_user_error_is_one_line_and_exit_code(kind, code, capsys):
-    assert exit_of(raising(kind("a\n  b"))) == code
-    lines = "a\nb" if kind is utils.DataError else "a b"  # a list of files
-    assert capsys.readouterr().err == f"error: {lines}\n"
-
-
-@pytest.mark.parametrize(
-    "error, message",
-    [
+def test_user_errors_are_one_line_and_an_exit_code(capsys):
+    for code, kind in ((2, "Flag"), (3, "Data"), (4, "Run"), (5, "Numerics")):
+        error = getattr(utils, f"{kind}Error")("a\n  b")
+        assert exit_of(raising(error)) == code
+        lines = "a\nb" if kind == "Data" else "a b"  # a list of files
+        assert capsys.readouterr().err == f"error: {lines}\n"
+    errors = utils.tf.errors
+    for error, message in (
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
         (PermissionError(errno.EACCES, "Permission denied", "f"), "f: Perm"),
-        (OSError(errno.EROFS, "Read-only file system"), "Read-only"),
         (OSError("write failed, No space left on device"), "No space left"),
         (MemoryError(), "--batch-size"),
-    ],
-)
-def test_lack_of_resources_exits_6(error, message, capsys):
-    assert exit_of(raising(error)) == 6
-    captured = capsys.readouterr().err
-    assert message in captured and captured.count("\n") == 1
+        (errors.ResourceExhaustedError(None, None, "OOM"), "out of memory"),
+        (errors.UnavailableError(None, None, "/job:worker/task:1"), "worker 1"),
+    ):
+        assert exit_of(raising(error)) == 6
+        captured = capsys.readouterr().err
+        assert message in captured and captured.count("\n") == 1
 
 
-def test_tensorflow_out_of_memory_exits_6(capsys):
-    error = utils.tf.errors.ResourceExhaustedError(None, None, "OOM")
-    assert exit_of(raising(error)) == 6
-    assert "out of memory" in capsys.readouterr().err
-
-
-def test_interrupt_exits_130():
+def test_how_a_program_ends(monkeypatch, capsys):
+    assert utils.run_main(lambda argv: None, []) is None
+    assert exit_of(lambda argv: 3) == 3
     assert exit_of(raising(KeyboardInterrupt())) == 130
-
-
-def test_defects_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
+    assert capsys.readouterr().err == "interrupted\n"
+    assert exit_of(raising(utils.Stopped(signal.SIGTERM))) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+    with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
         utils.run_main(raising(ZeroDivisionError()), [])
-
-
-def test_debug_keeps_the_traceback(monkeypatch):
     with pytest.raises(utils.DataError):
         utils.run_main(raising(utils.DataError("x")), ["--debug"])
     monkeypatch.setenv("MRI_VQVAE_DEBUG", "1")
@@ -101,323 +91,307 @@ def test_debug_keeps_the_traceback(monkeypatch):
         utils.run_main(raising(utils.DataError("x")), [])
 
 
-def test_success_returns_and_a_code_exits():
-    assert utils.run_main(lambda argv: None, []) is None
-    assert exit_of(lambda argv: 3) == 3
-
-
 def test_closed_pipe_ends_quietly():
-    code = (
-        "import utils\n"
-        "def main(argv):\n"
-        "    while True: print('x' * 1000)\n"
-        "utils.run_main(main, [])"
-    )
+    code = "import utils\ndef main(argv):\n  while True: print('x' * 1000)\n"
+    code += "utils.run_main(main, [])"
     shell = f'{sys.executable} -c "$0" | head -n 1'
-    done = subprocess.run(
-        ["bash", "-c", shell, code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stderr == ""
+    done = subprocess.run(["bash", "-c", shell, code], cwd=ROOT, stderr=-1)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_first_signal_is_noted_the_second_ends_at_once(name, capfd):
+    number = signal.Signals[name]
+    with pytest.raises(utils.Stopped) as stopped:
+        with utils.StopSignals() as signals, signals.deferred():
+            os.kill(os.getpid(), number)
+            assert signals.received == number
+    assert stopped.value.exit_code == 128 + number
+    assert f"{name}: stopping soon" in capfd.readouterr().out
+    with utils.StopSignals() as signals, pytest.raises(utils.Stopped):
+        os.kill(os.getpid(), number)
+    with pytest.raises(utils.Stopped):
+        with utils.StopSignals() as signals, signals.deferred():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            pytest.fail("the second signal did not end the block")
+
+
+# Imports and environment
 
 
 def test_help_needs_no_heavy_package():
     done = run_python(
         "import sys, utils\n"
-        "try: utils.resolve(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'tensorflow', 'keras', 'pandas', 'matplotlib', 'modules'}\n"
-        "print('loaded:', heavy & set(sys.modules))"
-    )
-    assert "loaded: set()" in done.stdout, done.stderr
-
-
-def test_lazy_import_loads_on_first_use_and_is_not_registered():
-    done = run_python(
-        "import sys, utils\n"
         "wave = utils.lazy_import('wave')\n"
-        "print('wave' in sys.modules, hasattr(wave, '__wrapped__'))\n"
-        "wave.open\n"
-        "print(sys.modules['wave'] is not wave)"
+        "try: utils.parse_training(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'tensorflow', 'keras', 'pandas', 'matplotlib', 'scipy',\n"
+        "         'sklearn', 'skimage', 'PIL', 'filelock', 'wave'}\n"
+        "print('loaded:', heavy & set(sys.modules), callable(wave.open))"
     )
-    assert done.stdout.split() == ["False", "False", "True"], done.stderr
+    assert "loaded: set() True" in done.stdout, done.stderr
 
 
-def test_tensorflow_starts_without_notices_but_errors_show():
+def test_the_environment_of_the_user_does_not_matter(tmp_path):
+    settings = {"backend": "jax", "image_data_format": "channels_first"}
+    settings |= {"floatx": "float16", "epsilon": 1e-3}
+    (tmp_path / "keras.json").write_text(json.dumps(settings))
     done = run_python(
-        "import sys, utils\n"
-        "print(utils.tf.constant(1).numpy())\n"
-        "print('real', file=sys.stderr)"
+        "import utils, sys; from matplotlib import pyplot\n"
+        "k = utils.keras.config\n"
+        "print(k.backend(), k.image_data_format(), k.floatx(), k.epsilon())\n"
+        "k.set_image_data_format('channels_first'); utils.configure_keras()\n"
+        "print(k.image_data_format(), file=sys.stderr); pyplot.figure()",
+        KERAS_HOME=str(tmp_path),
+        KERAS_BACKEND="jax",
+        MPLBACKEND="module://gone",
     )
-    assert done.stdout == "1\n"
-    assert done.stderr == "real\n"
+    assert done.stdout == "tensorflow channels_last float32 1e-07\n"
+    # Errors show, the notices of TensorFlow's start do not.
+    assert done.stderr == "channels_last\n"
 
 
-def test_failed_lazy_import_shows_what_it_wrote(tmp_path, monkeypatch, capfd):
-    text = "import os; os.write(2, b'W1 x\\nI0000 note\\nreal\\n'); 1 / 0"
-    (tmp_path / "broken_module.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    loaded = {"tensorflow": None}
-    kept = {k: v for k, v in sys.modules.items() if k not in loaded}
-    monkeypatch.setattr(sys, "modules", kept)
-    with pytest.raises(ZeroDivisionError):
-        utils.lazy_import("broken_module").x  # noqa: B018
-    assert capfd.readouterr().err == "W1 x\nreal\n"
+def test_the_last_words_of_a_fatal_start_are_heard(tmp_path):
+    text = "import os; os.write(2, b'W0000 note\\nno AVX here\\n'); os.abort()"
+    (tmp_path / "tensorflow.py").write_text(text)
+    done = run_python("import utils; utils.tf.x", PYTHONPATH=str(tmp_path))
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr == "no AVX here\n"
 
 
 # Flags
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--learning-rate", "nan"], "a number in (0, 1], found nan"),
-        (["--learning-rate", "inf"], "a number in (0, 1], found inf"),
-        (["--learning-rate", "0"], "a number in (0, 1], found 0.0"),
-        (["--learning-rate", "x"], "a number in (0, 1], found 'x'"),
-        (["--decay", "1"], "a number in [0, 1), found 1.0"),
-        (["--epochs", "-1"], "a whole number in [1, 100000], found -1"),
-        (["--epochs", "1.5"], "a whole number in [1, 100000], found '1.5'"),
-        (["--epochs"], "expected one argument"),
-        (["--epoch", "3"], "unknown argument; did you mean --epochs?"),
-        (["--volume=3"], "unknown argument"),
-        (["--codebook-update", "x"], "one of ema, gradient, found 'x'"),
-        (["--downsampling", "3"], "one of 2, 4, 8, 16, 32, found 3"),
-        (["--prior-kernel-size", "4"], "one of 3, 5, 7"),
-        (["--recipe", "x"], "one of quickstart, adni-vqvae-pixelcnn"),
-        (["--image-size", "axb"], "H or HxW with sides in [16, 4096]"),
-        (["--image-size", "8"], "in [16, 4096], found (8, 8)"),
-        (
-            ["--image-size", "30x32"],
-            "30x32 is not a multiple of 4; use 28x32 or 32x32",
-        ),
-        (["--condition", "slice,age"], "found 'slice,age'"),
-        (["--data-dir", "d"], "with --dataset oasis|adni|hipmri or a --recipe"),
-    ],
+@cases(
+    """
+    --learning-rate nan | a number in (0, 1], found nan
+    --learning-rate inf | a number in (0, 1], found inf
+    --learning-rate 0 | a number in (0, 1], found 0.0
+    --learning-rate x | a number in (0, 1], found 'x'
+    --decay 1 | a number in [0, 1), found 1.0
+    --epochs -1 | a whole number in [1, 1000000], found -1
+    --epochs 1.5 | a whole number in [1, 1000000], found '1.5'
+    --epochs | expected a whole number in [1, 1000000], found nothing
+    --epoch 3 | unknown argument; did you mean --epochs?
+    --zq=3 | unknown argument; see --help
+    foo | unknown argument
+    --codebook-update x | one of ema, gradient, found x
+    --downsampling 3 | one of 2, 4, 8, 16, 32, found 3
+    --prior-level 4 | a whole number in [1, 3], found 4
+    --prior-level x | a whole number in [1, 3], found 'x'
+    --prior-level 2 | at most 1, found 2
+    --prior-channels 9 --prior pixelsnail | expected a multiple of 8
+    --recompute --prior-dropout 0.1 | does not go with --prior-dropout
+    --recipe x | one of quickstart, adni-vqvae-pixelcnn
+    --image-size axb | H or HxW, both a whole number in [16, 4096], found 'axb'
+    --image-size 8 | in [16, 4096], found 8x8
+    --image-size 30x32 | not a multiple of 4; use 28x32 or 32x32
+    --image-size 20 --downsampling 32 | use 32x32
+    --condition slice,age | label,slice, found slice,age
+    --data-dir d | --dataset oasis|adni|hipmri|folder or a --recipe
+    --tune 3 --prior-level 1 | does not go with --prior-level
+    --stage decoder | needs --run-dir
+    """.replace("oasis|adni|hipmri|folder", "oasis")
 )
-def test_bad_flag_exits_2_in_one_line_naming_it(argv, message, capsys):
-    assert exit_of(utils.resolve, argv) == 2
+def test_bad_flag_exits_2_in_one_line_naming_it(case, capsys):
+    argv, message = case
+    assert exit_of(utils.parse_training, argv.split()) == 2
     captured = capsys.readouterr()
-    name = argv[0].split("=")[0]
-    assert captured.err.startswith(f"error: {name}: ")
-    assert message in captured.err
+    assert captured.err.startswith(f"error: {argv.split()[0].split('=')[0]}")
+    assert message in captured.err.replace("oasis|adni|hipmri|folder", "oasis")
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_real_data_needs_a_folder(capsys):
-    assert exit_of(utils.resolve, ["--dataset", "oasis"]) == 2
-    assert "--data-dir is required" in capsys.readouterr().err
-    config = utils.resolve(["--dataset", "oasis", "--smoke"])
-    assert config.smoke and config.data_dir is None
-
-
-def test_stray_argument_is_refused():
-    with pytest.raises(utils.FlagError, match="^foo: unknown argument"):
-        utils.resolve(["foo"])
-
-
-def test_every_flag_shows_help_and_default(capsys):
-    with pytest.raises(SystemExit) as caught:
-        utils.resolve(["--help"])
-    assert caught.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(utils.Config):
-        assert "--" + field.name.replace("_", "-") in text
+def test_every_flag_shows_help_bounds_and_default(capsys):
+    assert exit_of(utils.parse_training, ["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for key in utils.flat(utils.Settings()):
+        assert f"--{key.replace('_', '-')}" in text
     for part in (
-        "a number in (0, 1]; default 0.0003",
-        "one of all, vqvae, prior; default all",
-        "data:",
-        "VQ-VAE:",
-        "prior:",
-        "run:",
+        "Feature channels; a whole number in [1, 4096]. (default: 64)",
+        "--crop, --no-crop",
+        "{pixelcnn,gated,pixelsnail}",
+        "Side of the first kernel, in latents. (default: 5)",
     ):
         assert part in text
 
 
 def test_values_are_read_by_type():
-    config = utils.resolve(
-        "--image-size 64x48 --no-restart --cache --ssim-weight 1 "
-        "--condition slice --seed 7 --run-dir r".split()
+    chosen = utils.parse_training(
+        "--image-size 64x48 --no-crop --ssim-weight 1 --condition label,slice "
+        "--seed 7 --run_dir r --prior=gated".split()
     )
-    assert config.image_size == (64, 48)
-    assert utils.resolve(["--image-size", "64"]).image_size == (64, 64)
-    assert (config.restart, config.cache, config.seed) == (False, True, 7)
-    assert config.ssim_weight == 1.0 and config.run_dir == "r"
-    assert config.conditions == ("slice",)
-    assert utils.Config().conditions == ()
-    config = utils.resolve(["--condition", "label, slice"])
-    assert config.conditions == ("label", "slice")
+    assert chosen.data.image_size == (64, 48) and not chosen.data.crop
+    assert (chosen.run.seed, chosen.run.run_dir) == (7, "r")
+    assert chosen.vqvae.ssim_weight == 1.0 and chosen.prior.network == "gated"
+    assert chosen.conditions == ("label", "slice")
+    assert utils.Settings().conditions == ()
+    for word, size in (("64", (64, 64)), ("None", None)):
+        chosen = utils.parse_training(["--image-size", word])
+        assert chosen.data.image_size == size
+    with pytest.raises(utils.FlagError, match="^--data-dir is required"):
+        utils.parse_training(["--dataset", "oasis"])
+    chosen = utils.parse_training(["--dataset", "oasis", "--smoke"])
+    assert chosen.run.smoke and chosen.data.data_dir is None
 
 
-def test_defaults_are_a_valid_configuration():
-    quickstart = utils.RECIPES["quickstart"].settings
-    assert utils.resolve([]) == utils.Config(**quickstart)
-    assert utils.resolve([]).recipe == utils.Config().recipe == "quickstart"
+def test_settings_check_types_without_a_command_line():
+    for group, values in (
+        (utils.TrainingSettings, {"epochs": True}),
+        (utils.RunSettings, {"seed": 1.0}),
+        (utils.Settings, {"recipe": 3}),
+        (utils.DataSettings, {"crop": 1}),
+        (utils.DataSettings, {"image_size": (32, 8)}),
+        (utils.VQVAESettings, {"downsampling": "4"}),
+    ):
+        with pytest.raises(utils.FlagError, match=f"^--{[*values][0]}"[:7]):
+            group(**values)
 
 
-@pytest.mark.parametrize(
-    "values", [{"epochs": True}, {"seed": 1.0}, {"recipe": 3}, {"cache": 1}]
-)
-def test_a_configuration_checks_types_without_a_command_line(values):
-    with pytest.raises(utils.FlagError):
-        utils.Config(**values)
+def test_flat_and_replace_name_settings_like_flags():
+    old = utils.Settings()
+    new = utils.replace(old, prior_channels=8, recipe="x", prior="gated")
+    assert (new.prior.channels, new.prior.network) == (8, "gated")
+    assert new.recipe == "x" and new.vqvae is old.vqvae
+    assert utils.replace(old, **utils.flat(new)) == new
+    argv = ["--no-crop", "--data-dir=d", "--run_dir", "r"]
+    given = [key for key in utils.flat(old) if utils.flag_was_given(argv, key)]
+    assert given == ["data_dir", "crop", "run_dir"]
 
 
-def test_image_size_respects_levels():
-    with pytest.raises(utils.FlagError, match="not a multiple of 16"):
-        utils.Config(levels=3, image_size=(64, 40))
-    with pytest.raises(utils.FlagError, match="use 32x32$"):
-        utils.Config(downsampling=32, image_size=(20, 20))
-
-
-def test_recipe_wins_over_defaults_and_flags_over_recipe():
-    argv = "--recipe adni-vqvae-pixelcnn --data-dir d".split()
-    config = utils.resolve(argv)
-    assert (config.num_embeddings, config.downsampling) == (32, 8)
-    assert config.codebook_update == "gradient" and config.data_dir == "d"
-    config = utils.resolve([*argv, "--num-embeddings", "512"])  # the default
-    assert (config.num_embeddings, config.downsampling) == (512, 8)
-    config = utils.resolve([*argv, "--image-size", "none"])
-    assert config.image_size is None
-
-
-@pytest.mark.parametrize("name", utils.RECIPES)
-def test_every_recipe_is_valid_and_listed(name):
-    recipe = utils.RECIPES[name]
-    folder = ["--data-dir", "d"] if "dataset" in recipe.settings else []
-    config = utils.resolve(["--recipe", name, *folder])
-    assert config.recipe == name
-    assert name in utils.list_recipes()
-    assert recipe.figure in utils.list_recipes()
-
-
-def test_list_recipes_flag_prints_and_ends(capsys):
-    assert exit_of(utils.resolve, ["--list-recipes"]) == 0
+def test_flags_override_the_recipe_and_the_recipe_the_defaults(capsys):
+    assert utils.parse_training([]) == utils.RECIPES["quickstart"].settings
+    argv = "--recipe adni-vqvae-pixelcnn --data-dir d --num-embeddings 512"
+    for words, number in ((4, 32), (6, 512)):  # 512 is the default, too
+        chosen = utils.parse_training(argv.split()[:words])
+        assert chosen.vqvae.num_embeddings == number
+        assert chosen.vqvae.downsampling == 8 and chosen.data.data_dir == "d"
+    assert exit_of(utils.parse_training, ["--list-recipes"]) == 0
     text = capsys.readouterr().out
-    assert text == utils.list_recipes() + "\n"
-    names = [line.split()[0] for line in text.splitlines()]
-    assert names == [
-        "recipe",
-        "quickstart",
-        "adni-vqvae-pixelcnn",
-        "adni-vqvae-tuned",
-        "oasis-vqvae2-pixelsnail",
-        "hipmri-vqvae-pixelcnn",
-        "oasis-vqvae-pixelcnn",
-    ]
-    assert "/4 and /8, K=512" in text and "pixelsnail 64 ch" in text
+    for name, recipe in utils.RECIPES.items():
+        assert recipe.settings.recipe == name and recipe.figure in text
+        assert set(recipe.search) <= set(utils.flat(recipe.settings))
 
 
-def test_smoked_shrinks_but_keeps_the_architecture():
-    config = utils.Config(levels=2, num_embeddings=16, prior_blocks=3)
-    small = config.smoked()
-    assert (small.levels, small.downsampling) == (2, 4)
-    assert (small.epochs, small.prior_epochs, small.prior_blocks) == (1, 1, 1)
-    assert small.num_embeddings == 16 and small.channels == 16
+# Verbs
 
 
-@dataclasses.dataclass(frozen=True)
+@utils.settings
 class Generate:
     """Generate 100% new images.
 
     More text.
     """
 
-    run: str = utils.positional("run folder")
-    images: tuple[str, ...] = utils.flag((), "image files")
-    num_samples: int = utils.flag(64, "how many", 1, 10**6, short="-n")
-    top_p: float | None = utils.flag(None, "share kept", above=0, high=1)
+    run: Positional[str]
+    """Run folder."""
+    images: tuple[str, ...] = ()
+    """Image files."""
+    number: Annotated[utils.Number[1, 10**6], arg(aliases=["-n"])] = 64
+    """How many."""
+    top_p: utils.Share | None = None
+    """Share kept."""
+    format: Literal["png", "npz"] = "png"
+    """Kind of file."""
 
-    def __post_init__(self):
-        utils.check_fields(self)
 
-
-@dataclasses.dataclass(frozen=True)
+@utils.settings
 class Show:
     """Show runs."""
 
-    runs: tuple[str, ...] = utils.positional("folders", many=True, default=())
-    last: str = utils.positional("one more", default="")
-
-    def __post_init__(self):
-        utils.check_fields(self)
+    runs: Positional[tuple[str, ...]] = ()
+    """Folders."""
 
 
 VERBS = {"generate": Generate, "show": Show}
 
 
-def test_verbs_read_positionals_and_short_flags():
+def test_verbs_read_positionals_and_short_flags(tmp_path, capsys):
     argv = "generate RUN -n 8 --top-p .5 --images a b --debug".split()
-    verb, config = utils.parse_verbs(VERBS, argv)
-    assert verb == "generate"
-    assert config == Generate(
-        run="RUN", num_samples=8, top_p=0.5, images=("a", "b")
-    )
-    assert utils.parse_verbs(VERBS, ["show", "a", "b"])[1].runs == ("a", "b")
-    assert utils.parse(Generate, ["R", "--top-p", "none"]).top_p is None
-
-
-def test_default_verb_serves_an_empty_command_line():
-    verb, config = utils.parse_verbs(VERBS, [], default="show")
-    assert (verb, config) == ("show", Show())
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        ([], "VERB"),
-        (["paint"], "VERB: invalid choice"),
-        (["generate"], "RUN"),
-        (["generate", "R", "-n", "0"], "--num-samples: expected a whole"),
-        (["generate", "R", "--num", "3"], "--num: unknown argument"),
-        (["generate", "R", "--top-p", "nan"], r"--top-p: .*\(0, 1\]"),
-    ],
-)
-def test_bad_verbs_and_their_flags_are_refused(argv, message):
-    with pytest.raises(utils.FlagError, match=message):
-        utils.parse_verbs(VERBS, argv)
-
-
-def test_help_of_verbs_escapes_percent(capsys):
+    verb, options = utils.parse_verbs(VERBS, argv)
+    values = {"run": "RUN", "number": 8, "top_p": 0.5, "images": ("a", "b")}
+    assert verb == "generate" and options == Generate(**values)
+    for argv in ([], [str(tmp_path)], ["runs/none"], ["show", "a", "b"]):
+        verb, options = utils.parse_verbs(VERBS, argv, default="show")
+        assert verb == "show"
+        assert options.runs == tuple(word for word in argv if word != "show")
     for argv in (["--help"], ["generate", "--help"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as end:
             utils.parse_verbs(VERBS, argv)
+        assert end.value.code == 0
         assert "Generate 100% new images." in capsys.readouterr().out
+
+
+@cases(r"""
+    paint | ^VERB: expected one of generate, show, found 'paint'$
+    shaw | did you mean show
+    generate | ^RUN: missing
+    generate R -n 0 | ^--number: expected a whole number in \[1, .*, found 0
+    generate R -n x | ^--number: expected a whole number in \[1, .*found 'x'
+    generate R --num 3 | ^--num: unknown argument; did you mean --number
+    generate R --top-p nan | ^--top-p: .*\(0, 1\]
+    show --number 3 | ^--number: unknown argument; see
+    generate R --format x | ^--format: expected one of png
+    """)
+def test_bad_verbs_and_their_flags_are_refused(case):
+    with pytest.raises(utils.FlagError, match=case[1]):
+        utils.parse_verbs(VERBS, case[0].split(), default="show")
 
 
 # Files
 
 
-def fail_midway(path):
-    path.write_text("half")
-    raise RuntimeError("stopped")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failed_write_keeps_the_old_file_alone(tmp_path, error):
+    path, seen = tmp_path / "new" / "m.keras", []
+
+    def write(temporary):
+        seen.append(temporary)
+        temporary.write_text("half")
+        if len(seen) > 1:
+            raise error
+
+    utils.write_atomic(path, write)
+    with pytest.raises(error):
+        utils.write_atomic(path, write)
+    assert os.listdir(path.parent) == ["m.keras"]
+    assert seen[0].suffix == ".keras" and f"-{os.getpid()}." in seen[0].name
 
 
-def interrupt_midway(path):
-    path.write_text("half")
-    raise KeyboardInterrupt
+def test_files_half_written_by_dead_processes_of_this_machine_go(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    kept = [f"x.tmp-{utils._HOST}-{os.getpid()}.csv"]
+    kept += [f"x.tmp-other-{dead.pid}.csv"]
+    for name in (f"x.tmp-{utils._HOST}-{dead.pid}.npz", *kept):
+        (tmp_path / name).write_text("half")
+    utils.remove_temporary_files(tmp_path.rglob("*.tmp-*"))
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
-@pytest.mark.parametrize("writer", [fail_midway, interrupt_midway])
-def test_failed_write_keeps_the_old_file_alone(tmp_path, writer):
-    path = tmp_path / "file.txt"
-    utils.write_atomic(path, lambda p: p.write_text("old"))
-    with pytest.raises((RuntimeError, KeyboardInterrupt)):
-        utils.write_atomic(path, writer)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.txt"]
+def test_what_a_file_system_lacks_is_said_once(tmp_path, monkeypatch, capsys):
+    def refuse(number):
+        def call(*arguments):
+            raise OSError(number, "not here")
 
+        return call
 
-def test_temporary_file_is_named_for_the_process_and_keeps_the_suffix(tmp_path):
-    seen = []
-
-    def write(path):
-        seen.append(path)
-        path.write_text("new")
-
-    utils.write_atomic(tmp_path / "new" / "m.keras", write)
-    name = f"m.keras.tmp-{os.getpid()}.keras"
-    assert seen == [tmp_path / "new" / name]
-    assert os.listdir(tmp_path / "new") == ["m.keras"]
+    utils.warn_once.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse(errno.EINVAL))
+        for text in "ab":
+            utils.write_atomic(
+                tmp_path / "f", lambda p, t=text: p.write_text(t)
+            )
+    assert (tmp_path / "f").read_text() == "b"
+    assert capsys.readouterr().err.count("cannot fsync") == 1
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP, 524):
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", refuse(number))
+            run = create(tmp_path / f"run-{number}")
+        assert "a file system without locks" in capsys.readouterr().err
+        assert not run.lock_path.exists()
 
 
 def test_json_is_sorted_plain_and_refuses_nan(tmp_path):
@@ -431,230 +405,218 @@ def test_json_is_sorted_plain_and_refuses_nan(tmp_path):
     assert path.read_text(encoding="utf-8") == text
 
 
-def test_csv_round_trip(tmp_path):
-    import pandas as pd
-
-    frame = pd.DataFrame({"file": ["a b", "é"], "loss": [0.1, 1e-9]})
-    utils.write_csv(tmp_path / "t.csv", frame)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), frame)
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc")
-    assert utils.file_sha256(tmp_path / "f").startswith("ba7816bf8f01cfea")
-    array = np.arange(6, dtype="float32")
-    same = utils.array_sha256(array)
-    assert utils.array_sha256(np.stack([array, array], 1)[:, 0]) == same
-    assert utils.array_sha256(array.reshape(2, 3)) != same
-    assert utils.array_sha256(array.astype("int32")) != same
+def test_checkpoints_keep_the_one_before(tmp_path, capsys):
+    path = tmp_path / "vqvae"
+    assert utils.read_checkpoint(path) == ({}, {})
+    for step in (1, 2, 3):
+        utils.write_checkpoint(path, {"step": step}, {"a": np.full(9, step)})
+    state, arrays = utils.read_checkpoint(path)
+    assert state == {"step": 3} and arrays["a"].tolist() == [3] * 9
+    newest, previous = utils.checkpoint_generations(path)
+    newest.write_bytes(newest.read_bytes()[:-60])
+    assert utils.read_checkpoint(path)[0] == {"step": 2}
+    assert f"{newest}: damaged" in capsys.readouterr().err
+    previous.write_bytes(b"x")
+    with pytest.raises(utils.RunError, match="to train that part anew"):
+        utils.read_checkpoint(path)
 
 
 # Run folder
 
 
-def create(config):
+def create(folder, **values):
     """A new run that is not in use."""
-    run = utils.Run.create(config)
+    settings = utils.replace(utils.Settings(), run_dir=str(folder), **values)
+    run = utils.Run.create(settings)
     run.unlock()
     return run
 
 
 @pytest.fixture
 def run(tmp_path):
-    return create(
-        utils.Config(run_dir=str(tmp_path / "run"), image_size=(32, 48), seed=3)
-    )
+    return create(tmp_path / "run", image_size=(32, 48), seed=3)
 
 
 def test_run_round_trip(run):
-    run.update(image_size=[32, 48], latent_grids=[[8, 12]])
+    run.update(image_size=[32, 48], latent_grids=[[8, 12]], dir="\udce9")
     again = utils.Run.open(run.path)
-    assert again.config == run.config
+    assert again.settings == run.settings
     assert again.info == json.loads(json.dumps(run.info))
-    assert again.info["latent_grids"] == [[8, 12]]
-    assert again.info["versions"]["tensorflow"]
-    document = json.loads(run.config_path.read_text())
-    assert document["format"] == utils.FORMAT
-    assert document["settings"]["seed"] == 3
-    assert [p.name for p in (run.vqvae_path, run.figures_path)] == [
-        "vqvae.keras",
-        "figures",
-    ]
+    for package in ("tensorflow", "scikit-image", "scikit-learn", "scipy"):
+        assert again.info["versions"][package]
+    run.path = run.path.parent / "elsewhere"  # as `--output` does
+    assert run.vqvae_path == run.path / "vqvae.keras"
+    names = {1: "", 2: "_bottom _top", 3: "_bottom _middle _top"}
+    for levels, ends in names.items():
+        run.settings = utils.replace(utils.Settings(), levels=levels)
+        assert run.prior_names == [f"prior{end}" for end in ends.split(" ")]
 
 
-@pytest.mark.parametrize(
-    "levels, names",
-    [
-        (1, ["prior"]),
-        (2, ["prior_bottom", "prior_top"]),
-        (3, ["prior_bottom", "prior_middle", "prior_top"]),
-    ],
-)
-def test_a_prior_file_for_each_level(run, levels, names):
-    run.config = dataclasses.replace(run.config, levels=levels)
-    assert run.prior_names == names and not run.has_priors
-    assert run.prior_paths == [run.path / f"{name}.keras" for name in names]
-    for path in run.prior_paths:
-        path.write_text("x")
-    assert run.has_priors
+def test_settings_of_the_models_stay_until_the_training_is_complete(run):
+    run.complete()
+    longer = utils.replace(run.settings, epochs=40)
+    run.begin(longer, done=["vqvae"], first={"vqvae": 30})
+    again = utils.Run.open(run.path)
+    assert again.settings.training.epochs == 30
+    assert again.training_settings == longer
+    assert again.is_done("vqvae") and not again.is_done("prior")
+    again.note_done("prior")
+    assert again.info["training"]["first"] == {"vqvae": 30}
+    again.complete()
+    assert utils.Run.open(run.path).settings == longer
 
 
-def test_default_folder_is_named_for_recipe_and_time(tmp_path, monkeypatch):
+def test_runs_of_one_second_have_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = create(utils.Config())
-    assert run.path.match("runs/quickstart-*-*")
+    runs = [utils.Run.create(utils.Settings()) for _ in range(3)]
+    assert len({run.path for run in runs}) == 3
+    assert runs[0].path.match("runs/quickstart-*-*")
+    with pytest.raises(utils.RunError, match="in use by another process"):
+        create(runs[0].path)
+    for run in runs:
+        run.discard()
+    assert not any(run.path.exists() for run in runs)
 
 
 def test_create_refuses_what_is_there_but_not_a_run_that_never_began(run):
-    again = create(dataclasses.replace(run.config, seed=4))
-    assert utils.Run.open(again.path).config.seed == 4
+    again = create(run.path, seed=4)
+    assert utils.Run.open(again.path).settings.run.seed == 4
     run.vqvae_path.write_text("x")
     with pytest.raises(utils.RunError, match="not empty"):
-        utils.Run.create(run.config)
-
-
-def test_create_does_not_replace_a_foreign_config(tmp_path):
-    (tmp_path / "config.json").write_text('{"mine": 1}')
+        create(run.path)
+    run.vqvae_path.unlink()
+    run.config_path.write_text('{"mine": 1}')
     with pytest.raises(utils.RunError):
-        utils.Run.create(utils.Config(run_dir=str(tmp_path)))
-    assert "mine" in (tmp_path / "config.json").read_text()
+        create(run.path)
+    assert "mine" in run.config_path.read_text()
 
 
 def test_create_needs_a_folder_it_can_write(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    config = utils.Config(run_dir=str(tmp_path / "file" / "run"))
-    with pytest.raises(utils.ResourceError, match="--run-dir"):
-        utils.Run.create(config)
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(utils.ResourceError, match="--run-dir"):
+            create(folder)
 
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    config = utils.Config(run_dir=str(tmp_path / "run"))
     with pytest.raises(utils.ResourceError, match="No space left"):
-        utils.Run.create(config)
+        create(tmp_path / "run")
     assert os.listdir(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (None, "no config.json"),
-        ("{", "not readable"),
-        ("[]", "not readable"),
-        ('{"format": 2}', "not readable"),
-        ('{"format": "2", "settings": {}}', "not readable"),
-        ('{"format": 3, "settings": {}}', "newer"),
-        ('{"format": 2, "settings": {"depth": 3}}', "unfit setting.*depth"),
-        ('{"format": 2, "settings": {"epochs": -1}}', "unfit.*--epochs"),
-        ('{"format": 2, "settings": [1]}', "unfit"),
-    ],
-)
-def test_open_refuses_in_one_line(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(utils.RunError, match=message):
+ALL = '"format": 3, "settings": {' + json.dumps(
+    utils.flat(utils.Settings())
+).strip("{")
+
+
+@cases(f"""
+    {{ | not readable
+    [] | not readable
+    {{"format": 3}} | not readable
+    {{"format": 4, "settings": {{}}}} | format 4.*update the program
+    {{"format": 2, "settings": {{}}}} | format 2.*train again
+    {{"format": 3, "settings": {{"epochs": 3}}}} | unfit setting.*seed
+    {{"format": 3, "settings": [1]}} | unfit
+    {{{ALL[:-1]}, "depth": 3}}}} | unfit setting.*depth
+    {{{ALL[:-1]}, "epochs": -1}}}} | unfit.*--epochs
+    {{{ALL[:-1]}, "image_size": [30, 30]}}}} | unfit.*multiple
+    """)
+def test_open_refuses_in_one_line(tmp_path, case):
+    for path, message in ((tmp_path, "no config"), (tmp_path / "x", "no such")):
+        with pytest.raises(utils.RunError, match=message):
+            utils.Run.open(path)
+    (tmp_path / "config.json").write_text(case[0])
+    with pytest.raises(utils.RunError, match=case[1]):
         utils.Run.open(tmp_path)
 
 
-def test_open_names_a_missing_folder(tmp_path):
-    with pytest.raises(utils.RunError, match="no such run folder"):
-        utils.Run.open(tmp_path / "none")
-
-
-def test_newest_is_the_last_with_a_model(tmp_path):
+def test_newest_is_the_last_with_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "RESOURCES", tmp_path / "resources")
     with pytest.raises(utils.RunError, match="python train.py"):
-        utils.Run.newest(tmp_path)
+        utils.Run.newest(tmp_path / "runs")
+    shipped = create(tmp_path / "resources" / "pretrained" / "oasis")
+    shipped.vqvae_path.write_text("x")
+    assert utils.Run.newest(tmp_path / "runs").path == shipped.path
     for age, name in enumerate(["b", "a", "c"]):
-        config = utils.Config(run_dir=str(tmp_path / name))
-        run = create(config)
+        run = create(tmp_path / "runs" / name)
         if name != "c":
             run.vqvae_path.write_text("x")
             os.utime(run.vqvae_path, (age, age))
-    assert utils.Run.newest(tmp_path).path.name == "a"
+    assert utils.Run.newest(tmp_path / "runs").path.name == "a"
 
 
-# Model files
+@cases("""
+    --resume RUN |
+    --resume RUN --seed 3 --strategy none --force |
+    --resume RUN --epochs 40 --prior-epochs 200 | epochs=40
+    --resume RUN --epochs 4 | !--epochs
+    --resume RUN --seed 4 | !--seed
+    --resume RUN --run-dir x | !--run-dir
+    --resume RUN --recipe adni-vqvae-tuned --data-dir x | !--recipe
+    --resume RUN --no-crop | !--crop
+    --stage prior --run-dir RUN --prior-channels 8 | prior_channels=8
+    --stage prior --run-dir RUN --seed 5 --image-size 64x48 | stage=prior
+    --stage prior --run-dir RUN --image-size 64 | !--image-size
+    --stage prior --run-dir RUN --num-embeddings 8 | !--num-embeddings
+    --stage prior --run-dir RUN --batch-size 9 | !--batch-size
+    --stage decoder --run-dir RUN --decoder-epochs 3 --smoke | decoder_epochs=3
+    --stage decoder --run-dir RUN --prior-channels 8 | !--prior-channels
+    """)
+def test_a_training_that_starts_from_a_run(case, tmp_path):
+    run = create(tmp_path / "run", epochs=12, prior_channels=96, seed=3)
+    run.update(image_size=[64, 48])
+    run.complete()
+    argv, expected = case[0].replace("RUN", str(run.path)).split(), case[1]
+    if expected.startswith("!"):
+        with pytest.raises(utils.FlagError, match=f"^{expected[1:]}: the run"):
+            utils.parse_training(argv)
+        return
+    chosen = utils.flat(utils.parse_training(argv))
+    key, _, value = (expected or "prior_channels=96").partition("=")
+    assert utils.typed(chosen[key]) == value
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
-    keras = utils.keras
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    path = tmp_path_factory.mktemp("model") / "m.keras"
-    utils.save_model(model, path)
-    return path
+def test_tables_of_a_run(run):
+    for read in (utils.read_history, utils.read_split_table):
+        with pytest.raises(utils.RunError, match="missing from the run"):
+            read(run)
+    columns = {
+        "path": ["a\udce9.png", "NA"],
+        "subject": ["001", "NA"],
+        "label": ["", "AD"],
+        "position": [0.1 + 0.2, np.nan],
+        "low": [np.nan, 3.0],
+    }
+    utils.write_csv(run.split_path, pd.DataFrame(columns))
+    found = utils.read_split_table(run)
+    pd.testing.assert_frame_equal(found, pd.DataFrame(columns))
+    run.evaluation_path.write_text("{")
+    with pytest.raises(utils.RunError, match="evaluation.json: damaged"):
+        utils.read_evaluation(run)
+    np.savez(run.indices_path, test=np.arange(3))
+    assert utils.read_indices(run)["test"].tolist() == [0, 1, 2]
 
 
-def test_model_round_trip(model_file):
-    assert os.listdir(model_file.parent) == ["m.keras"]
-    model = utils.load_model(model_file)
-    assert model(np.ones((1, 3), "float32")).shape == (1, 2)
+# Devices
 
 
-def test_model_file_missing_or_folder(tmp_path):
-    with pytest.raises(utils.RunError, match="no such model file"):
-        utils.check_keras_file(tmp_path / "m.keras")
-    with pytest.raises(utils.RunError, match="a folder"):
-        utils.check_keras_file(tmp_path)
-
-
-def test_model_file_of_another_kind(tmp_path, model_file):
-    for name, content in (
-        ("empty.keras", b""),
-        ("half.keras", model_file.read_bytes()[:-200]),
-        ("m.h5", model_file.read_bytes()),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(utils.RunError, match="not a .keras file"):
-            utils.load_model(tmp_path / name)
-
-
-def test_model_file_with_a_flipped_bit(tmp_path, model_file):
-    content = bytearray(model_file.read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "m.keras").write_bytes(content)
-    with pytest.raises(utils.RunError, match="corrupt"):
-        utils.load_model(tmp_path / "m.keras")
-
-
-def test_model_file_without_weights(tmp_path, model_file):
-    path = tmp_path / "m.keras"
-    with zipfile.ZipFile(model_file) as old, zipfile.ZipFile(path, "w") as new:
-        new.writestr("config.json", old.read("config.json"))
-    with pytest.raises(utils.RunError, match="model.weights.h5 is missing"):
-        utils.load_model(path)
-
-
-def test_model_of_an_unknown_class(tmp_path, model_file):
-    path = tmp_path / "m.keras"
-    with zipfile.ZipFile(model_file) as old, zipfile.ZipFile(path, "w") as new:
-        for name in old.namelist():
-            text = old.read(name).replace(b'"Dense"', b'"Tense"')
-            new.writestr(name, text)
-    with pytest.raises(utils.RunError, match="cannot be loaded"):
-        utils.load_model(path)
-
-
-# Seeds and precision
-
-
-def test_seed_repeats():
-    draws = []
-    for _ in range(2):
-        utils.set_seed(5)
-        draws.append((np.random.rand(), float(utils.tf.random.uniform(()))))
-    assert draws[0] == draws[1]
-
-
-def test_precision_is_a_keras_policy_with_a_reason():
+def test_devices(monkeypatch):
     name, reason = utils.choose_precision("auto")
     assert name in ("float32", "mixed_bfloat16") and reason
     assert utils.choose_precision("mixed_float16")[0] == "mixed_float16"
-
-
-def test_peak_memory_is_plausible():
     assert 10 < utils.peak_memory_mb() < 1e6
+    monkeypatch.setattr(os.path, "exists", lambda path: True)  # a driver
+    monkeypatch.setattr(utils.tf.test, "is_built_with_cuda", lambda: True)
+    for visible, text in (("-1", "hides every GPU"), ("0", "cannot use it")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert text in utils.describe_devices()
+    strategy = utils.choose_strategy("none")
+    assert utils.is_chief(strategy) and not utils.is_multi_worker(strategy)
+    assert utils.any_worker(strategy, [True, False]) == [True, False]
+    with pytest.raises(utils.FlagError, match="^--strategy: multiworker needs"):
+        utils.choose_strategy("multiworker")
 
 
 # Metrics
@@ -669,49 +631,28 @@ def image_pair(height, width, batch=3, seed=0):
     return utils.tf.constant(x, "float32"), utils.tf.constant(y, "float32")
 
 
-SIZES = [(32, 32), (33, 47), (11, 16), (64, 20)]
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-def test_ssim_and_its_gradient_equal_tensorflows(height, width):
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (11, 16)])
+def test_ssim_and_its_gradient_equal_tensorflows(size):
     tf = utils.tf
-    x, y = image_pair(height, width)
+    x, y = image_pair(*size)
     results = []
     for function in (utils.ssim, lambda a, b: tf.image.ssim(a, b, 1.0)):
         with tf.GradientTape() as tape:
             tape.watch(y)
             value = function(x, y)
-        results.append((value.numpy(), tape.gradient(value, y).numpy()))
+        gradient = tape.gradient(value, y).numpy()
+        results.append((value.numpy(), gradient / np.abs(gradient).max()))
     (ours, our_gradient), (theirs, their_gradient) = results
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    scale = np.abs(their_gradient).max()
-    np.testing.assert_allclose(
-        our_gradient / scale, their_gradient / scale, atol=1e-4
-    )
-
-
-def test_ssim_map_size_and_graph_of_unknown_size():
-    tf = utils.tf
-    x, y = image_pair(30, 24)
-    assert utils.ssim_map(x, y).shape == (3, 20, 14)
-    anything = tf.TensorSpec((None, None, None, 1))
+    np.testing.assert_allclose(our_gradient, their_gradient, atol=1e-4)
+    value = utils.ssim(255 * x, 255 * y, max_val=255.0)
+    np.testing.assert_allclose(value, ours, atol=1e-4)
+    anything = tf.TensorSpec((None, None, None, 1), "bfloat16")
     function = tf.function(utils.ssim, input_signature=[anything, anything])
-    np.testing.assert_allclose(function(x, y), utils.ssim(x, y), atol=1e-6)
-
-
-def test_ssim_is_computed_in_float32():
-    tf = utils.tf
-    x, y = (tf.cast(z, "bfloat16") for z in image_pair(32, 32))
-    value = utils.ssim(x, y)
-    assert value.dtype == "float32"
+    x, y = (tf.cast(z, "bfloat16") for z in (x, y))
+    value = function(x, y)  # in float32, though
     expected = tf.image.ssim(tf.cast(x, "float32"), tf.cast(y, "float32"), 1.0)
     np.testing.assert_allclose(value, expected, atol=1e-5)
-
-
-def test_ssim_max_val():
-    x, y = image_pair(32, 32)
-    value = utils.ssim(255 * x, 255 * y, max_val=255.0)
-    np.testing.assert_allclose(value, utils.ssim(x, y), atol=1e-4)
 
 
 def test_ssim_foreground_ignores_background():
@@ -723,30 +664,15 @@ def test_ssim_foreground_ignores_background():
     assert np.isnan(value[1])
 
 
-def test_ms_ssim_equals_tensorflows_where_all_scales_fit():
-    x, y = image_pair(256, 256, batch=2)
-    assert utils.ms_ssim_scales(256, 256) == 5
-    expected = utils.tf.image.ssim_multiscale(x, y, 1.0)
-    np.testing.assert_allclose(utils.ms_ssim(x, y), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "height, width, scales", [(16, 300, 1), (45, 61, 3), (128, 104, 4)]
-)
-def test_ms_ssim_of_small_and_odd_images(height, width, scales):
-    x, y = image_pair(height, width)
-    assert utils.ms_ssim_scales(height, width) == scales
-    weights = np.array(utils.MS_SSIM_WEIGHTS[:scales])
-    weights *= sum(utils.MS_SSIM_WEIGHTS) / weights.sum()
-    expected = utils.tf.image.ssim_multiscale(
-        x, y, 1.0, power_factors=weights.tolist()
-    )
-    np.testing.assert_allclose(utils.ms_ssim(x, y), expected, atol=1e-5)
-
-
-def test_psnr_and_mae():
-    x, y = image_pair(16, 16)
-    expected = utils.tf.image.psnr(x, y, 1.0)
+def test_other_scores_of_pairs():
+    image = utils.tf.image
+    for size, scales in (((16, 300), 1), ((45, 61), 3), ((180, 176), 5)):
+        x, y = image_pair(*size, batch=2)
+        weights = np.array(utils.MS_SSIM_WEIGHTS[:scales])
+        weights *= sum(utils.MS_SSIM_WEIGHTS) / weights.sum()
+        expected = image.ssim_multiscale(x, y, 1.0, weights.tolist())
+        np.testing.assert_allclose(utils.ms_ssim(x, y), expected, atol=1e-5)
+    expected = image.psnr(x, y, 1.0)
     np.testing.assert_allclose(utils.psnr(x, y), expected, rtol=1e-5)
     np.testing.assert_allclose(utils.psnr(x, x), 100.0, rtol=1e-6)
     np.testing.assert_allclose(utils.mae(x, x + 0.25), 0.25, rtol=1e-5)
@@ -758,29 +684,25 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     for trial in range(200):
         subjects = np.repeat(np.arange(40), 8)
         values = random.normal(size=40)[subjects] + random.normal(size=320)
-        low, high = utils.bootstrap_by_subject(values, subjects, 500, trial)[
-            "ci95"
-        ]
-        covered += low < 0 < high
+        found = utils.bootstrap(utils.mean_of(values), subjects, 500, trial)
+        covered += found["ci95"][0] < 0 < found["ci95"][1]
     assert 178 <= covered <= 199  # 93 % +- 3 sd
 
 
-def test_bootstrap_resamples_subjects_not_slices():
+def test_bootstrap_resamples_subjects_and_leaves_nan_out():
     subjects = np.repeat(["a", "b", "c", "d"], 50)
-    values = np.repeat([0.0, 0.0, 1.0, 1.0], 50)
-    result = utils.bootstrap_by_subject(values, subjects)
-    assert result["mean"] == 0.5 and result["ci95"] == [0.0, 1.0]
-    assert result == utils.bootstrap_by_subject(values, subjects)
+    mean = utils.mean_of(np.repeat([0.0, 0.0, 1.0, 1.0], 50))
+    found = utils.bootstrap(mean, subjects)
+    assert found["mean"] == 0.5 and found["ci95"] == [0.0, 1.0]
+    assert found == utils.bootstrap(mean, subjects)
+    found = utils.bootstrap(utils.mean_of([1, np.nan, 1]), ["a", "b", "c"])
+    assert found == {"mean": 1.0, "ci95": [1.0, 1.0]}
+    nothing = {"mean": None, "ci95": [None, None]}
+    assert utils.bootstrap(utils.mean_of([np.nan]), ["a"]) == nothing
+    assert utils.bootstrap(utils.mean_of([]), []) == nothing
 
 
-def test_bootstrap_leaves_nan_out():
-    result = utils.bootstrap_by_subject([1, np.nan, 1], ["a", "b", "c"])
-    assert result == {"mean": 1.0, "ci95": [1.0, 1.0]}
-    result = utils.bootstrap_by_subject([np.nan], ["a"])
-    assert result == {"mean": None, "ci95": [None, None]}
-
-
-def test_codebook_stats():
+def test_codebook_stats_and_unigram_bits():
     stats = utils.codebook_stats(np.arange(64).reshape(4, 4, 4), 64)
     assert stats["usage"] == 1 and stats["entropy_bits"] == 6
     assert stats["perplexity"] == pytest.approx(64)
@@ -789,66 +711,194 @@ def test_codebook_stats():
     assert stats["counts"].tolist() == [0, 0, 0, 0, 0, 6, 0, 0]
     with pytest.raises(ValueError, match="0 to 7, found 8"):
         utils.codebook_stats([8], 8)
-
-
-def test_unigram_bits():
     even = np.arange(8).repeat(1000)
     assert utils.unigram_bits(even, [3, 3, 5], 8) == pytest.approx(3)
     bits = utils.unigram_bits([0, 0], [0, 1], 2)
     assert bits == pytest.approx(-(np.log2(3 / 4) + np.log2(1 / 4)) / 2)
 
 
+def test_frechet_distance():
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(1)
+    x, y = (rng.normal(size=(60, 4)) @ rng.normal(size=(4, 4)) for _ in "xy")
+    a, b, gap = np.cov(x.T), np.cov(y.T), x.mean(0) - y.mean(0)
+    expected = gap @ gap + np.trace(a + b - 2 * np.real(sqrtm(a @ b)))
+    assert utils.frechet_distance(x, y) == pytest.approx(expected)
+    assert utils.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    x, y = rng.normal(size=(2, 5, 20))  # fewer images than dimensions
+    assert 0 < utils.frechet_distance(x, y) < np.inf
+
+
+def test_kernel_distance_by_hand_and_its_interval():
+    x, y = np.array([[0.0], [1.0], [5.0]]), np.array([[2.0], [3.0]])
+    found = utils.kernel_distance(x, y, ["a", "b", "b"], ["c", "d"])
+    within_x = ((0 * 1 + 1) ** 3 + (0 * 5 + 1) ** 3) / 2  # not 1 with 5
+    within_y = (2 * 3 + 1) ** 3
+    between = np.mean([(a * b + 1) ** 3 for a in (0, 1, 5) for b in (2, 3)])
+    assert found["mean"] == pytest.approx(within_x + within_y - 2 * between)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 2)), rng.normal(1, size=(40, 2))
+    found = utils.kernel_distance(x, y, np.arange(40), np.arange(40))
+    low, high = found["ci95"]
+    assert 0 < low < found["mean"] < high
+    assert utils.kernel_distance(x, y, np.arange(40), ["one"] * 40) is None
+
+
+def test_precision_recall_density_coverage_by_hand():
+    real = np.array([[0.0], [1.0], [2.0], [10.0]])
+    fake = np.array([[0.5], [0.6], [5.0]])
+    found = utils.manifold_scores(fake, real, range(3), range(4), k=1)
+    # balls: real of 1, 1, 1 and 8; fake of 0.1, 0.1 and 4.4
+    np.testing.assert_array_equal(found["precision"], [1, 1, 1])
+    np.testing.assert_array_equal(found["density"], [2, 2, 1])
+    np.testing.assert_array_equal(found["recall"], [0, 1, 1, 0])
+    np.testing.assert_array_equal(found["coverage"], [1, 1, 0, 1])
+    # Slices of one's own are no neighbours.
+    assert utils.manifold_scores(fake, real, range(3), [0] * 4, k=1) is None
+    assert utils.manifold_scores(fake, real, range(3), range(4), k=3) is None
+
+
+def test_jackknife_of_a_ratio():
+    values = np.random.default_rng(0).uniform(1, 3, 200)
+    people = np.repeat(np.arange(20), 10)
+    low, high = utils.jackknife_ratio(lambda own: values[own].mean(), people)
+    error = np.std([values[people == k].mean() for k in range(20)]) / 20**0.5
+    assert low < values.mean() < high
+    assert (high - low) / 4 == pytest.approx(error, rel=0.2)
+    assert utils.jackknife_ratio(lambda own: 1.0, ["a"] * 9) is None
+
+
+def test_hog_ignores_the_background():
+    from skimage.feature import hog
+
+    image = np.random.default_rng(0).uniform(0.1, 1, (96, 48)).astype("f4")
+    image[:20] = 0.049  # invisible
+    clean = np.where(image > 0.05, image - 0.05, 0) / 100  # contrast 0.001
+    found = utils.hog_features(image[None])
+    expected = hog(clean, 9, (4, 4), cells_per_block=(2, 2), block_norm="L2")
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+    assert "4x4-pixel" in utils.describe_features("hog", (96, 48))
+    assert "21x21-pixel" in utils.describe_features("hog", (256, 256))
+
+
+def people(first, count, size=(48, 40)):
+    """Eight images (N, H, W) each of people, alike in one; subjects (N,)."""
+    subjects = np.repeat(np.arange(first, first + count), 8)
+    own = [
+        blobs(person, k % 8, shape=size) for k, person in enumerate(subjects)
+    ]
+    shared = [blobs(person, shape=size) for person in subjects]
+    images = 0.7 * np.array(shared) + 0.3 * np.array(own)
+    return (images / 255).astype("float32"), subjects
+
+
+def noisy(images):
+    noise = np.random.default_rng(0).normal(0, 0.02, images.shape)
+    return np.clip(images + noise, 0, 1).astype("float32")
+
+
+def test_sets_are_compared_and_the_stage_at_fault_is_named():
+    (train, of_train), (test, of_test) = people(0, 8), people(100, 8)
+    sets = {"train": train, "test": test, "fit": people(200, 24)[0]}
+    sets["rebuilt"] = noisy(train)
+    sets["generated"] = np.roll(people(300, 8)[0], 9, axis=1)
+    subjects = of_train, of_test
+    found = utils.compare_sets(sets, utils.hog_features, "HOG", *subjects)
+    json.dumps(found, allow_nan=False)
+    frechet, stages = found["frechet"], found["by_stage"]
+    assert list(stages) == ["rebuilt", "all_drawn"]
+    assert stages["all_drawn"] == frechet["ratio"]
+    low, high = frechet["ratio_ci95"]
+    assert low < frechet["ratio"] < high
+    assert found["floor"]["coverage"]["mean"] > 0.5
+    few = {name: images[:15] for name, images in sets.items()}
+    found = utils.compare_sets(few, utils.hog_features, "HOG", [], [])
+    assert found["frechet"] is None and found["coverage"] is None
+
+
+def test_c2st_is_near_chance_for_one_kind_and_1_for_two():
+    (a, of_a), (b, of_b) = people(0, 12), people(100, 12)
+    same = utils.c2st(a, b, of_a, of_b)
+    assert 0.3 < same["mean"] < 0.7
+    assert same["ci95"][0] < same["mean"] < same["ci95"][1]
+    told = utils.c2st(noisy(a), b, np.arange(len(a)), of_b)
+    assert told["mean"] > 0.95
+    assert utils.c2st(a, b, of_a, np.zeros(len(b))) is None
+
+
+def audit(generated, train, unseen, subjects):
+    batches = np.array_split(train[..., None], 5)
+    queries = np.concatenate([generated, unseen])
+    found = utils.nearest_images(queries, batches, utils.SPACES)
+    n = len(generated)
+    new = {key: (row[:n], apart[:n]) for key, (row, apart) in found.items()}
+    old = {key: (row[n:], apart[n:]) for key, (row, apart) in found.items()}
+    return utils.audit(new, old, subjects, n=100)
+
+
+def test_copies_of_training_images_raise_the_alarm():
+    train, _ = people(0, 6)
+    (unseen, subjects), (fresh, _) = people(100, 13), people(200, 5)
+    blank = np.zeros_like(fresh[:2])
+    mixed = np.concatenate([noisy(train[10:15]), fresh, blank])
+    found, copies = audit(mixed, train, unseen, subjects)
+    assert found["alarm"] is True
+    assert list(np.flatnonzero(copies)) == [0, 1, 2, 3, 4]
+    json.dumps(found, allow_nan=False)
+    found, copies = audit(fresh, train, unseen, subjects)
+    assert found["alarm"] is False and not copies.any()
+    low, high = found["pixels"]["ratio_of_medians_ci95"]
+    assert low < found["pixels"]["ratio_of_medians"] < high
+    found, copies = audit(noisy(train), train, unseen[:99], subjects[:99])
+    assert found["alarm"] is None and copies is None
+    assert found["pixels"]["share_closer"] is None
+    assert found["pixels"]["ratio_of_medians"] < 0.5
+
+
+def test_metrics_are_explained():
+    table = utils.metrics_table()
+    assert {"ssim", "frechet", "c2st", "by_stage", "alarm"} <= set(table)
+    for row in table.values():
+        assert list(row) == ["unit", "meaning", "good", "bad"]
+        assert row["meaning"]
+
+
 # Figures
 
 
-def check_png(path, width=400):
-    """Check that a figure is a readable, not blank PNG, alone in its folder."""
+def figures():
+    """Function and arguments of each picture of a run."""
+    x, y = (z.numpy() for z in image_pair(32, 24, 3))
+    grids = [np.ones((3, 8 >> k, 6 >> k), int) for k in range(2)]
+    texts = ["a", "b\nc", ""]
+    many = np.repeat(y[..., 0][:, None], 9, axis=1)
+    values = {
+        "epoch": [1, 2, 1],
+        "loss": [2.0, 1.0, 1.0],
+        "val_loss": [3, 2, None],
+    }
+    history = pd.DataFrame({"stage": ["vqvae", "vqvae", "prior"], **values})
+    yield utils.plot_samples, x, "title", texts
+    yield utils.plot_samples, x[:1], "title"
+    yield utils.plot_reconstructions, x, y, np.ones(3), "title", texts
+    yield utils.plot_index_maps, x, grids, 16
+    yield utils.plot_index_maps, x, grids[:1], 16
+    yield utils.plot_memorization, x, y, texts, "title"
+    yield utils.plot_completions, x, y, many, "title"
+    yield utils.plot_anomalies, x, grids, y, y[..., 0], texts, "title"
+    yield utils.plot_codebook, [np.array([5, 0, 90]), np.zeros(4, int)]
+    yield utils.plot_history, history
+    yield utils.plot_history, history[:0]
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_figures_are_readable_pictures(tmp_path, number):
     from matplotlib import image
 
-    pixels = image.imread(path)
-    assert pixels.shape[1] >= width and pixels.std() > 0
-    assert os.listdir(path.parent) == [path.name]
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_figure_reconstructions(tmp_path, count):
-    x, y = (z.numpy() for z in image_pair(32, 24, count))
+    plot, *arguments = list(figures())[number]
     path = tmp_path / "f" / "r.png"
-    utils.figure_reconstructions(path, x, y, np.ones(count), "title")
-    check_png(path)
-
-
-@pytest.mark.parametrize("levels", [1, 3])
-def test_figure_index_maps(tmp_path, levels):
-    x, _ = image_pair(32, 24, 2)
-    grids = [np.ones((2, 8 >> k, 6 >> k), int) for k in range(levels)]
-    utils.figure_index_maps(tmp_path / "i.png", x.numpy(), grids, 16)
-    check_png(tmp_path / "i.png")
-
-
-@pytest.mark.parametrize("count", [1, 7, 64])
-def test_figure_samples(tmp_path, count):
-    x, _ = image_pair(32, 24, count)
-    captions = [f"slice {k}" for k in range(count)]
-    utils.figure_samples(tmp_path / "s.png", x.numpy(), "title", captions)
-    check_png(tmp_path / "s.png")
-
-
-def test_figure_history(tmp_path):
-    import pandas as pd
-
-    rows = [
-        {"stage": "vqvae", "epoch": 1, "loss": 2.0, "val_loss": 3.0, "b": 1},
-        {"stage": "vqvae", "epoch": 2, "loss": 1.0, "val_loss": 2.0, "b": 2},
-        {"stage": "prior", "epoch": 1, "loss": 1.0},
-    ]
-    for count in (0, 1, 3):
-        frame = pd.DataFrame(rows, columns=[*rows[0], "seconds"])[:count]
-        utils.figure_history(tmp_path / "h.png", frame)
-        check_png(tmp_path / "h.png")
-
-
-def test_figure_codebook(tmp_path):
-    counts = [np.array([5, 0, 90]), np.zeros(4, int)]
-    utils.figure_codebook(tmp_path / "c.png", counts)
-    check_png(tmp_path / "c.png")
+    plot(path, *arguments)
+    pixels = image.imread(path)
+    assert pixels.shape[1] >= 400 and pixels.std() > 0
+    assert os.listdir(path.parent) == [path.name]

@@ -1,117 +1,143 @@
-"""What the benchmark scripts share: options, timing, tables, processes."""
+"""What the benchmarks share: command line, timing, tables, models of recipes.
+
+A benchmark measures both sides of a comparison in one run and by turns. What
+disturbs the machine then meets both, and ratios hold.
+"""
 
 import argparse
 import concurrent.futures
+import csv
+import dataclasses
+import itertools
 import multiprocessing
+import os
 import re
-import socket
+import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train
 import utils
 
+modules = utils.lazy_import("modules")
+ROOT = Path(__file__).parents[2]
 
-def options(description):
-    """A parser with the options of every benchmark."""
+
+def run(description, cases, flags, argv=None):
+    """Measure cases, print a table of each, write all to the file of --json.
+
+    Args:
+        cases: {name: function of the options that returns rows, dicts}.
+        flags: {name: default} of options; a name in capitals is an argument.
+
+    Returns: {name of the case: rows}.
+    """
+    kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        None, None, description, formatter_class=kind
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser
+    parser.add_argument("--small", action="store_true", help="tiny models")
+    for name, default in {**flags, "cases": [*cases], "json": ""}.items():
+        flag = name if name.isupper() else "--" + name.replace("_", "-")
+        several = {"nargs": "+", "choices": default, "type": str}
+        one = {"type": type(default)}
+        options = several if isinstance(default, list) else one
+        parser.add_argument(flag, default=default, **options)
+    options, results = parser.parse_args(argv), {}
+    for name in options.cases:
+        rows = results[name] = cases[name](options)
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[cell(row.get(key)) for key in keys] for row in rows]
+        print(f"\n{name}\n{utils.align([keys, *cells])}", flush=True)
+    if options.json:
+        utils.write_json(options.json, results)
+    return results
+
+
+def cell(value):
+    """Return a value as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return utils.size_text(value) if isinstance(value, tuple) else str(value)
 
 
 def seconds(function, *arguments):
-    """Seconds that one call takes."""
+    """Return the seconds that one call takes."""
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started
 
 
 def by_turns(functions, rounds):
-    """Seconds of calls that take turns: `(rounds, len(functions))`.
-
-    What disturbs the machine meets all of them alike, so that ratios hold.
-    """
-    return np.array(
-        [[seconds(function) for function in functions] for _ in range(rounds)]
-    )
-
-
-def print_table(title, rows, columns):
-    """Print dicts as a table; `columns` maps a heading to key and format."""
-    cells = [list(columns)]
-    for row in rows:
-        cells.append(
-            [_cell(row.get(key), form) for key, form in columns.values()]
-        )
-    print(f"\n{title}\n{utils.align(cells)}", flush=True)
-
-
-def _cell(value, form):
-    if value is None:
-        return "-"
-    return form(value) if callable(form) else format(value, form)
-
-
-def run_cases(description, cases, columns, argv=None):
-    """All of a script that measures cases: options, tables, JSON.
-
-    Args:
-        cases: {name: (key of its rows in the JSON, function that measures)};
-            `smoke` is left out by default.
-        columns: {key: see `print_table`}.
-
-    Returns: {key: rows}.
-    """
-    parser = options(description)
-    usual = [name for name in cases if name != "smoke"]
-    parser.add_argument("--cases", nargs="+", choices=cases, default=usual)
-    given = parser.parse_args(argv)
-    results = {"cases": []}
-    for name in given.cases:
-        key, measure = cases[name]
-        rows = measure()
-        results.setdefault(key, []).extend(rows)
-        print_table(name, rows, columns[key])
-    write(given, results)
-    return results
-
-
-def write(given, results):
-    """Write results, or a list of cases, to the file of `--json`."""
-    if given.json:
-        cases = results if isinstance(results, dict) else {"cases": results}
-        utils.write_json(given.json, cases)
-
-
-def exponent(sizes, times):
-    """Slope b of the line `log time = a + b log size`."""
-    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+    """Return seconds of calls that take turns, (rounds, functions)."""
+    return np.array([[*map(seconds, functions)] for _ in range(rounds)])
 
 
 def in_process(function, *arguments):
-    """What a function returns in a new process, whose memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    """Call a function in a process and an empty folder of its own."""
+    start = multiprocessing.get_context("spawn"), os.chdir
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ProcessPoolExecutor(1, *start, (folder,)) as pool,
+    ):
         return pool.submit(function, *arguments).result()
 
 
-def free_hosts(count):
-    """Addresses on loopback that nothing listens at."""
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    hosts = [f"localhost:{opened.getsockname()[1]}" for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return hosts
-
-
-def memory_mb(field):
-    """`VmHWM`, the most memory held, or `VmRSS`, that held now; in MB.
+def memory_mb(field="VmHWM"):
+    """Return the most memory held (or, `VmRSS`, that held now), in MB.
 
     Not `getrusage`: its peak is inherited from the process that started this.
     """
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
+
+
+def rates_of(run_dir):
+    """Return {stage: images a second} of the fastest epoch but the first."""
+    rates, text = {}, Path(run_dir, "history.csv").read_text()
+    for a, b in itertools.pairwise(csv.DictReader(text.splitlines())):
+        images, spent = (
+            float(b[k]) - float(a[k]) for k in ("images", "seconds")
+        )
+        if a["stage"] == b["stage"]:
+            rates[b["stage"]] = max(rates.get(b["stage"], 0), images / spent)
+    return rates
+
+
+def recipe(name, size=None, small=False, **changes):
+    """Return the models of a recipe as train.py makes them, and batches.
+
+    Args:
+        size: (H, W) of images; default that of the recipe.
+        small: whether to shrink everything.
+        changes: other settings, as in `utils.replace`.
+
+    Returns: list of the untrained VQ-VAE and its priors, bottom first; list of
+        a random training batch for each.
+    """
+    settings = utils.RECIPES[name].settings
+    settings = settings.smoked() if small else settings
+    settings = utils.replace(settings, **changes)
+    size = (32, 32) if small else size or settings.data.image_size
+    vqvae = modules.VQVAE(size, **dataclasses.asdict(settings.vqvae))
+    run = SimpleNamespace(info={"labels": {"AD": 0, "NC": 1}})
+    job = SimpleNamespace(settings=settings, run=run)
+    levels = range(1, vqvae.levels + 1)
+    priors = [train.new_prior(job, vqvae, level) for level in levels]
+    rng, count = np.random.default_rng(0), settings.training.prior_batch_size
+    images = rng.random((settings.training.batch_size, *size, 1), "float32")
+    shapes, codes = (
+        [(count, *g) for g in vqvae.latent_grids],
+        vqvae.num_embeddings,
+    )
+    grids = [rng.integers(0, codes, shape, "int32") for shape in shapes]
+    table = utils.pd.DataFrame({"position": modules.slice_positions(count)})
+    table["label"] = modules.alternate_labels(("AD", "NC"), count)
+    batches = [modules.prior_inputs(p, grids, table) for p in priors]
+    return [vqvae, *priors], [images, *batches]
