@@ -257,19 +257,14 @@ def scan(root, dataset, pattern=None, split=None):
     known, notes = _choose_pattern(files, dataset, pattern)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
     rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
-    table = pd.DataFrame(
-        rows, columns="path subject scan slice label split".split()
-    )
-    lost = pd.Series([m is None for m in matches], dtype=bool)
-    lost &= bool(pattern) or not any_folder
+    columns = ["path", "subject", "scan", "slice", "label", "split"]
+    table = pd.DataFrame(rows, columns=columns)
+    told = np.array([m is not None for m in matches], bool)
+    told |= any_folder and not pattern
     # A slice may be there twice, zipped and not.
-    lost |= (
-        table[~lost]
-        .duplicated(["split", "scan", "slice"])
-        .reindex(lost.index, fill_value=True)
-    )
-    ignored += [str(base / path) for path in table["path"][lost]]
-    table = table[~lost].reset_index(drop=True)
+    kept = table[told].drop_duplicates(["split", "scan", "slice"])
+    ignored += [str(base / path) for path in table["path"].drop(kept.index)]
+    table = kept.reset_index(drop=True)
     _check_folders(set(table["split"]), base, dataset, ignored)
     for name in ("subject", "scan", "label"):
         table[name] = _unify(table[name])
@@ -346,6 +341,11 @@ def _choose_pattern(files, dataset, pattern):
             notes.append(f"{_show(folder)} is read as the {split} split")
     if dataset != "folder":
         return layout.pattern, notes
+    if pattern and "subject" not in _compile(pattern).groupindex:
+        raise FlagError(
+            f"--subject-pattern: found {pattern}, expected (?P<subject>...) "
+            "in it"
+        )
     pattern = pattern or _guess_pattern(files["stem"])
     if pattern:
         notes.append(f"subjects and slices are told by {pattern}")
@@ -356,6 +356,16 @@ def _choose_pattern(files, dataset, pattern):
             "scores may be too good; tell subjects with --subject-pattern"
         )
     return pattern, notes
+
+
+def _compile(pattern):
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise FlagError(
+            f"--subject-pattern: found {pattern} ({error}), expected a regular "
+            "expression"
+        ) from error
 
 
 def _guess_pattern(stems):
@@ -1583,30 +1593,32 @@ def augment(
         images = tf.where(flip, mirrored, images)
     draws *= tf.cast(strength, tf.float32)
     height, width = images.shape[1:3]
-    turn = draws[:, 1] * np.float32(np.radians(6))
-    scale_y, scale_x = (1 + 0.06 * draws[:, k] for k in (2, 3))
-    shift_y, shift_x = (
-        3 / 176 * max(height, width) * draws[:, k] for k in (4, 5)
-    )
-    # Where a pixel of the result comes from: x' = a x + b y + c.
-    y, x = (height - 1) / 2, (width - 1) / 2
-    xx, xy = tf.cos(turn) * scale_x, tf.sin(turn) * scale_y
-    yx, yy = -tf.sin(turn) * scale_x, tf.cos(turn) * scale_y
-    zero = tf.zeros_like(turn)
-    matrix = [
-        xx, xy, (x - (xx * x + xy * y)) + shift_x,
-        yx, yy, (y - (yx * x + yy * y)) + shift_y,
-        zero, zero,
-    ]  # fmt: skip
     images = tf.raw_ops.ImageProjectiveTransformV3(
         images=images,
-        transforms=tf.stack(matrix, axis=1),
+        transforms=_transforms(draws, height, width),
         output_shape=[height, width],
         fill_value=0.0,
         interpolation="BILINEAR",
     )
     gain = 1 + 0.07 * draws[:, 6, None, None, None]
     return tf.clip_by_value(images * gain, 0, 1)
+
+
+def _transforms(draws, height, width):
+    """Return (B, 8): where a pixel of the result comes from in an image.
+
+    At x' = a x + b y + c, y' = d x + e y + f; about the centre.
+    """
+    turn = draws[:, 1] * np.float32(np.radians(6))
+    scale_y, scale_x = 1 + 0.06 * draws[:, 2], 1 + 0.06 * draws[:, 3]
+    shift = 3 / 176 * max(height, width) * draws[:, 4:6]
+    y, x = (height - 1) / 2, (width - 1) / 2
+    a, b = tf.cos(turn) * scale_x, tf.sin(turn) * scale_y
+    d, e = -tf.sin(turn) * scale_x, tf.cos(turn) * scale_y
+    c = x - (a * x + b * y) + shift[:, 1]
+    f = y - (d * x + e * y) + shift[:, 0]
+    zero = tf.zeros_like(turn)
+    return tf.stack([a, b, c, d, e, f, zero, zero], axis=1)
 
 
 @functools.cache
@@ -2148,6 +2160,7 @@ def _find_volumes(source, options):
         print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
     table = pd.DataFrame({"source": files})
     names = [os.path.relpath(file, source.parent) for file in files]
+    _compile(options.subject_pattern or "")
     find = functools.partial(_subject_of, pattern=options.subject_pattern)
     table["subject"] = _unify(pd.Series(map(find, names)))
     table["number"] = 1 + pd.factorize(table["subject"])[0]

@@ -853,31 +853,19 @@ class VQVAE(TrainableModel):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.ssim_weight, self.upper_weight = ssim_weight, upper_weight
-        self.mask_weight = mask_weight
-        self.data_variance = data_variance
-        residual = (residual_blocks, residual_channels)
+        self.mask_weight, self.data_variance = mask_weight, data_variance
+        sizes = (channels, residual_blocks, residual_channels)
         for level in range(1, levels + 1):
-            factor = downsampling if level == 1 else 2
-            self._add_level(
-                level,
-                encoder=Encoder(channels, factor, residual),
-                quantizer=VectorQuantizer(
-                    num_embeddings,
-                    embedding_dim,
-                    commitment_cost,
-                    codebook_update,
-                    decay,
-                    restart_threshold=restart_threshold,
-                    seed=seed + level,
-                ),
-                decoder=Decoder(
-                    1 + (mask_weight > 0) if level == 1 else embedding_dim,
-                    channels,
-                    factor,
-                    residual,
-                    upsampling_blocks,
-                ),
+            quantizer = VectorQuantizer(
+                num_embeddings,
+                embedding_dim,
+                commitment_cost,
+                codebook_update,
+                decay,
+                restart_threshold=restart_threshold,
+                seed=seed + level,
             )
+            self._add_level(level, quantizer, sizes, upsampling_blocks)
         names = ["loss", "reconstruction_loss", "commitment_loss", "ssim"]
         names += ["codebook_loss"] * (codebook_update == "gradient")
         names += ["upper_loss"] * (levels > 1)
@@ -897,19 +885,28 @@ class VQVAE(TrainableModel):
             f"4096 pixels, found {self.crop} in {self.image_size}",
         )
 
-    def _add_level(self, level, **parts):
+    def _add_level(self, level, quantizer, sizes, upsampling_blocks):
         """Add attributes `encoder_1`, `quantizer_1`, ...: named, not listed.
 
         Keras restores the members of a list by class and position, so a list
         of levels could be loaded in the wrong order without an error.
         """
-        parts["projection"] = conv(self.embedding_dim, 1)
-        parts["usage"] = CodebookUsage(
-            self.num_embeddings, "" if level == 1 else f"_{level}"
-        )
+        factor, filters, suffix = 2, self.embedding_dim, f"_{level}"
+        if level == 1:
+            factor, filters, suffix = self.downsampling, 1, ""
+            filters += self.mask_weight > 0
+        channels, *residual = sizes
+        decoder = (filters, channels, factor, residual, upsampling_blocks)
+        parts = {
+            "encoder": Encoder(channels, factor, residual),
+            "projection": conv(self.embedding_dim, 1),
+            "quantizer": quantizer,
+            "decoder": Decoder(*decoder),
+            "usage": CodebookUsage(self.num_embeddings, suffix),
+        }
         if level > 1:
             parts["preview"] = conv(1, 1, dtype="float32", name="preview")
-        parts["quantizer"].build((None, self.embedding_dim))
+        quantizer.build((None, self.embedding_dim))
         for name, part in parts.items():
             setattr(self, f"{name}_{level}", part)
 
@@ -1822,21 +1819,8 @@ class AutoregressivePrior(TrainableModel):
         self.upper_grids = tuple(tuple(grid) for grid in upper_grids)
         self._check_upper_grids()
         self.codebook_sha256 = codebook_sha256
-        self.use_context = bool(
-            position_features or slice_condition or labels or upper_grids
-        )
         self.embedding = keras.layers.Embedding(num_embeddings, channels)
-        if self.use_context:
-            self.context = ContextMap(
-                self.latent_grid,
-                self.CONTEXT_CHANNELS,
-                num_embeddings,
-                position_features,
-                slice_condition,
-                len(labels),
-                self.upper_grids,
-                condition_dropout,
-            )
+        self._add_context(condition_dropout)
         self._build_layers()
         self.head = [
             keras.layers.Dense(channels, activation="relu")
@@ -1850,6 +1834,23 @@ class AutoregressivePrior(TrainableModel):
         self.chunk_size, self.threads = sampling_chunks()
         grids = [tf.zeros((1, *grid), tf.int32) for grid in self.upper_grids]
         self(tf.zeros((1, *self.latent_grid), tf.int32), upper=grids)
+
+    def _add_context(self, dropout):
+        options = {
+            "position_features": self.position_features,
+            "slice_condition": self.slice_condition,
+            "num_labels": len(self.labels),
+            "upper_grids": self.upper_grids,
+        }
+        self.use_context = any(options.values())
+        if self.use_context:
+            self.context = ContextMap(
+                self.latent_grid,
+                self.CONTEXT_CHANNELS,
+                self.num_embeddings,
+                dropout=dropout,
+                **options,
+            )
 
     def _check_upper_grids(self):
         grids = (self.latent_grid, *self.upper_grids)

@@ -929,7 +929,7 @@ def parse(cls, argv, description=None, default=None, prog=None):
             cls,
             args=argv,
             prog=prog or Path(sys.argv[0]).name,
-            description=description or cls.__doc__,
+            description=inspect.cleandoc(description or cls.__doc__),
             default=tyro.MISSING_NONPROP if default is None else default,
             config=_LOOK,
             registry=_RULES,

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-import modules  # noqa: E402
 import utils  # noqa: E402
 
+modules = utils.lazy_import("modules")
 SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --residual-channels 4 --num-embeddings 16 --embedding-dim 4
     --ssim-weight 0.5 --batch-size 8 --warmup-steps 5 --flips --augment 1
@@ -34,9 +34,9 @@ SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --prior-dropout 0.2 --prior-ema-momentum 0.9 --prior-weight-decay 0.01
     --prior-augment 1 --prior-batch-size 8 --condition slice --no-evaluate
     --precision float32 --round-steps 5""".split()
-EPOCHS_PER_KILL = 2  # of each stage, so that there is something left to kill
-LONGEST = 20  # seconds from a start to its kill, at random
-IN_TRAINING = 3  # most seconds of training until a kill in a save
+EPOCHS_PER_KILL = 4  # of each stage, so that there is something left to kill
+LONGEST = 25  # seconds from a start to its kill, at random
+IN_TRAINING = 6  # most seconds of training until a kill in a save
 
 
 def start(script, *arguments):
@@ -87,55 +87,43 @@ def kill(process, run, choice, in_save):
 
 def describe(run):
     """Where the training of a run folder is, in words."""
-    try:
-        training = json.loads((run / "config.json").read_text())["training"]
-    except FileNotFoundError:
+    if not (run / "config.json").exists():
         return "no run folder yet"
-    except KeyError:
-        return "complete"
-    saved = sorted(path.name for path in run.glob("checkpoint/*.npz"))
-    return f"done {training['done']}, saved {saved}"
+    training = json.loads((run / "config.json").read_text())["training"]
+    saved = [path.name for path in run.glob("checkpoint/*.npz")]
+    return f"done {training['done']}, files {sorted(saved)}"
 
 
 def train_with_kills(run, settings, kills, seed):
-    """Train with kills in between; return how many came while writing."""
+    """Train with kills in between; return how many, and how many in a save."""
     choice, inside = random.Random(seed), 0
-    for number in range(kills):
+    for number in range(kills + 1):
         begun = (run / "config.json").exists()
-        flags = ["--resume", run] if begun else settings
-        process = start("train.py", *flags)
-        if not kill(process, run, choice, in_save=number % 2 == 0):
-            raise SystemExit(f"ended before kill {number}, use more epochs")
-        writing = is_writing(process, run)
-        inside += writing
-        how = "while writing" if writing else "at random"
+        process = start("train.py", *(["--resume", run] if begun else settings))
+        in_save = number % 2 == 0
+        if number == kills or not kill(process, run, choice, in_save):
+            finish(process)
+            return number, inside
+        inside += is_writing(process, run)
+        how = "while writing" if is_writing(process, run) else "at random"
         print(f"killed {how}: {describe(run)}", flush=True)
-    finish(start("train.py", "--resume", run))
-    return inside
 
 
-def differences(first, second):
+def differences(*paths):
     """What is not bit-equal in two run folders."""
-    runs, found = [utils.Run.open(path) for path in (first, second)], []
-    names = [
-        sorted(path.name for path in run.glob("*.keras"))
-        for run in (first, second)
-    ]
-    if names[0] != names[1] or not names[0]:
-        found.append(f"model files {names}")
+    runs = [utils.Run.open(path) for path in paths]
+    names = [sorted(p.name for p in run.path.glob("*.keras")) for run in runs]
+    found = [] if names[0] == names[1] and names[0] else [f"models {names}"]
     for name in names[0]:
         models = [modules.load_model(run.path / name) for run in runs]
         for pair in zip(*(model.weights for model in models), strict=True):
             if len({np.asarray(weight).tobytes() for weight in pair}) > 1:
                 found.append(f"{name}: {pair[0].path}")
     one, other = map(utils.read_indices, runs)
-    found += [
-        name for name in one if not np.array_equal(one[name], other[name])
-    ]
-    one, other = (
-        utils.read_history(run).drop(columns="seconds") for run in runs
-    )
-    return found + ["history.csv"] * (not one.equals(other))
+    found += [k for k in one if not np.array_equal(one[k], other[k])]
+    one, other = map(utils.read_history, runs)
+    same = one.drop(columns="seconds").equals(other.drop(columns="seconds"))
+    return found + ["history.csv"] * (not same)
 
 
 def main():
@@ -153,9 +141,11 @@ def main():
         settings += ["--prior-epochs", epochs, "--decoder-epochs", epochs // 2]
         finish(start("train.py", *settings, "--run-dir", alone))
         settings += ["--run-dir", killed]
-        inside = train_with_kills(killed, settings, options.kills, options.seed)
+        kills, inside = train_with_kills(
+            killed, settings, options.kills, options.seed
+        )
         found = differences(alone, killed)
-    print(f"{options.kills} kills, {inside} of them while writing a file")
+    print(f"{kills} kills, {inside} of them while writing a file")
     print("bit-equal" if not found else f"NOT EQUAL: {found}")
     return bool(found)
 

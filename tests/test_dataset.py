@@ -299,6 +299,9 @@ def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):
     assert table["subject"].nunique() == 8
     with pytest.raises(DataError, match="no slices"):
         dataset.scan(tmp_path / "d", "folder", "(?P<subject>nobody)")
+    for pattern in ("(", "brain"):
+        with pytest.raises(FlagError, match="--subject-pattern: found"):
+            dataset.scan(tmp_path / "d", "folder", pattern)
 
 
 def test_folders_give_splits_and_classes(tmp_path, capsys):
@@ -1123,6 +1126,7 @@ def test_flags_of_slicing(brain, tmp_path, capsys):
         "--split 1,2": "--split: found 1,2",
         "--from 0.8 --to 0.2": "--from",
         "--match nothing*": "no volume that fits nothing",
+        "--subject-pattern (": "--subject-pattern: found",
         f"--labels {root}/participants.tsv --label-column x": "--label-col",
         f"--labels {root}/none.csv": "none.csv",
     }.items():

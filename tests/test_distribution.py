@@ -185,7 +185,7 @@ def test_one_device_only(flags, oasis_dir, tmp_path):
     ("flags", "message"),
     [
         ("--strategy multiworker", "TF_CONFIG"),
-        ("--recompute --prior-dropout 0.1", "--prior-dropout 0"),
+        ("--recompute --prior-dropout 0.1", "--prior-dropout"),
         ("--batch-size 2 --accumulation-steps 3", "--batch-size: 2 images"),
         ("--accumulation-steps 17", "--batch-size: "),
     ],

@@ -109,7 +109,11 @@ def test_flags_exist():
     for cls in settings:
         for key, _, field in utils._walk(cls):
             name = key.replace("_", "-")
-            known |= {f"--{name}"} | {f"--no-{name}"} * (field.type is bool)
+            known |= (
+                {f"--{name}", f"--no-{name}"}
+                if field.type is bool
+                else {f"--{name}"}
+            )
     for path in (ROOT / "tests").rglob("*.py"):
         known |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text("utf-8")))
     text = re.sub(r"(?s)```.*?```", "", GUIDE)

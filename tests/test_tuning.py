@@ -78,26 +78,23 @@ def test_a_search_and_its_continuation(oasis_dir, tmp_path, capsys):
     """In a folder whose name a database address must not hold."""
     flags, run_dir = tiny_flags(oasis_dir), tmp_path / "is it?ok%20"
     table = search(run_dir, 1, *flags)
-    assert list(table["state"]) == ["COMPLETE"]
     again = search(run_dir, 2, *flags)
-    assert len(again) == 2
     columns = [*NAMES, "ssim", "run"]
-    pd.testing.assert_frame_equal(again.iloc[:1][columns], table[columns])
+    pd.testing.assert_frame_equal(again[:1][columns], table[columns])
+    assert list(again["state"]) == ["COMPLETE"] * 2
     for trial in again.itertuples():
         run = utils.Run.open(run_dir / trial.run)
         assert run.vqvae_path.exists() and not run.evaluation_path.exists()
-        parts = {key.split("_")[0] for key in utils.read_indices(run)}
-        assert parts == {"train", "validate"}
+        assert set(utils.read_indices(run)) == {"train_1", "validate_1"}
         assert "training" not in run.info and not run.lock_path.exists()
         settings = utils.flat(run.settings)
         assert all(settings[k] == getattr(trial, k) for k in NAMES)
         last = utils.read_history(run).iloc[-1]
         assert trial.ssim == last["val_ssim"] and last["epoch"] == 2
-    figures = {path.name for path in (run_dir / "figures").iterdir()}
-    assert figures == {"tuning_history.png", "tuning_slices.png"}
+    assert (run_dir / "figures" / "tuning_history.png").exists()
+    assert (run_dir / "figures" / "tuning_slices.png").exists()
     # The command of the best trial is one that gives its settings.
     command = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
-    assert command[:2] == ["python", "train.py"]
     best = again[again["best"]].iloc[0]
     assert best["ssim"] == again["ssim"].max()
     given = utils.flat(utils.parse_training(command[2:]))
@@ -257,35 +254,23 @@ def test_poor_trials_are_pruned():
     assert states == ["COMPLETE"] * 3 + ["PRUNED"] * 2
 
 
-@pytest.mark.parametrize(
-    "flags, part",
-    [
-        ("--stage prior", "--stage prior"),
-        ("--strategy multiworker", "--tune: a trial is trained by one"),
-        (
-            "--learning-rate 0.1 --residual-blocks 1 --embedding-dim 4",
-            "nothing to search",
-        ),
-    ],
-)
-def test_bad_flags(flags, part, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert exit_code("--tune", 3, *flags.split()) in (2, 4)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and part in error
-    assert not list(tmp_path.iterdir())
-
-
-def test_refused_folders(tmp_path, monkeypatch, capsys):
+def test_what_is_refused(tmp_path, monkeypatch, capsys):
     fake(monkeypatch, near_a_rate)
-    run_dir = tmp_path / "search"
+    run_dir, mine = tmp_path / "search", tmp_path / "mine"
     search(run_dir, 1)
-    for flags in (["--epochs", 3], ["--embedding-dim", 8]):
-        assert exit_code("--tune", 2, *flags, "--run-dir", run_dir) == 2
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    all_given = "--learning-rate 0.1 --residual-blocks 1 --embedding-dim 4"
+    for code, folder, flags, part in (
+        (2, run_dir, "--epochs 3", "--epochs: the search in"),
+        (2, run_dir, "--embedding-dim 8", "the search in"),
+        (2, run_dir, all_given, "nothing to search"),
+        (2, run_dir, "--stage vqvae --objective ssim+bits", "--stage vqvae"),
+        (2, run_dir, "--strategy multiworker", "--tune: a trial is trained"),
+        (4, mine, "", "neither empty nor"),
+    ):
+        argv = ["--tune", 2, "--run-dir", folder, *flags.split()]
+        assert exit_code(*argv) == code
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "the search in" in error
-    (tmp_path / "mine.txt").write_text("mine")
-    before = sorted(tmp_path.iterdir())
-    assert exit_code("--tune", 2, "--run-dir", tmp_path) == 4
-    assert "neither empty nor" in capsys.readouterr().err
-    assert sorted(tmp_path.iterdir()) == before
+        assert error.count("\n") == 1 and part in error
+    assert [path.name for path in mine.iterdir()] == ["mine.txt"]
