@@ -252,13 +252,15 @@ def resume(job, earlier):
         and option(job.settings, part, "epochs")
         > option(earlier, part, "epochs")
     }
+    if not longer and not under_way:
+        raise utils.FlagError(
+            f"--resume: the training of {run.path} is complete; train on with "
+            "more --epochs, --decoder-epochs or --prior-epochs than before, "
+            "or another prior with --stage prior --run-dir"
+        )
     if not longer:
-        if not under_way:
-            raise utils.FlagError(
-                f"--resume: the training of {run.path} is complete; train on "
-                "with more --epochs, --decoder-epochs or --prior-epochs than "
-                "before, or another prior with --stage prior --run-dir"
-            )
+        now = {"settings": utils.flat(job.settings)}
+        run.update(training={**run.info["training"], **now})
         return
     parts |= longer | {"sampling"}
     if "vqvae" in longer:  # other codes need other indices and priors

@@ -34,7 +34,7 @@ SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --prior-dropout 0.2 --prior-ema-momentum 0.9 --prior-weight-decay 0.01
     --prior-augment 1 --prior-batch-size 8 --condition slice --no-evaluate
     --precision float32 --round-steps 5""".split()
-EPOCHS_PER_KILL = 4  # of each stage, so that there is something left to kill
+EPOCHS_PER_KILL = 2  # of each stage, so that there is something left to kill
 LONGEST = 25  # seconds from a start to its kill, at random
 IN_TRAINING = 6  # most seconds of training until a kill in a save
 
