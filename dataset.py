@@ -1338,13 +1338,13 @@ def _row_of_file(path, known):
     return row
 
 
-def content_box(slices, multiple, margin=4):
+def content_box(slices, multiple):
     """Return the box that holds the content of all images.
 
     Args:
         slices: `Slices`.
-        multiple: what its height and width are rounded up to.
-        margin: pixels kept around the content.
+        multiple: what its height and width are rounded up to; what that adds
+            is the margin around the content.
 
     Returns: (top, left, height, width) in pixels; the whole frame along an
         axis where a box would not be smaller.
@@ -1358,7 +1358,7 @@ def content_box(slices, multiple, margin=4):
             (largest > utils.FOREGROUND * 255).any(1 - axis)
         )
         first, last = (places[0], places[-1]) if len(places) else (0, length)
-        side = last + 1 - first + 2 * margin
+        side = last + 1 - first
         side = min(-(-side // multiple) * multiple, length)
         begin = np.clip((first + last + 1 - side) // 2, 0, length - side)
         box.append((int(begin), int(side)))

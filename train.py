@@ -628,7 +628,9 @@ def choose_sampling(job, vqvae, priors):
         for name in free:
             tried = [{**best, name: value} for value in SAMPLING[name]]
             best = min(tried, key=lambda values: distance(**values))
-            print(f"sampling: {name} {best[name]:g} suits validation best")
+            print(
+                f"sampling: {name} {best[name]:g} suits validation images best"
+            )
     sampling = {name: [best[name]] * vqvae.levels for name in SAMPLING}
     job.run.update(sampling=sampling)
     job.run.note_done("sampling")
@@ -864,11 +866,11 @@ def vqvae_pictures(job, vqvae):
     def draw():
         indices = [grid.numpy() for grid in vqvae.encode(shown)]
         decoded = vqvae.decode_indices(indices).numpy()
-        found = shown, decoded, utils.ssim(shown, decoded).numpy()
+        ssim = utils.ssim(shown, decoded).numpy()
         path = job.run.figures_path / "reconstructions.png"
-        utils.plot_reconstructions(path, *found)
+        utils.plot_reconstructions(path, shown, decoded, ssim)
         show, size = utils.log_figure, vqvae.num_embeddings
-        show("reconstructions", utils.plot_reconstructions, *found)
+        show("reconstructions", lambda file: file.write(path.read_bytes()))
         show("indices", utils.plot_index_maps, shown, indices, size)
         for level, grid in enumerate(indices, start=1):
             tf.summary.histogram(f"codes_{level}", grid)
