@@ -984,6 +984,7 @@ def measure_speed(trained):
             speed[f"{stage}_minutes"] = float(done[1, 1]) / 60
     if trained.priors:
         count = min(run.settings.run.num_samples, SHOWN_SAMPLES)
+        trained.generate(1)  # the first call compiles
         started = time.perf_counter()
         samples, _, _ = trained.generate(count)
         seconds = time.perf_counter() - started
