@@ -1292,7 +1292,9 @@ def read_files(paths, run):
         paths: files, or folders of files.
         run: `utils.Run`.
     """
-    own, here = utils.read_split_table(run), Path.cwd()
+    here, own = Path.cwd(), pd.DataFrame(columns=["sha256", "height", "width"])
+    if run.split_path.exists():  # not with a shared model
+        own = utils.read_split_table(run)
     known = own.drop_duplicates("sha256").set_index("sha256")
     files = [file for path in paths for file in _files_below(path)]
     table = pd.DataFrame([_row_of_file(file, known) for file in files])

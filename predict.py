@@ -59,7 +59,6 @@ UNLIKELY = 95  # percentile of 3x3 indices there above which they are redrawn
 
 # === Settings of the verbs ===
 
-
 RunFolder = Positional[Annotated[str | None, arg(metavar="RUN")]]
 GivenRun = Positional[Annotated[str, arg(metavar="RUN")]]
 Files = Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE")]]
@@ -250,20 +249,19 @@ class Export:
 def main(argv):
     """Run a verb on the run it names, or on the newest."""
     verbs = {
-        show: Show,
-        reconstruct: Reconstruct,
-        generate: Generate,
-        evaluate: Evaluate,
-        complete: Complete,
-        anomaly: Anomaly,
-        inspect: Inspect,
-        export: Export,
+        "show": (show, Show),
+        "reconstruct": (reconstruct, Reconstruct),
+        "generate": (generate, Generate),
+        "evaluate": (evaluate, Evaluate),
+        "complete": (complete, Complete),
+        "anomaly": (anomaly, Anomaly),
+        "inspect": (inspect, Inspect),
+        "export": (export, Export),
     }
-    acts = {verb.__name__: verb for verb in verbs}
-    types = {verb.__name__: settings for verb, settings in verbs.items()}
+    types = {name: settings for name, (_, settings) in verbs.items()}
     name, options = utils.parse_verbs(types, argv, __doc__, default="show")
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
-    acts[name](Trained.load(run, options), options)
+    verbs[name][0](Trained.load(run, options), options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,23 +290,34 @@ class Trained:
 
     @classmethod
     def of(cls, run, vqvae, priors, options):
-        """What the options say of a run whose models are loaded."""
-        output = copy.copy(run)
-        if getattr(options, "output", None):
+        """What the options say of a run whose models are loaded.
+
+        Sampling is as chosen for the run, unless they say a part of that.
+        """
+        output, asked = copy.copy(run), vars(options) if options else {}
+        if asked.get("output"):
             output.path = Path(options.output)
         elif utils.RESOURCES in run.path.resolve().parents:
             output.path = Path("runs") / f"results-{run.path.name}"
-        seed = getattr(options, "seed", None)
+        seed = asked.get("seed")
         seed = run.settings.run.seed if seed is None else seed
-        sampling = sampling_of(run, vqvae.levels, options)
+        names = [field.name for field in dataclasses.fields(modules.Sampling)]
+        given = {n: asked[n] for n in names if asked.get(n) is not None}
+        chosen = run.info.get("sampling") or {}
+        chosen = {} if given.keys() & chosen.keys() else chosen
+        sampling = [
+            modules.Sampling(**{k: v[level] for k, v in chosen.items()} | given)
+            for level in range(vqvae.levels)
+        ]
         return cls(run, output, vqvae, priors, seed, sampling)
 
     def generate(self, n, **conditions):
         """Images, indices, log-probabilities; see `modules.generate`."""
-        models = self.vqvae, self.priors
         bar = utils.progress_bar("sampling", "chunk")
         options = {"sampling": self.sampling, "progress": bar} | conditions
-        return modules.generate(*models, n, self.seed, **options)
+        return modules.generate(
+            self.vqvae, self.priors, n, self.seed, **options
+        )
 
     def generate_like(self, table, **options):
         """`generate` with the labels and slice positions of a table.
@@ -318,25 +327,14 @@ class Trained:
         known = self.priors[0].labels
         labels = [name if name in known else None for name in table["label"]]
         positions = table["position"].to_numpy("float32")
-        conditions = {"label": labels, "slice_position": positions}
-        return self.generate(len(table), **conditions, **options)
+        return self.generate(
+            len(table), label=labels, slice_position=positions, **options
+        )
 
-
-def sampling_of(run, levels, options):
-    """`modules.Sampling` of each level, bottom first.
-
-    What was chosen for the run, unless the options say a part of that.
-    """
-    fields = dataclasses.fields(modules.Sampling)
-    given = {f.name: getattr(options, f.name, None) for f in fields}
-    given = {name: v for name, v in given.items() if v is not None}
-    chosen = run.info.get("sampling") or {}
-    if given.keys() & chosen.keys():
-        chosen = {}
-    return [
-        modules.Sampling(**{k: v[level] for k, v in chosen.items()} | given)
-        for level in range(levels)
-    ]
+    def sampling_values(self):
+        """{setting: its value for each level, bottom first}."""
+        names = [field.name for field in dataclasses.fields(modules.Sampling)]
+        return {n: [getattr(s, n) for s in self.sampling] for n in names}
 
 
 def show(trained, options):
@@ -386,19 +384,18 @@ def generate(trained, options):
     Chunk by chunk, so that memory does not grow with the number of images.
     """
     check_conditions(trained, options)
-    folder = sample_folder(trained)
+    folder, drawn = sample_folder(trained), 0
     utils.remove_temporary_files(folder.glob("*.tmp-*"))
-    name = sample_name(trained, options)
-    drawn = 0
+    name, kind = sample_name(trained, options), options.format
     for first, count in utils.progress_bar("sampling", "chunk")(options.chunks):
-        files = sample_files(folder / name, options.format, first, count)
+        files = sample_files(folder, name, kind, first, count)
         if len(read_images(files)) < count:
             write_chunk(files, sample_chunk(trained, options, first, count))
             drawn += count
     found = options.number - drawn
     print(f"{drawn} images sampled, {found} there already: {folder}")
     first, count = options.chunks[0]
-    files = sample_files(folder / name, options.format, first, count)
+    files = sample_files(folder, name, kind, first, count)
     suffix = f"_{first:06d}" if first else ""
     path = trained.output.figures_path / f"samples{suffix}.png"
     plot_samples(path, read_images(files)[:count] / 255, name)
@@ -421,11 +418,15 @@ def check_conditions(trained, options):
             f"{options.label!r}"
         )
     either = prior.labels or prior.slice_condition
-    for flag, given, known in (
-        ("slice-position", options.slice_position, prior.slice_condition),
-        ("guidance", options.guidance, either or options.guidance == 1),
+    for flag, asked, known in (
+        (
+            "slice-position",
+            options.slice_position is not None,
+            prior.slice_condition,
+        ),
+        ("guidance", options.guidance != 1, either),
     ):
-        if given is not None and not known:
+        if asked and not known:
             raise utils.FlagError(
                 f"--{flag}: {path} was trained without such a --condition"
             )
@@ -447,13 +448,13 @@ def sample_folder(trained):
 def sample_name(trained, options):
     """Name of a request: its seed, and what differs from the plain model."""
     told = {"seed": [trained.seed]}
-    for field in dataclasses.fields(modules.Sampling):
-        values = [getattr(level, field.name) for level in trained.sampling]
-        if set(values) != {field.default}:
-            told[field.name] = values if len(set(values)) > 1 else values[:1]
-    for name in ("label", "slice_position"):
-        if (value := getattr(options, name)) is not None:
-            told[name] = [value]
+    usual = dataclasses.asdict(modules.Sampling())
+    for key, values in trained.sampling_values().items():
+        if set(values) != {usual[key]}:
+            told[key] = values if len(set(values)) > 1 else values[:1]
+    for key in ("label", "slice_position"):
+        if (value := getattr(options, key)) is not None:
+            told[key] = [value]
     # All digits of a number, but 2 for 2.0.
     return "_".join(
         key.replace("_", "-")
@@ -462,22 +463,25 @@ def sample_name(trained, options):
     )
 
 
-def sample_files(stem, kind, first, count):
+def sample_files(folder, name, kind, first, count):
     """Files of a chunk: one for each image, or one npz for all."""
-    step = count if kind == "npz" else 1
-    numbers = range(first, first + count, step)
-    return [stem.with_name(f"{stem.name}_{k:06d}.{kind}") for k in numbers]
+    numbers = range(first, first + count, count if kind == "npz" else 1)
+    return [folder / f"{name}_{k:06d}.{kind}" for k in numbers]
 
 
 def write_chunk(files, chunk):
     """Write what `sample_chunk` returns, each file whole or not at all."""
     if files[0].suffix == ".npz":
-        write = functools.partial(np.savez_compressed, **chunk)
-        utils.write_atomic(files[0], write)
+        write_arrays(files[0], chunk)
         return
     for path, pixels in zip(files, chunk["images"], strict=True):
         write = functools.partial(utils.write_png, pixels=pixels)
         utils.write_atomic(path, write)
+
+
+def write_arrays(path, arrays):
+    """Write an npz file, whole or not at all."""
+    utils.write_atomic(path, functools.partial(np.savez_compressed, **arrays))
 
 
 def read_images(files):
@@ -539,25 +543,21 @@ def complete(trained, options):
     [indices] = modules.encode_dataset(vqvae, [shown])
     known = np.where(kept[:, None], indices, -1)
     rows = np.repeat(np.arange(len(images)), options.number)
-    drawn, [grids], _ = trained.generate_like(
-        slices.table.iloc[rows], known=[known[rows]]
-    )
+    table, known_here = slices.table.iloc[rows], [known[rows]]
+    drawn, [grids], _ = trained.generate_like(table, known=known_here)
     shape = len(images), options.number
     drawn = drawn.reshape(*shape, *drawn.shape[1:])
-    results = {
-        "images": utils.to_pixels(drawn),
-        "indices_1": grids.reshape(*shape, *grids.shape[1:]),
-        "known_1": known,
-        "path": slices.table["path"].to_numpy(str),
-    }
-    path = output.path / "completions.npz"
-    utils.write_atomic(path, functools.partial(np.savez_compressed, **results))
+    results = {"images": utils.to_pixels(drawn), "known_1": known}
+    results["indices_1"] = grids.reshape(*shape, *grids.shape[1:])
+    results["path"] = slices.table["path"].to_numpy(str)
+    path, figure = output.path / "completions.npz", "completions.png"
+    write_arrays(path, results)
     for row in slices.table.itertuples():
         at = "unknown" if np.isnan(row.position) else f"{row.position:.2f}"
         label = row.label or "unknown"
         print(f"{Path(row.path).name}: label {label}, slice position {at}")
-    figure = output.figures_path / "completions.png"
     title = f"Top {100 * options.keep_fraction:g} % kept, seed {trained.seed}"
+    figure = output.figures_path / figure
     utils.plot_completions(figure, images, shown, drawn, title)
     print(f"completions: {path}, figure: {figure}")
 
@@ -566,10 +566,7 @@ def kept_part(vqvae, fraction):
     """Rows of pixels that are kept, and which rows of cells, `(h,)` bool.
 
     Cells lie wholly in what is kept and one cell or more above the cut:
-    nearer ones have seen much of the black.
-
-    Raises:
-        utils.FlagError: if there is no such cell.
+    nearer ones have seen much of the black. `FlagError` if there is none.
     """
     top, _, height, _ = vqvae.crop or (0, 0, *vqvae.image_size)
     cut = round(vqvae.image_size[0] * fraction)
@@ -587,18 +584,18 @@ def kept_part(vqvae, fraction):
 def anomaly(trained, options):
     """Write `anomaly.csv` and `figures/anomaly.png`."""
     run, output = trained.run, trained.output
-    where = run, options.data_dir
-    reference = some_of_split(*where, "validate", CALIBRATION)
+    reference = some_of_split(run, options.data_dir, "validate", CALIBRATION)
     slices = chosen_images(run, options)
     # A label must not explain a finding away.
     unknown = {"label": ""}
     if slices.table["position"].isna().any():
         unknown["position"] = np.nan
-    times, limits, parts = options.restorations, None, []
+    limits, parts = None, []
     for some in (reference, slices):
-        table = some.table.assign(**unknown)
-        images = some.read()[..., 0]
-        found = find_anomalies(trained, images, table, times, limits)
+        table, images = some.table.assign(**unknown), some.read()[..., 0]
+        found = find_anomalies(
+            trained, images, table, options.restorations, limits
+        )
         limits = found["limits"]
         parts.append(found)
     healthy, found = parts
@@ -652,33 +649,25 @@ def find_anomalies(trained, images, table, times, limits=None):
         )
         apart = np.abs(images[rows] - drawn)
         apart = apart.reshape(-1, times, *images.shape[1:]).mean(axis=1)
-        residual.append(smooth_residual(apart))
+        # Thin edges, which any restoration blurs, go with the least pixels.
+        apart = ndimage.minimum_filter(apart, (1, 3, 3))
+        residual.append(ndimage.uniform_filter(apart, (1, 7, 7)))
         restored.append(drawn[::times])
     found = {"bits": bits, "near": near, "limits": limits}
     found["restored"] = np.concatenate(restored)
     return found | {"residual": np.concatenate(residual)}
 
 
-def smooth_residual(residual):
-    """Take the least of 3x3 pixels, then the mean of 7x7: (N, H, W).
-
-    The first removes thin edges, which any restoration blurs. Marimont &
-    Tarroni, 2021, arXiv:2012.06765.
-    """
-    least = ndimage.minimum_filter(residual, (1, 3, 3))
-    return ndimage.uniform_filter(least, (1, 7, 7))
-
-
 def anomaly_table(table, found, healthy):
     """Table of files, bits of each level, surprisal, score, percentile."""
     result = table[["path"]].reset_index(drop=True)
-    for level, bits in enumerate(found["bits"], start=1):
-        result[f"bits_{level}"] = bits.sum(axis=(1, 2))
-    for level, near in enumerate(found["near"], start=1):
-        result[f"surprisal_{level}"] = near.max(axis=(1, 2))
-    scores, usual = (
-        part["residual"].max(axis=(1, 2)) for part in (found, healthy)
-    )
+    for name, part, over in (
+        ("bits", "bits", "sum"),
+        ("surprisal", "near", "max"),
+    ):
+        for level, values in enumerate(found[part], start=1):
+            result[f"{name}_{level}"] = getattr(values, over)(axis=(1, 2))
+    scores, usual = (p["residual"].max(axis=(1, 2)) for p in (found, healthy))
     below = np.searchsorted(np.sort(usual), scores, side="right")
     return result.assign(score=scores, percentile=100 * below / len(usual))
 
@@ -700,14 +689,14 @@ def plot_anomalies(path, images, found, table, title, most=8):
 def evaluate(trained, options):
     """Evaluate the run on its test images, or on other data."""
     if is_external(trained.run, options):
-        evaluate_external(trained, options)
-        return
-    # Samples are compared with training images too.
-    needed = dataset.SPLITS if trained.priors else ("test",)
-    splits = dataset.load_run(trained.run, options.data_dir, needed)
-    models = trained.vqvae, trained.priors
-    print(summary_table(evaluate_run(trained.run, *models, splits, options)))
-    print(f"report: {trained.output.report_path}")
+        evaluation = evaluate_external(trained, options)
+    else:  # samples are compared with training images too
+        needed = dataset.SPLITS if trained.priors else ("test",)
+        splits = dataset.load_run(trained.run, options.data_dir, needed)
+        models = trained.vqvae, trained.priors
+        evaluation = evaluate_run(trained.run, *models, splits, options)
+        print(f"report: {trained.output.report_path}")
+    print(summary_table(evaluation))
 
 
 def inspect(trained, options):
@@ -731,11 +720,11 @@ def export(trained, options):
     kept = ("versions", "intensity", "labels", "latent_grids", "crop", "data")
     about = {key: facts[key] for key in kept if key in facts}
     signatures = ["encode", "decode", "generate"][: 2 + bool(trained.priors)]
+    about["signatures"] = signatures
 
     def write(folder):
         archive = modules.export_archive(trained.vqvae, trained.priors)
         archive.write_out(folder, verbose=False)
-        about["signatures"] = signatures
         utils.write_json(folder / "export.json", about)
 
     utils.write_atomic(dest, write)
@@ -803,37 +792,35 @@ def evaluate_external(trained, options):
     Nothing of the run is replaced. Samples are left out: they are meant to
     look like the data of the run, not like these.
     """
-    layout = options.dataset or dataset.detect_layout(options.data_dir)
-    slices = dataset.load_external(
-        options.data_dir, layout, trained.run, options.skip_bad
-    )
+    run, folder = trained.run, options.data_dir
+    layout = options.dataset or dataset.detect_layout(folder)
+    slices = dataset.load_external(folder, layout, run, options.skip_bad)
     print(f"all {len(slices)} images are test images; nothing is generated")
     evaluation, found = evaluate_vqvae(trained.vqvae, slices)
-    evaluation["data"] = {
-        "dataset": layout,
-        "simulated": slices.simulated,
-        "image_size": trained.run.info["image_size"],
-        "test": count_subjects(slices.subjects),
-        "data_dir": os.path.abspath(options.data_dir),
-    }
-    name = re.sub(r"[^\w.-]", "_", Path(options.data_dir).resolve().name)
+    about = {"dataset": layout, "simulated": slices.simulated}
+    about["image_size"] = run.info["image_size"]
+    about["test"] = count_subjects(slices.subjects)
+    about["data_dir"] = os.path.abspath(folder)
+    evaluation["data"] = about
+    name = re.sub(r"[^\w.-]", "_", Path(folder).resolve().name)
     figures = trained.output.figures_path / name
     plot_test_figures(figures, trained.vqvae, slices, found)
     if len(slices.rejected):
         utils.write_csv(figures / "rejected.csv", slices.rejected)
         print(f"files left out: {figures / 'rejected.csv'}")
-    if trained.run.split_path.exists():
-        own = utils.read_split_table(trained.run)
+    if run.split_path.exists():
+        own = utils.read_split_table(run)
         own = own["sha256"][own["split"] != "test"]
-        seen = int(slices.table["sha256"].isin(own).sum())
-        evaluation["data"]["images_seen_in_training"] = seen
+        seen = about["images_seen_in_training"] = int(
+            slices.table["sha256"].isin(own).sum()
+        )
         if seen:
             text = f"warning: {seen} of {len(slices)} images were trained on"
             print(f"{text}: the scores are too good", file=sys.stderr)
     path = trained.output.path / f"evaluation-{name}.json"
     utils.write_json(path, evaluation)
-    print(summary_table(evaluation))
     print(f"scores: {path}, figures: {figures}")
+    return evaluation
 
 
 def evaluate_vqvae(vqvae, test):
@@ -843,32 +830,30 @@ def evaluate_vqvae(vqvae, test):
         hold content), a list of `(N, h, w)` each, `ssim` `(N,)` and `pixels`,
         how many have content.
     """
-    parts = collections.defaultdict(list)
+    parts, found = collections.defaultdict(list), {"pixels": 0}
     for batch in dataset.ordered_batches(test):
         started = time.perf_counter()
         indices = [level.numpy() for level in vqvae.encode(batch)]
         parts["seconds"].append((time.perf_counter() - started) / len(batch))
         parts["indices"].append(indices)
         parts["cells"].append(vqvae.foreground_cells(batch))
-        parts["pixels"].append(np.sum(np.asarray(batch) > utils.FOREGROUND))
+        found["pixels"] += int(np.sum(np.asarray(batch) > utils.FOREGROUND))
         decoded = vqvae.decode_indices(indices)
         for name in METRICS:
             parts[name].append(getattr(utils, name)(batch, decoded).numpy())
-    values = {name: np.concatenate(parts[name]) for name in METRICS}
-    found = {"ssim": values["ssim"], "pixels": int(sum(parts["pixels"]))}
-    for name in ("indices", "cells"):
+    for name in "indices", "cells":
         levels = zip(*parts[name], strict=True)
         found[name] = [np.concatenate(level) for level in levels]
+    values = {name: np.concatenate(parts[name]) for name in METRICS}
+    # The median batch: the first one includes tracing.
+    speed = {"images_per_second_encoded": 1 / np.median(parts["seconds"])}
     scores = {
-        "reconstruction": {
-            name: utils.bootstrap(utils.mean_of(per_image), test.subjects)
-            for name, per_image in values.items()
-        },
-        "codebook": evaluate_codebook(vqvae, found["indices"]),
-        # The median batch: the first one includes tracing.
-        "speed": {"images_per_second_encoded": 1 / np.median(parts["seconds"])},
+        name: utils.bootstrap(utils.mean_of(per_image), test.subjects)
+        for name, per_image in values.items()
     }
-    return scores, found
+    codebook = evaluate_codebook(vqvae, found["indices"])
+    scores = {"reconstruction": scores, "codebook": codebook, "speed": speed}
+    return scores, found | {"ssim": values["ssim"]}
 
 
 def evaluate_codebook(vqvae, indices):
@@ -884,11 +869,8 @@ def evaluate_codebook(vqvae, indices):
 
 def about_data(run):
     """The `data` part of an evaluation; counts if the split table is there."""
-    about = {
-        "dataset": run.settings.data.dataset,
-        "simulated": run.info["simulated"],
-        "image_size": run.info["image_size"],
-    }
+    about = {key: run.info[key] for key in ("simulated", "image_size")}
+    about["dataset"] = run.settings.data.dataset
     if run.split_path.exists():
         table = utils.read_split_table(run)
         for split, rows in table.groupby("split"):
@@ -919,16 +901,16 @@ def evaluate_prior(trained, splits, found):
             inputs = modules.prior_inputs(prior, some, table)
             bits[name] = code_bits(prior, inputs).astype("float64")
         seen, unseen = grids["train"][level], grids["test"][level]
-        entry = {
-            "level": level + 1,
-            "bits_per_code": {k: float(v.mean()) for k, v in bits.items()},
-            "bits_per_foreground_code": _mean(
-                bits["test"][found["cells"][level]]
-            ),
-            "unigram_bits": utils.unigram_bits(seen, unseen, size),
-            "uniform_bits": math.log2(size),
-        }
-        entries.append(entry)
+        inside = bits["test"][found["cells"][level]]
+        entries.append(
+            {
+                "level": level + 1,
+                "bits_per_code": {k: float(v.mean()) for k, v in bits.items()},
+                "bits_per_foreground_code": _mean(inside),
+                "unigram_bits": utils.unigram_bits(seen, unseen, size),
+                "uniform_bits": math.log2(size),
+            }
+        )
         per_image += float(bits["test"].sum()) / len(test)
     per_pixel = found["pixels"] and per_image * len(test) / found["pixels"]
     entries[0]["bits_per_image"] = per_image
@@ -943,7 +925,7 @@ def stored_indices(trained, splits):
     """
     run, vqvae, found = trained.run, trained.vqvae, {}
     stored = utils.read_indices(run) if run.indices_path.exists() else None
-    for name in ("train", "validate"):
+    for name in "train", "validate":
         if len(splits[name]) and stored is None:
             batches = dataset.ordered_batches(splits[name])
             found[name] = modules.encode_dataset(vqvae, batches)
@@ -1006,28 +988,26 @@ def evaluate_samples(trained, splits, options):
     n = options.num_samples or trained.run.settings.run.num_samples
     sets, like, bits = image_sets(trained, train, test, n)
     images = sets["generated"]
-    path = trained.output.figures_path / "failures_samples.png"
-    plot_least_likely(path, images, bits)
+    plot_least_likely(trained.output.figures_path, images, bits)
     memorization, nearest = evaluate_memorization(trained, images, train, test)
     sets["rebuilt"] = rebuild(trained.vqvae, like["train"])
     if len(trained.priors) > 1:
-        sets["upper_real"] = sample_below(trained, like["train"])
+        batches = dataset.ordered_batches(like["train"])
+        lowest, *upper = modules.encode_dataset(trained.vqvae, batches)
+        known = [np.full_like(lowest, -1), *upper]
+        drawn = trained.generate_like(like["train"].table, known=known)
+        sets["upper_real"] = drawn[0]
     scores = compare(sets, like, options.features)
     scores["ssim_to_nearest_train"], floor = nearest
     scores["floor"]["ssim_to_nearest_train"] = floor
-    subjects = {name: slices.subjects for name, slices in like.items()}
-    subjects["generated"] = subjects["test"]
+    real = like["test"].subjects  # whose conditions the generated have
+    owners = {"generated": real, "train": like["train"].subjects}
     scores["c2st"] = {
-        f"{name}_vs_test": utils.c2st(
-            sets[name], sets["test"], subjects[name], subjects["test"]
-        )
-        for name in ("generated", "train")
+        f"{name}_vs_test": utils.c2st(sets[name], sets["test"], own, real)
+        for name, own in owners.items()
     }
-    sampling = {
-        field.name: [getattr(level, field.name) for level in trained.sampling]
-        for field in dataclasses.fields(modules.Sampling)
-    }
-    about = {"n": len(images), "seed": trained.seed, "sampling": sampling}
+    about = {"n": len(images), "seed": trained.seed}
+    about["sampling"] = trained.sampling_values()
     return {"generation": about | scores, "memorization": memorization}
 
 
@@ -1061,8 +1041,7 @@ def image_sets(trained, train, test, n):
     rest = rest if 2 * len(rest) > len(peers) else np.arange(len(train))
     rest = rest[utils.spread(len(rest), FIT_IMAGES)]
     sets = {name: slices.read()[..., 0] for name, slices in like.items()}
-    sets["generated"] = np.asarray(images)
-    sets["fit"] = train.read(rest)[..., 0]
+    sets |= {"generated": np.asarray(images), "fit": train.read(rest)[..., 0]}
     return sets, like, -np.asarray(log_prob) / math.log(2)
 
 
@@ -1098,14 +1077,6 @@ def match_images(test, train, prior, count, seed):
     return rows, np.array(peers)
 
 
-def sample_below(trained, slices):
-    """Images (N, H, W) of real upper indices and a sampled lowest level."""
-    batches = dataset.ordered_batches(slices)
-    lowest, *upper = modules.encode_dataset(trained.vqvae, batches)
-    known = [np.full_like(lowest, -1), *upper]
-    return np.asarray(trained.generate_like(slices.table, known=known)[0])
-
-
 def rebuild(vqvae, slices):
     """Images (N, H, W), encoded and decoded."""
     batches = map(vqvae.reconstruct, dataset.ordered_batches(slices))
@@ -1127,11 +1098,11 @@ def evaluate_memorization(trained, images, train, test):
     bar = utils.progress_bar("looking for copies", "batch")
     batches = bar(dataset.ordered_batches(train))
     found = utils.nearest_images(np.concatenate(both), batches, utils.SPACES)
-    n = len(images)
+    n, result = len(images), []
     new = {key: (row[:n], apart[:n]) for key, (row, apart) in found.items()}
     old = {key: (row[n:], apart[n:]) for key, (row, apart) in found.items()}
     audited, copies = utils.audit(new, old, test.subjects)
-    result, owners = [], (np.arange(n), test.subjects)
+    owners = np.arange(n), test.subjects
     for some, pairs, subjects in zip(both, (new, old), owners, strict=True):
         peers = train.take(pairs["pixels"][0])
         batches = dataset.ordered_batches((some[..., None], peers))
@@ -1148,19 +1119,20 @@ def plot_nearest(path, images, found, train, audited, copies, count=8):
     """Draw the generated images nearest to a training image, copies first."""
     distance = {key: apart for key, (_, apart) in found.items()}
     order = np.argsort(distance["pixels"])  # NaN, of blank images, last
-    title = f"The nearest to training of {len(images)} generated images"
+    title = f"The nearest to training of {len(images)} generated images\n"
     if copies is None:
         copies = np.zeros(len(images), bool)
-        title += "\ntoo few unseen images to tell copies"
+        title += "too few unseen images to tell copies"
     else:
         order = order[np.argsort(~copies[order], kind="stable")]
-        limits = ", ".join(
-            f"{key} {audited[key]['first_percentile']:.2f}"
-            for key in utils.SPACES
-        )
-        title += f"\n1 % of unseen images are nearer than {limits}"
         alarm = "ALARM" if audited["alarm"] else "no alarm"
-        title += f"\n{audited['copies']} copies: {alarm}"
+        title += f"{audited['copies']} copies: {alarm}"
+    for key in utils.SPACES:
+        limit = audited[key]["first_percentile"]
+        if limit is not None:
+            title += (
+                f"\n1 % of unseen images are nearer than {limit:.2f} ({key})"
+            )
     order = order[:count]
     captions = [
         "\n".join(f"{key} {distance[key][k]:.2f}" for key in utils.SPACES)
@@ -1189,11 +1161,9 @@ def evaluate_labels(trained, test):
         own = (test.table["label"] == label).to_numpy()
         entry = {"label": label, "test_images": int(own.sum())}
         if len(positions):
-            asked = np.resize(positions, count)
-            drawn, _, _ = trained.generate(
-                count, label=label, slice_position=asked
-            )
-            areas = dataset.ventricle_areas(drawn, asked)
+            asked = {"slice_position": np.resize(positions, count)}
+            drawn, _, _ = trained.generate(count, label=label, **asked)
+            areas = dataset.ventricle_areas(drawn, *asked.values())
             areas = {"real": _mean(real[own]), "generated": _mean(areas)}
             entry |= {"images_drawn": count, "ventricle_area": areas}
         entries.append(entry)
@@ -1206,13 +1176,14 @@ def _mean(values):
     return float(values.mean()) if len(values) else None
 
 
-def plot_least_likely(path, images, bits):
+def plot_least_likely(folder, images, bits):
     """Draw the generated images whose indices take the most bits."""
     least = np.argsort(-bits, kind="stable")[:FAILURES]
     title = f"The least likely of {len(images)} generated images\n"
     title += f"bits of their indices; on average {bits.mean():.0f}"
-    captions = [[f"{bits[k]:.0f} bits" for k in least]]
-    utils.image_grid(path, [list(images[least])], captions, title=title)
+    captions = [f"{bits[k]:.0f} bits" for k in least]
+    path = folder / "failures_samples.png"
+    utils.plot_samples(path, images[least], title, captions, FAILURES)
 
 
 def plot_reconstructions(path, vqvae, images, **options):
@@ -1227,15 +1198,16 @@ def plot_test_figures(folder, vqvae, test, found, count=8):
     """Reconstructions, the worst of them, index maps and codebook usage."""
     rows, size = utils.spread(len(test), count), vqvae.num_embeddings
     worst = np.argsort(found["ssim"], kind="stable")[:FAILURES]
-    shown, failed, indices = test.read(rows), test.read(worst), found["indices"]
+    shown, indices = test.read(rows), found["indices"]
     plot_reconstructions(folder / "reconstructions.png", vqvae, shown)
-    title = f"The worst reconstructions of {len(test)} test images"
     captions = [
         f"subject {row.subject[-12:]}, slice {row.slice}"
         for row in test.table.iloc[worst].itertuples()
     ]
+    title = f"The worst reconstructions of {len(test)} test images"
     about = {"title": title, "captions": captions}
-    plot_reconstructions(folder / "failures.png", vqvae, failed, **about)
+    path = folder / "failures.png"
+    plot_reconstructions(path, vqvae, test.read(worst), **about)
     some = [grid[rows] for grid in indices]
     utils.plot_index_maps(folder / "indices.png", shown, some, size)
     counts = [utils.codebook_stats(grid, size)["counts"] for grid in indices]
@@ -1246,17 +1218,7 @@ def plot_test_figures(folder, vqvae, test, found, count=8):
 
 SECTIONS = ("data", "reconstruction", "codebook", "prior")
 SECTIONS += ("generation", "memorization", "labels", "speed")
-STAGES = {
-    "rebuilt": "real slices, encoded and decoded",
-    "upper_real": "real upper indices, the lowest level sampled",
-    "all_drawn": "everything sampled",
-}
-# What limits the samples, by the stage where the ratio rises most.
-CULPRITS = {
-    "rebuilt": "the VQ-VAE (try a decoder stage, or finer grids)",
-    "upper_real": "the prior of the lowest level (train it longer or larger)",
-    "all_drawn": "the prior of the top level (train it longer or larger)",
-}
+STAGES = ("rebuilt", "upper_real", "all_drawn")  # each adds a source of error
 CLOSE = 1.3  # a Fréchet ratio below which little is left to gain
 WORDS = {
     CLOSE: "about as close to unseen people as other real people are",
@@ -1271,20 +1233,23 @@ def ratio_in_words(ratio):
     return next(text for limit, text in WORDS.items() if ratio <= limit)
 
 
-def stage_verdict(evaluation):
-    """Which stage limits the samples, in a clause; "" if it is not known."""
-    ratios = (evaluation.get("generation") or {}).get("by_stage") or {}
+def verdict(evaluation):
+    """Fréchet ratio of the samples, None if unknown, and what limits them.
+
+    That is the stage where the ratio rises most, in words of the table of
+    metrics; "" if it is not known.
+    """
+    generation = evaluation.get("generation") or {}
+    ratio = (generation.get("frechet") or {}).get("ratio")
+    ratios = generation.get("by_stage") or {}
     ratios = {name: ratios[name] for name in STAGES if ratios.get(name)}
     if "all_drawn" not in ratios:
-        return ""
+        return ratio, ""
     if ratios["all_drawn"] <= CLOSE:
-        return "nothing much: little is left to gain"
+        return ratio, "nothing much: little is left to gain"
     before = [1, *ratios.values()]
     rise = {k: ratios[k] - b for k, b in zip(ratios, before, strict=False)}
-    worst = max(rise, key=rise.get)
-    if worst == "all_drawn" and "upper_real" not in ratios:
-        return "the prior (train it longer or larger)"
-    return CULPRITS[worst]
+    return ratio, explain(max(rise, key=rise.get), "bad").partition(": ")[2]
 
 
 def print_summary(run, evaluation, output=None):
@@ -1297,20 +1262,15 @@ def print_summary(run, evaluation, output=None):
         text += f"slices of {test['subjects']} unseen subjects "
         text += f"({show_value(inside['mean'])} inside the head)"
         rows.append(("reconstructions", text))
-    if ratio := frechet_ratio(evaluation):
+    ratio, limit = verdict(evaluation)
+    if ratio:
         text = f"Fréchet ratio {ratio:.2f}: {ratio_in_words(ratio)}"
         rows.append(("samples", text))
-    if verdict := stage_verdict(evaluation):
-        rows.append(("limited by", verdict))
+    if limit:
+        rows.append(("limited by", limit))
     verb = "generate {} -n 64" if run.has_priors else "inspect {}"
     rows.append(("next", f"python predict.py {verb.format(run.path)}"))
     print(utils.align(rows))
-
-
-def frechet_ratio(evaluation):
-    """The Fréchet ratio of the samples; None without one."""
-    frechet = (evaluation.get("generation") or {}).get("frechet") or {}
-    return frechet.get("ratio")
 
 
 def summary_table(evaluation):
@@ -1363,14 +1323,15 @@ def show_value(value):
             for key, entry in in_order(value)
             if not key.endswith("_ci95")
         )
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         sizes = all(isinstance(side, int) for side in value)
         return ("x" if sizes else ", ").join(map(show_value, value))
-    return "-" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    words = (
+        {True: "yes", False: "no"} if isinstance(value, bool) else {None: "-"}
+    )
+    return words.get(value, str(value))
 
 
 def show_interval(bounds):
@@ -1385,10 +1346,10 @@ def run_facts(trained):
     What `config.json` says, and of the data, each level's codebook and each
     model; `evaluation` is empty without one.
     """
-    run, vqvae = trained.run, trained.vqvae
-    known = [trained.output, run]
-    known = [part for part in known if part.evaluation_path.exists()]
-    evaluation = utils.read_evaluation(known[0]) if known else {}
+    run, vqvae, evaluation = trained.run, trained.vqvae, {}
+    for part in run, trained.output:
+        if part.evaluation_path.exists():
+            evaluation = utils.read_evaluation(part)
     levels = evaluation.get("codebook")
     if not levels and run.indices_path.exists():
         stored, numbers = utils.read_indices(run), range(1, vqvae.levels + 1)
@@ -1423,17 +1384,16 @@ def model_facts(model):
         if isinstance(value, list) and not name.startswith("_"):
             names |= {id(v): f"{name}[{k}]" for k, v in enumerate(value)}
         names.setdefault(id(value), name)
-    facts = {
-        "type": type(model).__name__,
-        "precision": model.dtype_policy.name,
-        "weights": model.count_params(),
-        "layers": [],
-    }
-    for layer in model.layers:
-        name, weights = names.get(id(layer), layer.name), layer.count_params()
-        about = {"type": type(layer).__name__, "weights": weights}
-        facts["layers"].append({"layer": name} | about)
-    return facts
+    layers = [
+        {
+            "layer": names.get(id(layer), layer.name),
+            "type": type(layer).__name__,
+            "weights": layer.count_params(),
+        }
+        for layer in model.layers
+    ]
+    about = {"type": type(model).__name__, "weights": model.count_params()}
+    return about | {"precision": model.dtype_policy.name, "layers": layers}
 
 
 def write_report(trained):
@@ -1442,19 +1402,15 @@ def write_report(trained):
     The page holds the figures that are there: it needs no other file and no
     network.
     """
-    facts, output = run_facts(trained), trained.output
-    evaluation, figures = facts["evaluation"], {}
+    facts, output, figures = run_facts(trained), trained.output, {}
     for folder in (trained.run.figures_path, output.figures_path):
         for path in folder.glob("*.png"):
             text = base64.b64encode(path.read_bytes()).decode("ascii")
             figures[path.stem] = f"data:image/png;base64,{text}"
-    facts |= {
-        "rows": summary_rows(evaluation),
-        "stages": STAGES,
-        "ratio": frechet_ratio(evaluation),
-        "verdict": stage_verdict(evaluation),
-        "figures": figures,
-    }
+    evaluation = facts["evaluation"]
+    facts |= {"rows": summary_rows(evaluation), "figures": figures}
+    facts["ratio"], facts["verdict"] = verdict(evaluation)
+    facts["stages"] = STAGES
     for template, path in (
         ("model_card.md", output.card_path),
         ("report.html", output.report_path),
@@ -1473,13 +1429,9 @@ def render(template, facts):
         lstrip_blocks=True,
         trim_blocks=True,
     )
-    environment.filters |= {
-        "explain": explain,
-        "in_words": ratio_in_words,
-        "show": show_value,
-        "size": utils.size_text,
-        "typed": utils.typed,
-    }
+    environment.filters |= {"explain": explain, "in_words": ratio_in_words}
+    environment.filters |= {"show": show_value, "size": utils.size_text}
+    environment.filters["typed"] = utils.typed
     return environment.get_template(template).render(facts)
 
 

@@ -26,9 +26,9 @@ import functools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
@@ -47,6 +47,7 @@ modules = utils.lazy_import("modules")
 optuna = utils.lazy_import("optuna")
 pd = utils.lazy_import("pandas")
 plt = utils.lazy_import("matplotlib.pyplot")
+sqlalchemy = utils.lazy_import("sqlalchemy")
 tf = utils.lazy_import("tensorflow")
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
@@ -56,6 +57,8 @@ PICTURES = 5  # times that they are shown
 SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
 SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
+# Guess of how much longer an image takes in a stage to come than in another.
+TIMES = {"vqvae": 2, "decoder": 6}  # a prior: 3
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
@@ -108,7 +111,7 @@ def silent_copy(settings):
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
-        own = os.path.join(folder, "run")
+        own = f"{folder}/run"
         if settings.run.resume or settings.run.stage in ("decoder", "prior"):
             earlier = getattr(settings.run, name)
             shutil.copytree(earlier, own, ignore=NOT_COPIED)
@@ -158,17 +161,12 @@ class Job:
             for name in dataset.SPLITS
         }
 
-    def begin(self, parts, epochs_before=()):
-        """Note in the run which parts are to be made.
-
-        Args:
-            epochs_before: {part: epochs of an earlier training}.
-        """
+    def begin(self, parts, **epochs_before):
+        """Note which parts are to be made, and what they had before."""
         if not self.settings.training.decoder_epochs:
             parts = set(parts) - {"decoder"}
         done = [part for part in all_parts(self.run) if part not in parts]
-        before = dict(epochs_before)
-        self.run.begin(self.settings, done, epochs_before=before)
+        self.run.begin(self.settings, done, epochs_before=epochs_before)
 
     def epochs_before(self, part):
         """Epochs that an earlier training of the run gave a part."""
@@ -181,6 +179,11 @@ class Job:
             again = self.epochs_before(part)
             return modules.load_model(path) if again else new()
 
+    def finish(self, part, model, path):
+        """Save the model of a part; the training is past it."""
+        utils.save_model(model, path)
+        self.run.note_done(part)
+
 
 def all_parts(run):
     """Names of what a training makes, in order."""
@@ -188,7 +191,7 @@ def all_parts(run):
 
 
 def option(settings, stage, name):
-    """Setting of a stage, such as `epochs`; 0 if the stage has no such one."""
+    """Setting of a stage, such as `epochs`; 0 if it has no such one."""
     prefix = {"vqvae": "", "decoder": "decoder_"}.get(stage, "prior_")
     return getattr(settings.training, prefix + name, 0)
 
@@ -219,16 +222,16 @@ def start(settings, strategy, signals, argv=()):
 
 def begin_stage(job, earlier):
     """Let another decoder, or other priors, of a trained VQ-VAE be made."""
-    run, settings = job.run, job.settings
+    run, level = job.run, job.settings.run.prior_level
     modules.load_model(run.vqvae_path)  # refused before anything is changed
     check_batches(job)
-    if settings.run.stage == "decoder":
+    if job.settings.run.stage == "decoder":
         job.begin({"decoder"})
         return
     run.info |= conditions(job, run.split_path)
-    level, names = settings.run.prior_level, run.prior_names
-    parts = {"sampling", *names[level and level - 1 : level]}
-    before, now = earlier.prior.condition, settings.prior.condition
+    names = run.prior_names
+    parts = {"sampling", *(names[level - 1 : level] if level else names)}
+    before, now = earlier.prior.condition, job.settings.prior.condition
     for name, path in zip(names, run.prior_paths, strict=True):
         if name not in parts and path.exists() and before != now:
             raise utils.FlagError(
@@ -244,12 +247,12 @@ def resume(job, earlier):
     """Continue the training of a run; with more epochs, train parts on."""
     check_batches(job)
     run, under_way = job.run, "training" in job.run.info
+    priors = run.prior_names * run.has_priors
     parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
     longer = {
         part
-        for part in ["vqvae", "decoder", *run.prior_names * run.has_priors]
-        if part not in parts
-        and option(job.settings, part, "epochs")
+        for part in {"vqvae", "decoder", *priors} - parts
+        if option(job.settings, part, "epochs")
         > option(earlier, part, "epochs")
     }
     if not longer and not under_way:
@@ -260,39 +263,40 @@ def resume(job, earlier):
         )
     if not longer:
         now = {"settings": utils.flat(job.settings)}
-        run.update(training={**run.info["training"], **now})
+        run.update(training=run.info["training"] | now)
         return
     parts |= longer | {"sampling"}
     if "vqvae" in longer:  # other codes need other indices and priors
         longer = {"vqvae"}
-        parts |= {"decoder", "indices", *run.prior_names * run.has_priors}
+        parts |= {"decoder", "indices", *priors}
     epochs = utils.read_history(run).groupby("stage")["epoch"].max()
-    job.begin(parts, {part: int(epochs.get(part, 0)) for part in longer})
+    job.begin(parts, **{part: int(epochs.get(part, 0)) for part in longer})
 
 
 def load_images(job, asked):
     """Read the images of a new run, and note in it what they are.
 
-    Args:
-        asked: whether the user asked for the conditions of the prior.
+    Without labels the prior does without, unless the user asked for them.
     """
     run, data = job.run, job.settings.data
     if data.dataset != "phantom" and not data.data_dir:  # with --smoke
         side = -(-max(32, *(data.image_size or (128,))) // 16) * 16
         made = utils.SMOKE_SUBJECTS, data.dataset, side
+        run.settings = utils.replace(run.settings, resize=True)
         folder = str(dataset.simulated_folder(*made))
-        run.settings = utils.replace(job.settings, resize=True)
-        data = utils.replace(job.settings.data, data_dir=folder)
+        data = dataclasses.replace(run.settings.data, data_dir=folder)
     slices = dataset.load(data)
     if job.settings.run.smoke:
-        slices = slices.take(smoke_rows(slices.table))
+        splits = slices.table.groupby("split").indices.values()
+        few = [n[utils.spread(len(n), utils.SMOKE_IMAGES)] for n in splits]
+        slices = slices.take(np.sort(np.concatenate(few)))
     job.images = {name: slices.split(name) for name in dataset.SPLITS}
     job.tables = {name: part.table for name, part in job.images.items()}
     names = job.settings.conditions
     if "label" in names and not asked and not any(slices.table["label"]):
         print("no image has a class label: the prior is trained without")
         rest = "slice" if "slice" in names else "none"
-        run.settings = utils.replace(job.settings, condition=rest)
+        run.settings = utils.replace(run.settings, condition=rest)
     run.info |= {
         "image_size": list(slices.size),
         "crop": choose_crop(job),
@@ -308,13 +312,6 @@ def load_images(job, asked):
     vqvae_only = job.settings.run.stage == "vqvae"
     job.begin(["vqvae", "indices"] if vqvae_only else all_parts(run))
     utils.write_csv(run.split_path, slices.table)
-
-
-def smoke_rows(table):
-    """Row numbers of a few images spread over each split."""
-    rows = [np.flatnonzero(table["split"] == name) for name in dataset.SPLITS]
-    few = [own[utils.spread(len(own), utils.SMOKE_IMAGES)] for own in rows]
-    return np.sort(np.concatenate(few))
 
 
 def choose_crop(job):
@@ -340,8 +337,7 @@ def choose_crop(job):
 def conditions(job, source):
     """What a prior can be conditioned on: labels and slice numbers.
 
-    Raises:
-        DataError: if the images have no labels, which were asked for.
+    `DataError` if the images have no labels, which were asked for.
     """
     table = job.tables["train"]
     names = sorted(set(table["label"]) - {""})
@@ -399,11 +395,8 @@ def train(job):
 def train_models(job, *callbacks):
     """Make what is left to do of the models of a run.
 
-    Args:
-        callbacks: further Keras callbacks of the VQ-VAE.
-
-    Returns: `VQVAE`; its priors, bottom first; in words, which codebooks
-        collapsed.
+    Returns: `VQVAE`, trained with further Keras callbacks; its priors, bottom
+        first; in words, which codebooks collapsed.
     """
     run, replicas = job.run, job.strategy.num_replicas_in_sync
     policy, reason = utils.choose_precision(job.settings.run.precision)
@@ -437,15 +430,14 @@ def train_models(job, *callbacks):
 
 def train_vqvae(job, callbacks=()):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
-    run = job.run
-    model = job.make_model("vqvae", run.vqvae_path, lambda: new_vqvae(job))
-    run.update(latent_grids=model.latent_grids)
+    path = job.run.vqvae_path
+    model = job.make_model("vqvae", path, lambda: new_vqvae(job))
+    job.run.update(latent_grids=model.latent_grids)
     grids = ", ".join(map(utils.size_text, model.latent_grids))
     print(f"VQ-VAE: {model.count_params():,} weights, grids {grids}")
     fit = Fit(job, "vqvae", model, *image_sources(job))
     fit.run(vqvae_pictures(job, model), callbacks)
-    utils.save_model(model, run.vqvae_path)
-    run.note_done("vqvae")
+    job.finish("vqvae", model, path)
 
 
 def new_vqvae(job):
@@ -480,21 +472,16 @@ def varied(job, images, epoch, rows, strength):
 
 def train_decoder(job):
     """Sharpen the decoder of a VQ-VAE against a discriminator."""
-    options = job.settings.training
+    names = "adversarial_weight feature_weight "
+    names += "discriminator_channels discriminator_steps"
+    options = {n: getattr(job.settings.training, n) for n in names.split()}
     utils.set_seed(job.settings.run.seed)
     with job.strategy.scope():
         vqvae = modules.load_model(job.run.vqvae_path)
-        model = modules.AdversarialDecoder(
-            vqvae,
-            adversarial_weight=options.adversarial_weight,
-            feature_weight=options.feature_weight,
-            discriminator_channels=options.discriminator_channels,
-            discriminator_steps=options.discriminator_steps,
-        )
+        model = modules.AdversarialDecoder(vqvae, **options)
     fit = Fit(job, "decoder", model, *image_sources(job))
     fit.run(vqvae_pictures(job, vqvae))
-    utils.save_model(vqvae, job.run.vqvae_path)
-    job.run.note_done("decoder")
+    job.finish("decoder", vqvae, job.run.vqvae_path)
 
 
 def encode_splits(job, vqvae):
@@ -505,8 +492,8 @@ def encode_splits(job, vqvae):
             batches = dataset.ordered_batches(images)
             grids = modules.encode_dataset(vqvae, batches)
             arrays |= {f"{name}_{k}": grid for k, grid in enumerate(grids, 1)}
-    path = job.run.indices_path
-    utils.write_atomic(path, lambda p: np.savez_compressed(p, **arrays))
+    write = functools.partial(np.savez_compressed, **arrays)
+    utils.write_atomic(job.run.indices_path, write)
     job.run.note_done("indices")
 
 
@@ -515,11 +502,9 @@ def collapsed_levels(vqvae, indices):
     found, total = [], vqvae.num_embeddings
     for level in range(1, vqvae.levels + 1):
         used = np.unique(indices[f"train_{level}"]).size
+        text = f"level {level} has collapsed: {used} of {total} code vectors"
         if used < LEAST_USAGE * total or used == 1:
-            found.append(
-                f"level {level} has collapsed: {used} of {total} code vectors "
-                "in use"
-            )
+            found.append(f"{text} in use")
     if found:
         print(f"warning: {', '.join(found)}", file=sys.stderr)
     return ", ".join(found)
@@ -532,37 +517,26 @@ def train_prior(job, vqvae, indices, level):
     prior = job.make_model(name, path, lambda: new_prior(job, vqvae, level))
     prior.recompute = settings.training.recompute
     print(f"{name}: {settings.prior.network}, {prior.count_params():,} weights")
-    levels = range(1, vqvae.levels + 1)
-    training, validation = (
-        modules.prior_inputs(
-            prior, [indices[f"{split}_{k}"] for k in levels], job.tables[split]
-        )
-        if len(job.tables[split])
-        else None
-        for split in ("train", "validate")
-    )
-    transform = None
+
+    def inputs(split):
+        grids = [indices[f"{split}_{k + 1}"] for k in range(vqvae.levels)]
+        return modules.prior_inputs(prior, grids, job.tables[split])
+
+    training, transform = inputs("train"), None
+    validation = inputs("validate") if len(job.tables["validate"]) else None
     if settings.training.flips or settings.training.prior_augment:
         training = {"images": job.images["train"], "inputs": training}
         transform = encoding(job, level)
     fit = Fit(job, name, prior, training, validation, transform)
     fit.run(prior_pictures(job, vqvae, prior, level))
-    utils.save_model(prior, path)
-    run.note_done(name)
-
-
-def prior_conditions(job):
-    """Arguments of a prior that say what it is conditioned on."""
-    names = job.settings.conditions
-    labels = job.run.info["labels"] if "label" in names else ()
-    return {"labels": tuple(labels), "slice_condition": "slice" in names}
+    job.finish(name, prior, path)
 
 
 def new_prior(job, vqvae, level):
     """Return an untrained prior of a level, conditioned on those above."""
     options = dataclasses.asdict(job.settings.prior)
     network, attention = options.pop("network"), options.pop("attention")
-    del options["condition"]
+    names = options.pop("condition")
     if network == "pixelsnail":
         attended = {"none": (), "top": (vqvae.levels,), "all": (1, 2, 3)}
         options["attention"] = level in attended[attention]
@@ -571,7 +545,8 @@ def new_prior(job, vqvae, level):
         latent_grid=vqvae.latent_grids[level - 1],
         upper_grids=vqvae.latent_grids[level:],
         codebook_sha256=modules.codebook_sha256(vqvae, level),
-        **prior_conditions(job),
+        labels=tuple(job.run.info["labels"]) if "label" in names else (),
+        slice_condition="slice" in names,
         **options,
     )
 
@@ -613,24 +588,19 @@ def choose_sampling(job, vqvae, priors):
     @functools.cache
     def distance(temperature, top_p):
         sampling = modules.Sampling(temperature=temperature, top_p=top_p)
+        sets = images["train"], images["validate"]
+        levels, count = [sampling] * vqvae.levels, MOST_TO_CHOOSE
         scores = predict.score_samples(
-            job.run,
-            vqvae,
-            priors,
-            images["train"],
-            images["validate"],
-            [sampling] * vqvae.levels,
-            MOST_TO_CHOOSE,
+            job.run, vqvae, priors, *sets, levels, count
         )
         return scores["frechet"]["generated_vs_test"]
 
-    if len(images.get("validate", ())) >= LEAST_TO_CHOOSE:
-        for name in free:
-            tried = [{**best, name: value} for value in SAMPLING[name]]
-            best = min(tried, key=lambda values: distance(**values))
-            print(
-                f"sampling: {name} {best[name]:g} suits validation images best"
-            )
+    for name in free:
+        if len(images.get("validate", ())) < LEAST_TO_CHOOSE:
+            break
+        tried = [{**best, name: value} for value in SAMPLING[name]]
+        best = min(tried, key=lambda values: distance(**values))
+        print(f"sampling: {name} {best[name]:g} suits validation images best")
     sampling = {name: [best[name]] * vqvae.levels for name in SAMPLING}
     job.run.update(sampling=sampling)
     job.run.note_done("sampling")
@@ -717,18 +687,23 @@ class Fit:
     def _compile(self, steps):
         """Adam, with warm-up and cosine decay to zero over `steps`."""
         warmup = min(self.options.warmup_steps, steps // 2)
+        decay, momentum = (
+            self.option("weight_decay"),
+            self.option("ema_momentum"),
+        )
         with self.job.strategy.scope():
+            schedule = keras.optimizers.schedules.CosineDecay(
+                0.0,
+                max(steps - warmup, 1),
+                warmup_target=self.option("learning_rate"),
+                warmup_steps=warmup,
+            )
             optimizer = keras.optimizers.Adam(
-                keras.optimizers.schedules.CosineDecay(
-                    0.0,
-                    max(steps - warmup, 1),
-                    warmup_target=self.option("learning_rate"),
-                    warmup_steps=warmup,
-                ),
-                weight_decay=self.option("weight_decay") or None,
+                schedule,
+                weight_decay=decay or None,
                 global_clipnorm=GRADIENT_NORM,
-                use_ema=self.option("ema_momentum") > 0,
-                ema_momentum=self.option("ema_momentum"),
+                use_ema=momentum > 0,
+                ema_momentum=momentum,
             )
             optimizer.exclude_from_weight_decay(var_names=["bias"])
             jit = self.job.settings.run.jit
@@ -737,8 +712,8 @@ class Fit:
 
     def _early_stopping(self):
         """Callback that also restores the best weights of a prior."""
-        count = len(self.job.tables["validate"])
-        if not count or self.stage in ("vqvae", "decoder"):
+        validated = len(self.job.tables["validate"])
+        if not validated or self.stage in ("vqvae", "decoder"):
             return None
         # It looks at every round, most of which have no validation.
         warnings.filterwarnings("ignore", "Early stopping conditioned")
@@ -752,8 +727,7 @@ class Fit:
     def _validation(self):
         """Arguments of `fit` for the validation; none without images."""
         strategy = self.job.strategy
-        count = len(self.job.tables["validate"])
-        if not count:
+        if not (count := len(self.job.tables["validate"])):
             return {}
         size = dataset.divisible_batch_size(
             count, min(self.batch_size, count), strategy.num_replicas_in_sync
@@ -771,18 +745,18 @@ class Fit:
 
     def _logs(self, pictures):
         """Callbacks that check, log and show the training."""
-        folder = self.job.run.logs_path / self.stage
-        callbacks = [
+        callbacks, folder = [], self.job.run.logs_path / self.stage
+        if self.option("ema_momentum"):  # first: the others see the average
+            callbacks += [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+        callbacks += [
             modules.FiniteCheck(self.stage),
             keras.callbacks.LambdaCallback(
                 on_train_batch_end=self._after_step,
                 on_epoch_end=self._after_round,
             ),
-            *filter(None, [self.stopping]),
         ]
-        if self.option("ema_momentum"):  # first: the others see the average
-            average = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
-            callbacks.insert(0, average)
+        if self.stopping:
+            callbacks.append(self.stopping)
         if utils.is_chief(self.job.strategy):
             callbacks.append(
                 keras.callbacks.TensorBoard(folder, write_graph=False)
@@ -808,7 +782,7 @@ class Fit:
         if rest:
             return
         self._show(logs, "\n")
-        run = self.job.run
+        path = self.job.run.history_path
         row = {
             "stage": self.stage,
             "epoch": epoch,
@@ -816,38 +790,37 @@ class Fit:
             "images": (number + 1) * self.steps * self.batch_size,
             "seconds": round(self.checkpoint.seconds, 3),
         }
-        history = pd.DataFrame([{**row, **logs}])
-        if run.history_path.exists():
-            earlier = utils.read_history(run)
-            same = earlier["stage"] == self.stage
-            kept = earlier[~same | (earlier["epoch"] < epoch)]
-            history = pd.concat([kept, history], ignore_index=True)
-        utils.write_csv(run.history_path, history)
+        history = pd.DataFrame([row | logs])
+        if path.exists():
+            old = utils.read_history(self.job.run)
+            kept = (old["stage"] != self.stage) | (old["epoch"] < epoch)
+            history = pd.concat([old[kept], history], ignore_index=True)
+        utils.write_csv(path, history)
 
     def _show(self, logs, end):
-        """Print a line: epoch, scores, time left for the whole run.
-
-        A rough guess: an image takes as long in every stage.
-        """
-        run, settings = self.job.run, self.job.settings
-        epochs = sum(
-            option(settings, stage, "epochs")
-            for stage in ("vqvae", "decoder", *run.prior_names)
-            if stage != self.stage and not run.is_done(stage)
-        )
-        images = epochs * len(self.job.tables["train"])
-        left = (self.last - self.first) * self.steps - self.done
-        left += images / self.batch_size
-        pace = (time.monotonic() - self.started) / max(self.done - 1, 1)
-        epoch = self.first + (self.done - 1) // self.steps
+        """Print a line: epoch, scores, time left of all stages."""
+        epoch = (self.first + (self.done - 1) // self.steps) // self.rounds
         print(
-            f"{self.stage}: epoch {epoch // self.rounds + 1}/{self.epochs}",
+            f"{self.stage}: epoch {epoch + 1}/{self.epochs}",
             *(f"{key} {float(logs[key]):.4g}" for key in SHOWN if key in logs),
-            f"about {math.ceil(pace * left / 60)} min of training left",
+            f"about {self._minutes_left()} min of training left",
             sep=", ",
             end="\033[K" + end if sys.stdout.isatty() else end,
             flush=True,
         )
+
+    def _minutes_left(self):
+        """Of this stage by its pace so far, of later ones by `TIMES`."""
+        job, images = self.job, len(self.job.tables["train"])
+        pace = (time.monotonic() - self.started) / max(self.done - 1, 1)
+        unit = pace / self.batch_size / TIMES.get(self.stage, 3)
+        left = pace * ((self.last - self.first) * self.steps - self.done)
+        for stage in ("vqvae", "decoder", *job.run.prior_names):
+            if stage != self.stage and not job.run.is_done(stage):
+                epochs = option(job.settings, stage, "epochs")
+                epochs -= job.epochs_before(stage)
+                left += unit * TIMES.get(stage, 3) * epochs * images
+        return math.ceil(left / 60)
 
 
 # === Pictures ===
@@ -918,66 +891,61 @@ def search(settings, argv, strategy, signals):
     if not space:
         raise utils.FlagError("--tune: the flags given leave nothing to search")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = settings.run.run_dir or f"runs/{settings.recipe}-tune-{now}"
-    settings = utils.replace(settings, run_dir=folder)
-    with open_study(Path(folder), settings, space) as study:
-        states = optuna.trial.TrialState
-        ended = states.COMPLETE, states.PRUNED
-        objective = functools.partial(
-            try_settings, settings, space, strategy, signals
-        )
+    folder = Path(settings.run.run_dir or f"runs/{settings.recipe}-tune-{now}")
+    settings = utils.replace(settings, run_dir=str(folder))
+    attempt = functools.partial(
+        try_settings, settings, space, strategy, signals
+    )
+    states = optuna.trial.TrialState
+    ended = {"deepcopy": False, "states": (states.COMPLETE, states.PRUNED)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is experimental
+        study = open_study(folder, settings, space)
         try:
-            while len(study.get_trials(states=ended)) < settings.search.tune:
-                study.optimize(objective, n_trials=1)
-                report_trials(study, Path(folder))
+            while len(study.get_trials(**ended)) < settings.search.tune:
+                study.optimize(attempt, n_trials=1)
+                report_trials(study, folder)
         except utils.Stopped:
             print(f"continue with the same command and --run-dir {folder}")
             raise
-        print_best(study, folder, argv)
+    print_best(study, folder, argv)
 
 
-@contextlib.contextmanager
 def open_study(folder, settings, space):
     """The Optuna study of a search, new or as it was left."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "study.lock")
+    lock, database = folder / "study.lock", folder / "study.db"
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of what is experimental
-        # The path may hold what the address of a database must not.
-        safe = stack.enter_context(tempfile.TemporaryDirectory())
-        os.symlink(folder.resolve(), f"{safe}/search")
-        with lock:
-            names = {path.name for path in folder.iterdir()} - {"study.lock"}
-            if names and "study.db" not in names:
-                (folder / "study.lock").unlink()
-                raise utils.RunError(
-                    f"{folder}: neither empty nor the folder of a search; "
-                    "choose another with --run-dir"
-                )
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{safe}/search/study.db",
-                {"connect_args": {"timeout": HEARTBEAT}},
+    with filelock.FileLock(lock):
+        begun = {path.name for path in folder.iterdir()} - {lock.name}
+        if begun and database.name not in begun:
+            lock.unlink()
+            raise utils.RunError(
+                f"{folder}: neither empty nor the folder of a search; "
+                "choose another with --run-dir"
+            )
+        # Not by an address: the path may hold what that must not.
+        connect = functools.partial(sqlite3.connect, database, HEARTBEAT)
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
+        study = optuna.create_study(
+            storage=optuna.storages.RDBStorage(
+                "sqlite://",
+                {"creator": connect, "poolclass": sqlalchemy.pool.NullPool},
                 heartbeat_interval=HEARTBEAT,
                 # What a stopped or killed process tried is tried again.
-                heartbeat_stale_trial_callback=(
-                    optuna.storages.RetryHeartbeatStaleTrialCallback()
-                ),
-            )
-            stack.callback(storage.engine.dispose)
+                heartbeat_stale_trial_callback=retry,
+            ),
             # Processes that share a search must not try the same.
-            seed = None if names else settings.run.seed
-            study = optuna.create_study(
-                storage=storage,
-                study_name="search",
-                directions=OBJECTIVES[settings.search.objective].values(),
-                load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(seed=seed),
-                pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
-            )
-            begin_study(study, settings, space)
-        yield study
+            sampler=optuna.samplers.TPESampler(
+                seed=None if begun else settings.run.seed
+            ),
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
+            study_name="search",
+            directions=OBJECTIVES[settings.search.objective].values(),
+            load_if_exists=True,
+        )
+        begin_study(study, settings, space)
+    return study
 
 
 def begin_study(study, settings, space):
@@ -1006,18 +974,17 @@ def try_settings(settings, space, strategy, signals, trial):
     """
     values = {}
     for key, how in space.items():
-        kind = "float" if isinstance(how.get("low"), float) else "int"
-        kind = "categorical" if "choices" in how else kind
+        kind = type(how.get("low")).__name__ if "low" in how else "categorical"
         values[key] = getattr(trial, f"suggest_{kind}")(key, **how)
-    run_dir = Path(settings.run.run_dir) / f"trials/{trial.number:04d}"
-    trial.set_user_attr("run", f"trials/{run_dir.name}")
+    folder = f"trials/{trial.number:04d}"
+    trial.set_user_attr("run", folder)
     print(f"trial {trial.number}: {in_words(values)}")
     keras.utils.clear_session()
-    stage = "vqvae" if settings.search.objective == "ssim" else "all"
+    values["run_dir"] = f"{settings.run.run_dir}/{folder}"
+    only_ssim = settings.search.objective == "ssim"
+    values |= {"tune": 0, "stage": "vqvae" if only_ssim else "all"}
     try:
-        settings = utils.replace(
-            settings, **values, tune=0, stage=stage, run_dir=str(run_dir)
-        )
+        settings = utils.replace(settings, **values)
         if settings.run.smoke:
             settings = settings.smoked()
         return train_trial(settings, strategy, signals, trial)
@@ -1083,8 +1050,8 @@ def report_trials(study, folder):
     table = study.trials_dataframe(
         ("number", "state", "value", "params", "user_attrs", "duration")
     )
-    table = table.rename(
-        columns=lambda name: re.sub("^(params|user_attrs|values?)_", "", name)
+    table.columns = table.columns.str.replace(
+        "^(params|user_attrs|values?)_", "", regex=True
     )
     best = {trial.number for trial in study.best_trials}
     table["best"] = table["number"].isin(best)
