@@ -55,6 +55,7 @@ CHUNK = 64
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, SyntaxError)
 UNREADABLE += (zipfile.BadZipFile, zlib.error)
 CALIBRATION = 256  # validation images that anomalies are compared with
+ANOMALIES = 8  # images in the figure
 UNLIKELY = 95  # percentile of 3x3 indices there above which they are redrawn
 
 # === Settings of the verbs ===
@@ -135,9 +136,9 @@ class Reconstruct(SplitArguments):
 class Generate(RunArguments, SamplingArguments, OutputArguments):
     """Generate new slices as files, and the first 64 of them as a figure.
 
-    Files that exist already are not sampled again, so a request that was
-    interrupted goes on. Parts of a large request (--first) may run at the
-    same time, also on several machines that share the folder.
+    Files that exist are not sampled again, so an interrupted request goes on.
+    Parts of a large request (--first) may run at the same time, also on
+    several machines that share the folder.
     """
 
     number: Annotated[utils.Count, arg(aliases=["-n"])] = 64
@@ -164,10 +165,9 @@ class Generate(RunArguments, SamplingArguments, OutputArguments):
 class Evaluate(SamplingArguments, DataArguments):
     """Compute every score on test subjects; `evaluation.json` and figures.
 
-    --data-dir names either the folder that the data of the run were moved to,
-    or another data set. All images of another data set are test images, and
-    nothing is generated; results go to `evaluation-NAME.json` and
-    `figures/NAME`, where NAME is the last part of the path.
+    --data-dir names the folder that the data of the run were moved to, or
+    another data set NAME: then all images are test images, nothing is
+    generated, and results go to `evaluation-NAME.json` and `figures/NAME`.
     """
 
     dataset: Literal["oasis", "adni", "hipmri", "folder"] | None = None
@@ -186,10 +186,9 @@ class Evaluate(SamplingArguments, DataArguments):
 class Complete(SamplingArguments, OutputArguments):
     """Keep the top of images and sample what may stand below it.
 
-    The rest is blackened and the image encoded. Indices that lie wholly in
-    what is kept, one row of cells or more above the cut, are kept; the others
-    are sampled from the prior given these. That is exact, because a prior goes
-    from top to bottom; runs of several levels cannot do it.
+    The rest is blackened and the image encoded. Indices a row of cells or more
+    above the cut are kept; the others are sampled given these. That is exact,
+    because a prior goes from top to bottom; several levels cannot do it.
     """
 
     run: GivenRun
@@ -206,13 +205,11 @@ class Complete(SamplingArguments, OutputArguments):
 class Anomaly(SamplingArguments, SplitArguments):
     """Find what is unlike the training images; a figure and `anomaly.csv`.
 
-    The surprisal of an index is -log2 p under the prior, in bits. Indices
-    whose 3x3 mean exceeds that of 95 % of the validation images are sampled
-    anew: a restoration. The residual is the mean of |image - restoration|,
-    smoothed; its maximum, an intensity, is the score. The percentile says how
-    many validation images score no higher. Labels are not used; slice
-    positions are if those of all images are known.
-    Marimont & Tarroni, 2021, arXiv:2012.06765.
+    Indices whose surprisal, -log2 p under the prior, exceeds that of 95 % of
+    the validation indices in the 3x3 mean are sampled anew: a restoration. The
+    score is the maximum of |image - restoration|, averaged and smoothed; its
+    percentile says how many validation images score no higher. Labels are not
+    used. Marimont & Tarroni, 2021, arXiv:2012.06765.
     """
 
     images: Files = ()
@@ -605,9 +602,21 @@ def anomaly(trained, options):
     for row in table.itertuples():
         name = Path(row.path).name
         print(f"{row.score:.4f}  percentile {row.percentile:5.1f}  {name}")
-    title = f"Percentiles are of {len(reference)} validation images"
+    shown = utils.spread(len(table), ANOMALIES)
+    captions = [
+        f"score {row.score:.3f}\npercentile {row.percentile:.0f}"
+        for row in table.iloc[shown].itertuples()
+    ]
     figure = output.figures_path / "anomaly.png"
-    plot_anomalies(figure, images, found, table, title)
+    utils.plot_anomalies(
+        figure,
+        images[shown],
+        [bits[shown] for bits in found["bits"]],
+        found["restored"][shown],
+        found["residual"][shown],
+        captions,
+        f"Percentiles are of {len(reference)} validation images",
+    )
     print(f"table: {path}, figure: {figure}")
 
 
@@ -670,20 +679,6 @@ def anomaly_table(table, found, healthy):
     scores, usual = (p["residual"].max(axis=(1, 2)) for p in (found, healthy))
     below = np.searchsorted(np.sort(usual), scores, side="right")
     return result.assign(score=scores, percentile=100 * below / len(usual))
-
-
-def plot_anomalies(path, images, found, table, title, most=8):
-    """Draw images, surprisal, restorations and residuals of some rows."""
-    rows = utils.spread(len(table), most)
-    captions = [
-        f"score {row.score:.3f}\npercentile {row.percentile:.0f}"
-        for row in table.iloc[rows].itertuples()
-    ]
-    bits = [level[rows] for level in found["bits"]]
-    restored, residual = found["restored"][rows], found["residual"][rows]
-    utils.plot_anomalies(
-        path, images[rows], bits, restored, residual, captions, title
-    )
 
 
 def evaluate(trained, options):

@@ -57,7 +57,7 @@ PICTURES = 5  # times that they are shown
 SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
 SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
-# Guess of how much longer an image takes in a stage to come than in another.
+# Relative times for an image, by which stages not yet begun are guessed.
 TIMES = {"vqvae": 2, "decoder": 6}  # a prior: 3
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
