@@ -1292,9 +1292,11 @@ def read_files(paths, run):
         paths: files, or folders of files.
         run: `utils.Run`.
     """
-    here, own = Path.cwd(), pd.DataFrame(columns=["sha256", "height", "width"])
-    if run.split_path.exists():  # not with a shared model
+    here, (height, width) = Path.cwd(), run.info["image_size"]
+    if run.split_path.exists():
         own = utils.read_split_table(run)
+    else:  # a shared model: only its frame is known
+        own = pd.DataFrame([{"sha256": "", "height": height, "width": width}])
     known = own.drop_duplicates("sha256").set_index("sha256")
     files = [file for path in paths for file in _files_below(path)]
     table = pd.DataFrame([_row_of_file(file, known) for file in files])
