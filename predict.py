@@ -415,12 +415,9 @@ def check_conditions(trained, options):
             f"{options.label!r}"
         )
     either = prior.labels or prior.slice_condition
+    position = options.slice_position is not None
     for flag, asked, known in (
-        (
-            "slice-position",
-            options.slice_position is not None,
-            prior.slice_condition,
-        ),
+        ("slice-position", position, prior.slice_condition),
         ("guidance", options.guidance != 1, either),
     ):
         if asked and not known:
@@ -547,14 +544,14 @@ def complete(trained, options):
     results = {"images": utils.to_pixels(drawn), "known_1": known}
     results["indices_1"] = grids.reshape(*shape, *grids.shape[1:])
     results["path"] = slices.table["path"].to_numpy(str)
-    path, figure = output.path / "completions.npz", "completions.png"
+    path = output.path / "completions.npz"
     write_arrays(path, results)
     for row in slices.table.itertuples():
         at = "unknown" if np.isnan(row.position) else f"{row.position:.2f}"
         label = row.label or "unknown"
         print(f"{Path(row.path).name}: label {label}, slice position {at}")
     title = f"Top {100 * options.keep_fraction:g} % kept, seed {trained.seed}"
-    figure = output.figures_path / figure
+    figure = output.figures_path / "completions.png"
     utils.plot_completions(figure, images, shown, drawn, title)
     print(f"completions: {path}, figure: {figure}")
 
@@ -670,12 +667,10 @@ def find_anomalies(trained, images, table, times, limits=None):
 def anomaly_table(table, found, healthy):
     """Table of files, bits of each level, surprisal, score, percentile."""
     result = table[["path"]].reset_index(drop=True)
-    for name, part, over in (
-        ("bits", "bits", "sum"),
-        ("surprisal", "near", "max"),
-    ):
-        for level, values in enumerate(found[part], start=1):
-            result[f"{name}_{level}"] = getattr(values, over)(axis=(1, 2))
+    for level, bits in enumerate(found["bits"], start=1):
+        result[f"bits_{level}"] = bits.sum(axis=(1, 2))
+    for level, near in enumerate(found["near"], start=1):
+        result[f"surprisal_{level}"] = near.max(axis=(1, 2))
     scores, usual = (p["residual"].max(axis=(1, 2)) for p in (found, healthy))
     below = np.searchsorted(np.sort(usual), scores, side="right")
     return result.assign(score=scores, percentile=100 * below / len(usual))
@@ -806,9 +801,8 @@ def evaluate_external(trained, options):
     if run.split_path.exists():
         own = utils.read_split_table(run)
         own = own["sha256"][own["split"] != "test"]
-        seen = about["images_seen_in_training"] = int(
-            slices.table["sha256"].isin(own).sum()
-        )
+        seen = int(slices.table["sha256"].isin(own).sum())
+        about["images_seen_in_training"] = seen
         if seen:
             text = f"warning: {seen} of {len(slices)} images were trained on"
             print(f"{text}: the scores are too good", file=sys.stderr)
@@ -1120,18 +1114,14 @@ def plot_nearest(path, images, found, train, audited, copies, count=8):
         title += "too few unseen images to tell copies"
     else:
         order = order[np.argsort(~copies[order], kind="stable")]
+        limits = [f"{k} {audited[k]['first_percentile']:.2f}" for k in distance]
         alarm = "ALARM" if audited["alarm"] else "no alarm"
+        title += f"1 % of unseen images are nearer than {', '.join(limits)}\n"
         title += f"{audited['copies']} copies: {alarm}"
-    for key in utils.SPACES:
-        limit = audited[key]["first_percentile"]
-        if limit is not None:
-            title += (
-                f"\n1 % of unseen images are nearer than {limit:.2f} ({key})"
-            )
     order = order[:count]
     captions = [
-        "\n".join(f"{key} {distance[key][k]:.2f}" for key in utils.SPACES)
-        + ("\ncopy" if copies[k] else "")
+        "\n".join(f"{key} {apart[k]:.2f}" for key, apart in distance.items())
+        + "\ncopy" * copies[k]
         for k in order
     ]
     nearest = train.read(found["pixels"][0][order])[..., 0]
@@ -1156,9 +1146,11 @@ def evaluate_labels(trained, test):
         own = (test.table["label"] == label).to_numpy()
         entry = {"label": label, "test_images": int(own.sum())}
         if len(positions):
-            asked = {"slice_position": np.resize(positions, count)}
-            drawn, _, _ = trained.generate(count, label=label, **asked)
-            areas = dataset.ventricle_areas(drawn, *asked.values())
+            asked = np.resize(positions, count)
+            drawn, *_ = trained.generate(
+                count, label=label, slice_position=asked
+            )
+            areas = dataset.ventricle_areas(drawn, asked)
             areas = {"real": _mean(real[own]), "generated": _mean(areas)}
             entry |= {"images_drawn": count, "ventricle_area": areas}
         entries.append(entry)
@@ -1323,10 +1315,9 @@ def show_value(value):
         return ("x" if sizes else ", ").join(map(show_value, value))
     if isinstance(value, float):
         return f"{value:.4g}"
-    words = (
-        {True: "yes", False: "no"} if isinstance(value, bool) else {None: "-"}
-    )
-    return words.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
 
 
 def show_interval(bounds):
@@ -1341,10 +1332,10 @@ def run_facts(trained):
     What `config.json` says, and of the data, each level's codebook and each
     model; `evaluation` is empty without one.
     """
-    run, vqvae, evaluation = trained.run, trained.vqvae, {}
-    for part in run, trained.output:
-        if part.evaluation_path.exists():
-            evaluation = utils.read_evaluation(part)
+    run, vqvae = trained.run, trained.vqvae
+    known = [trained.output, run]
+    known = [part for part in known if part.evaluation_path.exists()]
+    evaluation = utils.read_evaluation(known[0]) if known else {}
     levels = evaluation.get("codebook")
     if not levels and run.indices_path.exists():
         stored, numbers = utils.read_indices(run), range(1, vqvae.levels + 1)
@@ -1402,9 +1393,8 @@ def write_report(trained):
         for path in folder.glob("*.png"):
             text = base64.b64encode(path.read_bytes()).decode("ascii")
             figures[path.stem] = f"data:image/png;base64,{text}"
-    evaluation = facts["evaluation"]
-    facts |= {"rows": summary_rows(evaluation), "figures": figures}
-    facts["ratio"], facts["verdict"] = verdict(evaluation)
+    facts |= {"rows": summary_rows(facts["evaluation"]), "figures": figures}
+    facts["ratio"], facts["verdict"] = verdict(facts["evaluation"])
     facts["stages"] = STAGES
     for template, path in (
         ("model_card.md", output.card_path),
@@ -1424,9 +1414,13 @@ def render(template, facts):
         lstrip_blocks=True,
         trim_blocks=True,
     )
-    environment.filters |= {"explain": explain, "in_words": ratio_in_words}
-    environment.filters |= {"show": show_value, "size": utils.size_text}
-    environment.filters["typed"] = utils.typed
+    environment.filters |= {
+        "explain": explain,
+        "in_words": ratio_in_words,
+        "show": show_value,
+        "size": utils.size_text,
+        "typed": utils.typed,
+    }
     return environment.get_template(template).render(facts)
 
 
