@@ -687,10 +687,7 @@ class Fit:
     def _compile(self, steps):
         """Adam, with warm-up and cosine decay to zero over `steps`."""
         warmup = min(self.options.warmup_steps, steps // 2)
-        decay, momentum = (
-            self.option("weight_decay"),
-            self.option("ema_momentum"),
-        )
+        momentum = self.option("ema_momentum")
         with self.job.strategy.scope():
             schedule = keras.optimizers.schedules.CosineDecay(
                 0.0,
@@ -700,7 +697,7 @@ class Fit:
             )
             optimizer = keras.optimizers.Adam(
                 schedule,
-                weight_decay=decay or None,
+                weight_decay=self.option("weight_decay") or None,
                 global_clipnorm=GRADIENT_NORM,
                 use_ema=momentum > 0,
                 ema_momentum=momentum,
@@ -974,7 +971,7 @@ def try_settings(settings, space, strategy, signals, trial):
     """
     values = {}
     for key, how in space.items():
-        kind = type(how.get("low")).__name__ if "low" in how else "categorical"
+        kind = type(how["low"]).__name__ if "low" in how else "categorical"
         values[key] = getattr(trial, f"suggest_{kind}")(key, **how)
     folder = f"trials/{trial.number:04d}"
     trial.set_user_attr("run", folder)
