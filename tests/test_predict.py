@@ -727,9 +727,8 @@ def test_verdict_names_the_stage_where_the_ratio_rises():
 def test_labels_of_simulated_brains_are_told_by_ventricles(monkeypatch):
     positions = [0.6, 0.7, 0.6, 0.1]  # the last plane has no ventricles
     table = {"label": ["AD", "NC", "AD", "AD"], "position": positions}
-    test = types.SimpleNamespace(
-        table=pd.DataFrame(table), read=lambda: [0] * 4
-    )
+    test = types.SimpleNamespace(table=pd.DataFrame(table))
+    test.read = lambda: np.arange(4)
 
     def generate(vqvae, priors, n, seed, label, slice_position, **options):
         assert 0.5 <= min(slice_position) and max(slice_position) <= 0.8
@@ -750,8 +749,8 @@ def test_labels_of_simulated_brains_are_told_by_ventricles(monkeypatch):
     assert [entry["images_drawn"] for entry in entries] == [3, 3, 3]
     areas = [entry["ventricle_area"] for entry in entries]
     assert areas == [
-        {"real": 0.0, "generated": 9.0},
-        {"real": 0.0, "generated": 3.0},
+        {"real": 1.0, "generated": 9.0},
+        {"real": 1.0, "generated": 3.0},
         {"real": None, "generated": 5.0},
     ]
     assert all(len(predict.explain(key)) > 10 for key in areas[0])
