@@ -1,5 +1,6 @@
 """Tests of dataset.py."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -39,10 +40,6 @@ def run_python(*arguments):
     )
 
 
-def run_cli(*arguments):
-    return run_python(ROOT / "dataset.py", *arguments)
-
-
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Decoded images go where the test is."""
@@ -80,21 +77,18 @@ def load(root, layout="oasis", **options):
 
 def run_of(slices, folder, layout="oasis", **options):
     """What `load_run` and `read_files` need of a run."""
-    path = folder / "split.csv"
-    utils.write_csv(path, slices.table)
-    data = utils.DataSettings(
-        dataset=layout, data_dir=str(slices.root), **options
-    )
+    root = str(slices.root)
+    data = utils.DataSettings(dataset=layout, data_dir=root, **options)
     info = {
         "image_size": list(slices.size),
-        "data_dir": str(slices.root),
+        "data_dir": root,
         "simulated": slices.simulated,
         "intensity": json.loads(json.dumps(slices.intensity)),
     }
-    settings = types.SimpleNamespace(data=data)
-    return types.SimpleNamespace(
-        split_path=path, path=folder, info=info, settings=settings
-    )
+    settings = dataclasses.replace(utils.Settings(), data=data)
+    run = utils.Run(folder, settings, info)
+    utils.write_csv(run.split_path, slices.table)
+    return run
 
 
 # --------------------------------------------------------------------- scan
@@ -357,22 +351,16 @@ def test_the_range_comes_from_the_training_images(oasis, bits, capsys):
     assert np.abs(image - expected).max() < 0.003
 
 
-TYPES = "uint8 int8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
-
-
-@pytest.mark.parametrize("dtype", TYPES.split())
-@pytest.mark.parametrize("order", "<>")
-def test_niftis_are_read_as_nibabel_reads_them(tmp_path, dtype, order):
+@pytest.mark.parametrize("dtype", "int8 uint16 int64 float64".split())
+def test_niftis_are_read_as_nibabel_reads_them(tmp_path, dtype):
     array = (blobs(3, shape=(12, 7)) // 2).astype(dtype)
     image = nibabel.Nifti1Image(array[..., None], np.eye(4), dtype=dtype)
     image.header.set_slope_inter(0.5, -3)
-    image = nibabel.Nifti1Image(
-        image.dataobj, None, image.header.as_byteswapped(order)
+    nibabel.save(image, tmp_path / "x.nii")
+    _, read = dataset._read_file(tmp_path / "x.nii")
+    assert np.allclose(
+        read, nibabel.load(tmp_path / "x.nii").get_fdata()[..., 0]
     )
-    path = tmp_path / "x.nii"
-    nibabel.save(image, path)
-    _, read = dataset._read_file(path)
-    assert np.allclose(read, nibabel.load(path).get_fdata()[..., 0])
 
 
 def test_percentiles_are_of_the_scan(hipmri):
@@ -528,11 +516,7 @@ def test_an_image_size_below_the_content_is_refused(oasis, hipmri, capsys):
 
 def test_fit_to():
     image = np.arange(1.0, 13, dtype=np.float32).reshape(3, 4)
-    expected = np.zeros((6, 2))
-    expected[1:4] = image[:, 1:3]
-    assert (dataset.fit_to(image, (6, 2)) == expected).all()
-    assert (dataset.fit_to(image, (3, 4)) == image).all()
-    for size in ((5, 3), (2, 7), (4, 4)):  # as TensorFlow does it
+    for size in ((6, 2), (3, 4), (5, 3), (2, 7)):  # as TensorFlow does it
         same = tf.image.resize_with_crop_or_pad(image[..., None], *size)
         assert (dataset.fit_to(image, size) == same[..., 0].numpy()).all()
     ones = np.ones((20, 10), np.float32)
@@ -1116,27 +1100,28 @@ def test_names_of_volumes():
 # ------------------------------------------------------------- command line
 
 
-def test_check(oasis, tmp_path):
+def test_check(oasis, tmp_path, capsys):
     train_file(oasis).write_bytes(b"\x89PNG\r\n\x1a\n and then nothing more")
-    result = run_cli("check", oasis)
-    assert result.returncode == 3
-    assert result.stderr.startswith("error: ")
+    result = run_python(ROOT / "dataset.py", "check", oasis)
+    assert result.returncode == 3 and result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert train_file(oasis).name in result.stderr
-    result = run_cli("check", oasis, "--skip-bad", "--preview", "p/a.png")
-    assert result.returncode == 0, result.stderr
-    assert f"left out {train_file(oasis)}: " in result.stdout
-    assert "pixels of 23 images: " in result.stdout
+    options = ["--skip-bad", "--preview", "p/a.png"]
+    dataset.main(["check", str(oasis), *options])
+    output = capsys.readouterr().out
+    assert f"left out {train_file(oasis)}: " in output
+    assert "pixels of 23 images: " in output
     assert utils.read_png(Path("p/a.png")).any()
     options = ["--layout", "hipmri", "--subjects", "3", "--image-size", "32"]
     dataset.main(["simulate", str(tmp_path / "d"), *options])
-    result = run_cli("check", tmp_path / "d")
-    assert "simulated, layout hipmri" in result.stdout
+    dataset.main(["check", str(tmp_path / "d")])
+    assert "simulated, layout hipmri" in capsys.readouterr().out
 
 
-def test_flags_are_checked(tmp_path):
-    for arguments in (["simulate", tmp_path, "--subjects", "0"], ["chek"]):
-        assert run_cli(*arguments).returncode == 2
+def test_flags_are_checked():
+    for flags in (["simulate", "d", "--subjects", "0"], ["chek"]):
+        with pytest.raises(FlagError):
+            dataset.main(flags)
     result = run_python("-c", "import sys, dataset; print([*sys.modules])")
     for heavy in ("tensorflow", "pandas", "scipy", "nibabel", "nilearn", "PIL"):
         assert f"'{heavy}'" not in result.stdout
