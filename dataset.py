@@ -43,6 +43,7 @@ Image = utils.lazy_import("PIL.Image")
 ImageOps = utils.lazy_import("PIL.ImageOps")
 mni152 = utils.lazy_import("nilearn.datasets")
 ndimage = utils.lazy_import("scipy.ndimage")
+interpolate = utils.lazy_import("scipy.interpolate")
 nibabel = utils.lazy_import("nibabel")
 pd = utils.lazy_import("pandas")
 tf = utils.lazy_import("tensorflow")
@@ -52,7 +53,10 @@ SPLITS = ("train", "validate", "test")
 SHARES = (0.7, 0.15, 0.15)  # of subjects, where no folder gives the split
 CARVED = 0.1  # share of training subjects that becomes a missing split
 MARKER = "simulated.json"  # left beside simulated slices
+SLICED = {"manifest.csv", "orientation.png"}  # left beside those of volumes
 CACHE = Path("data") / "cache"  # of decoded images
+CACHE_FORMAT = 2  # to be raised when files are decoded in another way
+CACHE_DAYS = 30  # that an entry is kept without being used
 PERCENTILES = (0.5, 99.5)  # of a scan's voxels: black and white of NIfTI
 WHITE = 99.9  # percentile of training pixels: white of dark PNG and JPEG
 DARK = 0.25  # of full scale: a data set that is darker is brightened
@@ -73,20 +77,12 @@ MOST_SLICES = 512  # of a subject on average; more are not of one person
 # --------------------------------------------------------------- 1. Layouts
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a data set lies on disk.
+class Layout(typing.NamedTuple):
+    """How the files of a data set are called."""
 
-    Args:
-        prefix: of the name of a split's folder, before "train" or "test".
-        pattern: regex of paths below that folder, with groups `subject`,
-            `slice`, maybe `week` and `label`; None: to be guessed.
-        example: a file name, for messages.
-    """
-
-    prefix: str = ""
-    pattern: str | None = None
-    example: str = "any.png, .jpeg, .nii or .nii.gz"
+    prefix: str  # of a split's folder, before "train" or "test"
+    pattern: str | None  # regex of paths below that folder; None: to be guessed
+    example: str  # a file name, for messages
 
     def split_of(self, folder):
         """Return the split that the name of a folder says, or None."""
@@ -115,7 +111,7 @@ LAYOUTS = {
         r"\.(png|jpe?g)$",
         "218391_78.jpeg",
     ),
-    "folder": Layout(),
+    "folder": Layout("", None, "any.png, .jpeg, .nii or .nii.gz"),
 }
 SPLIT_NAMES = {  # of folders, whatever their case -> the split they hold
     **dict.fromkeys(("train", "training"), "train"),
@@ -144,26 +140,16 @@ GUESSES = (
     r"(?i)(?P<subject>[^/]*\d[^/]*?)[-_. ]+[a-z]*[-_. ]*(?P<slice>\d+)[^/\d]*$",
 )
 
-
 # ------------------------------------------------------------------ 2. Scan
 
 
 class Index(typing.NamedTuple):
-    """The slices of a data set, unread.
+    """The slices of a data set, unread."""
 
-    Args:
-        root: Path of the folder that the paths are relative to.
-        table: DataFrame sorted by split, subject, scan and slice; columns
-            path, subject, scan, slice (int), position (rank in the scan,
-            0..1), label ("" unknown) and split.
-        ignored: list of the paths that are not read.
-        notes: list of lines that the reader should know.
-    """
-
-    root: Path
-    table: object
-    ignored: list
-    notes: list
+    root: Path  # of the folder that the paths are relative to
+    table: object  # DataFrame, see `scan`
+    ignored: list  # of the paths that are not read
+    notes: list  # of lines that the reader should know
 
 
 def _show(path):
@@ -182,14 +168,12 @@ def _some(names, most=5):
     return ", ".join(map(_show, names[:most])) + more or "none"
 
 
-def _subfolders(folder):
-    try:
-        with os.scandir(folder) as entries:
-            paths = sorted(Path(e.path) for e in entries if e.is_dir())
-    except OSError:
-        return []
+def _subfolders(root, depth=1):
+    """Return the folders that many levels below, sorted."""
+    found = sorted(filter(os.path.isdir, Path(root).glob("*/" * depth)))
     # Not the resource forks of macOS nor a simulation being written.
-    return [p for p in paths if p.name[0] not in "._" and ".tmp-" not in p.name]
+    hidden = re.compile(r"(?s)(^|/)[._]|\.tmp-")
+    return [p for p in found if not hidden.search(os.path.relpath(p, root))]
 
 
 def _find_base(root, dataset):
@@ -197,12 +181,11 @@ def _find_base(root, dataset):
     if not os.path.isdir(root):
         found = "a file" if os.path.exists(root) else "nothing there"
         raise DataError(f"{_show(root)}: found {found}, expected a folder")
-    layout, level = LAYOUTS[dataset], [Path(os.path.abspath(root))]
-    for _ in range(4 if dataset != "folder" else 0):
+    for depth in range(1, 5 if dataset != "folder" else 0):
         found = {
-            os.path.realpath(folder): folder
-            for folder in level
-            if any(layout.split_of(p.name) for p in _subfolders(folder))
+            os.path.realpath(folder.parent): folder.parent
+            for folder in _subfolders(os.path.abspath(root), depth)
+            if LAYOUTS[dataset].split_of(folder.name)
         }
         if len(found) > 1:
             raise DataError(
@@ -211,7 +194,6 @@ def _find_base(root, dataset):
             )
         if found:
             return next(iter(found.values()))
-        level = [child for folder in level for child in _subfolders(folder)]
     return None
 
 
@@ -239,6 +221,10 @@ def detect_layout(root):
 
 def scan(root, dataset, pattern=None, split=None):
     """Return the `Index` of the slices under `root`, unread.
+
+    Its table is sorted by split, subject, scan and slice; columns path,
+    subject, scan, slice (int), position (rank in the scan, 0 to 1), label
+    ("" unknown) and split.
 
     Args:
         root: the data set's folder, its parent, or doubled as unzips do.
@@ -274,9 +260,8 @@ def scan(root, dataset, pattern=None, split=None):
         table["split"] = split
     else:
         table = _with_splits(table, base, any_folder, ignored, notes)
-    table = _sort(table)
     _check_subjects(table, base)
-    return Index(base, table, ignored, notes)
+    return Index(base, _sort(table), ignored, notes)
 
 
 def _list_files(base, dataset, ignored):
@@ -286,14 +271,14 @@ def _list_files(base, dataset, ignored):
     split, and split, both "" for none; stem, the path without that folder.
     """
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
-    files = pd.Series(list(_walk(base, ignored)), dtype=object)
-    names = files.map(lambda path: os.path.relpath(path, base))
+    files = [os.path.relpath(path, base) for path in _walk(base, ignored)]
+    names = pd.Series(files, dtype=object)
     above, splits = "(?:[^/]+/)*?" * any_folder, "|".join(SPLIT_NAMES)
     way = rf"(?is)^({above})({layout.prefix}(?:{splits}))/(.*)$"
     parts = names.str.extract(way)
-    is_image = names.str.fullmatch(IMAGE_FILE).astype(bool)
-    fits = is_image if any_folder else parts[1].notna()
-    ignored += list(files[~fits & (is_image | any_folder)])
+    fits = names.str.fullmatch(IMAGE_FILE) if any_folder else parts[1].notna()
+    fits = fits.astype(bool)
+    ignored += [str(base / name) for name in names[~fits]]
     stem = (parts[0] + parts[2]).fillna(names)
     if any_folder:
         stem = stem.str.replace(SUFFIX, "", regex=True)
@@ -319,6 +304,7 @@ def _walk(folder, ignored):
     for parent, names, files in os.walk(top, onerror=refuse, followlinks=True):
         real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
         names[:] = sorted(n for n in names if n[0] != "." and n != "__MACOSX")
+        ours = {MARKER}.union(SLICED if SLICED.issubset(files) else ())
         paths = [os.path.join(parent, name) for name in sorted(files)]
         if real in seen:
             ignored.append(parent)
@@ -328,7 +314,7 @@ def _walk(folder, ignored):
         elif not names and not files and parent != top:
             yield parent
         else:
-            yield from paths
+            yield from (p for p in paths if os.path.basename(p) not in ours)
         seen.add(real)
 
 
@@ -347,14 +333,13 @@ def _choose_pattern(files, dataset, pattern):
             "in it"
         )
     pattern = pattern or _guess_pattern(files["stem"])
-    if pattern:
-        notes.append(f"subjects and slices are told by {pattern}")
-    else:
-        notes.append(
-            "no subject can be told from the file names, so every file counts "
-            "as one: slices of one person may be in several splits, and all "
-            "scores may be too good; tell subjects with --subject-pattern"
-        )
+    notes.append(
+        f"subjects and slices are told by {pattern}"
+        if pattern
+        else "no subject can be told from the file names, so every file counts "
+        "as one: slices of one person may be in several splits, and all "
+        "scores may be too good; tell subjects with --subject-pattern"
+    )
     return pattern, notes
 
 
@@ -371,8 +356,8 @@ def _compile(pattern):
 def _guess_pattern(stems):
     """Return the first of `GUESSES` that tells subjects, or None."""
     for guess in GUESSES:
-        found = [m for m in (re.search(guess, stem) for stem in stems) if m]
-        count = len({_canonical(match["subject"]) for match in found})
+        found = stems.str.extract(guess)["subject"].dropna()
+        count = found.map(_canonical).nunique()
         fits = len(found) >= 0.9 * len(stems) and count > 1
         if guess in GUESSES[-2:]:
             fits &= count > 2 and len(found) <= MOST_SLICES * count
@@ -429,7 +414,7 @@ def _canonical(name):
 def _unify(names):
     """Replace each spelling of a name by the first one."""
     first = {}
-    return names.map(lambda name: first.setdefault(_canonical(name), name))
+    return [first.setdefault(_canonical(name), name) for name in names]
 
 
 def _with_splits(table, base, any_folder, ignored, notes):
@@ -490,10 +475,9 @@ def _sort(table):
     order = table["split"].map(SPLITS.index)
     by = ["order", "subject", "scan", "slice"]
     table = table.assign(order=order).sort_values(by, ignore_index=True)
-    groups = table.groupby(["split", "scan"])["slice"]
-    last = groups.transform("size") - 1
-    position = groups.cumcount() / last.clip(lower=1)
-    table.insert(4, "position", position.where(last > 0, 0.5))
+    rank = table.groupby(["split", "scan"]).cumcount()
+    last = rank.groupby([table["split"], table["scan"]]).transform("max")
+    table.insert(4, "position", (rank / last).fillna(0.5))
     return table.drop(columns="order")
 
 
@@ -526,13 +510,9 @@ def _read_bytes(path):
         found = "not a file" if os.path.lexists(path) else "nothing there"
         raise _Unfit(f"found {found}, expected a file")
     try:
-        if os.path.getsize(path) > MOST_BYTES:
-            raise _Unfit(
-                f"found {os.path.getsize(path)} bytes, expected at most "
-                f"{MOST_BYTES}"
-            )
-        with open(path, "rb") as file:
-            return file.read()
+        if (size := os.path.getsize(path)) > MOST_BYTES:
+            raise _Unfit(f"found {size} bytes, expected at most {MOST_BYTES}")
+        return Path(path).read_bytes()
     except OSError as error:
         raise _Unfit(f"cannot read the file ({error.strerror})") from error
 
@@ -579,20 +559,21 @@ def _read_picture(data, name, notes):
 
 def _to_grey(image, notes):
     if image.mode.startswith("I"):  # 16 bits; their clear value stays a number
-        pixels = np.asarray(image)
-        if (pixels == image.info.get("transparency", -1)).any():
-            raise _Unfit("found transparency, expected an opaque image")
-        return pixels, 65535
-    if image.mode == "CMYK":
+        pixels, full = np.asarray(image), 65535
+        clear = (pixels == image.info.get("transparency", -1)).any()
+    elif image.mode == "CMYK":
         raise _Unfit("found a CMYK image, expected grey; convert it")
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    if "A" in image.getbands() and np.ptp(image.getchannel("A")):
+    else:
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        pixels, full = np.asarray(image.convert("L")), 255
+        clear = "A" in image.getbands() and np.ptp(image.getchannel("A"))
+        if image.mode not in ("1", "L", "LA"):
+            if np.ptp(image.convert("RGB"), axis=-1).any():
+                notes.add("are in colour; converted to grey by luma")
+    if clear:
         raise _Unfit("found transparency, expected an opaque image")
-    if image.mode not in ("1", "L", "LA"):
-        if np.ptp(image.convert("RGB"), axis=-1).any():
-            notes.add("are in colour; converted to grey by luma")
-    return np.asarray(image.convert("L")), 255
+    return pixels, full
 
 
 def _read_nifti(data, name, notes):
@@ -683,29 +664,20 @@ def _read_file(path):
 class Slices:
     """Images on disk, and what is known of each.
 
-    Args:
-        file: Path of a .npy file, uint8 (N, H, W).
-        rows: (n,) ints, the images in it, one a row of the table.
-        table: DataFrame; columns path (relative to `root`), subject, scan,
-            slice, position, label, split, height, width, low, high (the
-            intensities in the file that become 0 and 1), sha256.
-        root: Path of the data set's folder.
-        size: (H, W) in pixels.
-        simulated: whether a simulator wrote the images.
-        intensity: dict {rule, low, high}, of full scale of PNG and JPEG.
-        ignored: paths of what was not read.
-        rejected: DataFrame of the unfit files, columns path and reason.
+    The columns of the table are path (relative to `root`), subject, scan,
+    slice, position, label, split, height, width, low, high (the intensities
+    in the file that become 0 and 1) and sha256.
     """
 
-    file: Path
-    rows: np.ndarray
-    table: object
-    root: Path
-    size: tuple
-    simulated: bool
-    intensity: dict
-    ignored: tuple = ()
-    rejected: object = ()
+    file: Path  # .npy, uint8 (N, H, W)
+    rows: np.ndarray  # (n,) ints, the images in it, one a row of the table
+    table: object  # DataFrame
+    root: Path  # of the data set's folder
+    size: tuple  # (H, W) in pixels
+    simulated: bool  # whether a simulator wrote the images
+    intensity: dict  # {rule, low, high}, of full scale of PNG and JPEG
+    ignored: tuple = ()  # paths of what was not read
+    rejected: object = ()  # DataFrame of unfit files, columns path and reason
 
     def __len__(self):
         return len(self.rows)
@@ -728,15 +700,14 @@ class Slices:
         """Return what `read` does as it is stored, uint8."""
         rows = self.rows if numbers is None else self.rows[numbers]
         images = np.empty((len(rows), *self.size, 1), np.uint8)
-        number, start = _open_array(self.file)
+        number, start, _ = _open_array(self.file)
         for image, row in zip(images, rows, strict=True):
-            data = os.pread(number, image.size, start + int(row) * image.size)
-            if len(data) < image.size:
+            at = start + int(row) * image.size
+            if os.preadv(number, [image], at) < image.size:
                 raise DataError(
                     f"{_show(self.file)}: found a cut file, expected decoded "
                     "images; delete it"
                 )
-            image.flat = np.frombuffer(data, np.uint8)
         return images
 
     def take(self, numbers):
@@ -757,11 +728,11 @@ class Slices:
 
 @functools.lru_cache(64)
 def _open_array(file):
-    """Return the descriptor of a .npy file, kept open, and its data's start."""
+    """Return the descriptor of a .npy file, its data's start, its (H, W)."""
     with open(file, "rb") as stream:
         np.lib.format.read_magic(stream)
-        np.lib.format.read_array_header_1_0(stream)
-        return os.dup(stream.fileno()), stream.tell()
+        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
+        return os.dup(stream.fileno()), stream.tell(), shape[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -769,7 +740,7 @@ class _Plan:
     """How files become images; what is None follows from the files."""
 
     size: tuple | None = None  # (H, W) of the frame: the most common size
-    kept: frozenset | None = None  # sizes not scaled but padded, cropped: all
+    kept: tuple | None = None  # sizes not scaled but padded, cropped: all
     white: float | None = None  # share of full scale that becomes 1
 
 
@@ -783,30 +754,36 @@ def _sizes(table):
     return list(zip(table["height"], table["width"], strict=True))
 
 
-def _decode(table, root, plan, levels=None):
+def _decode(table, root, plan):
     """Return the array file of images, and a table of what is in the files.
 
     Args:
-        table: DataFrame with the columns path, scan and split.
+        table: DataFrame; columns path, scan, split, and maybe low and high of
+            each file, NaN where its own scan or the plan gives them.
         plan: `_Plan`.
-        levels: (N, 2) low and high of each file, NaN where its own scan or
-            the plan gives them, as by default all.
     """
-    known = _cached(table, root, plan, levels)
+    table = table.reindex(columns=["path", "scan", "split", "low", "high"])
+    known = _cached(table, root, plan)
     file = known.with_suffix(".npy")
     if file.is_file() and known.is_file():
+        for path in (known, file):
+            with contextlib.suppress(OSError):  # of someone else
+                os.utime(path)
         words = dict.fromkeys(("reason", "notes", "sha256"), str)
         options = {"keep_default_na": False, "float_precision": "round_trip"}
         return file, pd.read_csv(known, dtype=words, **options)
+    _remove_unused(known.parent)
     names = np.array([os.path.join(root, path) for path in table["path"]], "O")
     scans = [*table.groupby(["split", "scan"], sort=False).indices.values()]
+    levels = table[["low", "high"]].to_numpy("float64")
     is_train = (table["split"] == "train").to_numpy()
     plan = _complete(plan, names[is_train | ~is_train.any()])
-    levels = np.full((len(names), 2), np.nan) if levels is None else levels
-    found = []
+    found = [None] * len(names)
 
     def write(path):
-        found.extend(_decode_files(names, scans, levels, plan, path))
+        for rows, values in _decode_files(names, scans, levels, plan, path):
+            for row, value in zip(rows, values, strict=True):
+                found[row] = value
 
     utils.write_atomic(file, write)
     found = pd.DataFrame(found)
@@ -816,36 +793,39 @@ def _decode(table, root, plan, levels=None):
     return file, found
 
 
-def _cache_folder():
-    """Return the folder of decoded images; a temporary one if need be."""
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=CACHE).close()
-    except OSError:
-        return _private_folder()
-    return CACHE.absolute()
-
-
-@functools.cache
-def _private_folder():
-    folder = tempfile.TemporaryDirectory(prefix="mri-slices-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
-def _cached(table, root, plan, levels=None):
+def _cached(table, root, plan):
     """Return the path of the table of `_decode`: a hash of all behind it."""
-    levels = None if levels is None else levels.tolist()
-    kept = None if plan.kept is None else sorted(plan.kept)
-    about = 1, INTENSITY_RULE, plan.size, kept, plan.white, levels
+    about = CACHE_FORMAT, INTENSITY_RULE, plan
     digest = hashlib.sha256(repr(about).encode())
-    for row in zip(table["path"], table["scan"], table["split"], strict=True):
+    for row in table.itertuples(index=False, name=None):
         with contextlib.suppress(OSError):
             s = os.stat(os.path.join(root, row[0]))
             # The time of change too: contents may change with an old time.
             row += (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         digest.update(repr(row).encode())
-    return _cache_folder() / f"{digest.hexdigest()[:20]}.csv"
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=CACHE).close()
+        folder = CACHE.absolute()
+    except OSError:
+        folder = _private_folder()
+    return folder / f"{digest.hexdigest()[:20]}.csv"
+
+
+@functools.cache
+def _private_folder():
+    folder = tempfile.mkdtemp(prefix="mri-slices-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _remove_unused(folder):
+    """Remove the entries of a cache that were not used for `CACHE_DAYS`."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # of another process, gone
+            used = max(path.stat().st_mtime, path.stat().st_atime)
+            if used < time.time() - CACHE_DAYS * 24 * 3600:
+                path.unlink()
 
 
 def _complete(plan, names):
@@ -879,26 +859,24 @@ def _in_parallel(work, tasks, title):
 
 
 def _decode_files(names, scans, levels, plan, path):
-    """Write the images of all files as one array; return what was found."""
-    found, (height, width) = [None] * len(names), plan.size
-    with open(path, "wb") as stream:
-        shape = (len(names), height, width)
-        about = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(stream, about)
-        stream.flush()
-        start, number = stream.tell(), stream.fileno()
-        os.truncate(number, start + len(names) * height * width)
+    """Write the images of all files as one array.
+
+    Yields (rows of a scan, what was found in each).
+    """
+    shape = len(names), *plan.size
+    start = np.lib.format.open_memmap(path, "w+", "u1", shape).offset
+    # Through the map, a full disk would end the process without a message.
+    with open(path, "r+b") as stream:
 
         def work(rows):
-            images = _decode_scan(names[rows], levels[rows], plan)
-            for row, (values, image) in zip(rows, images, strict=True):
-                found[row] = values
+            results = _decode_scan(names[rows], levels[rows], plan)
+            for row, (_, image) in zip(rows, results, strict=True):
                 if image is not None:
-                    at = start + int(row) * height * width
-                    os.pwrite(number, image.tobytes(), at)
+                    at = start + int(row) * image.size
+                    os.pwrite(stream.fileno(), image.tobytes(), at)
+            return rows, [values for values, _ in results]
 
-        collections.deque(_in_parallel(work, scans, "reading scans"), 0)
-    return found
+        yield from _in_parallel(work, scans, "reading scans")
 
 
 _UNREAD = {  # what is known of a file that cannot be read
@@ -911,17 +889,16 @@ _UNREAD = {  # what is known of a file that cannot be read
 
 def _decode_scan(names, levels, plan):
     """Return (what was found, uint8 (H, W) or None) of each file of a scan."""
-    files, voxels = [], []
+    files, voxels, results = [], [], []
     for name, (low, _) in zip(names, levels, strict=True):
         try:
             values, image = _read_file(name)
         except _Unfit as error:
-            files.append(({"reason": str(error), "notes": ()}, None))
-            continue
+            values, image = {"reason": str(error), "notes": ()}, None
         files.append((values, image))
-        if np.isnan(low) and not values["full"]:
+        if image is not None and np.isnan(low) and not values["full"]:
             voxels.append(image.ravel())
-    window, results = _window(np.concatenate(voxels)) if voxels else (), []
+    window = _window(np.concatenate(voxels)) if voxels else ()
     for (values, image), level in zip(files, levels, strict=True):
         if image is not None:
             if np.isnan(level[0]):
@@ -1003,12 +980,10 @@ def load(settings, image_size=None):
             f"--data-dir: found none, expected the folder of the {dataset} data"
         )
     index = scan(root, dataset, settings.subject_pattern)
-    size, resize = image_size or settings.image_size, settings.resize
-    plan = _Plan(size and tuple(size), frozenset() if resize else None)
-    slices, found = _load(index, plan, settings.skip_bad, root)
-    for line in _summary(slices, found, dataset, index.notes, plan):
-        print(line)
-    _check_size(slices, found, size)
+    size = image_size or settings.image_size
+    plan = _Plan(size and tuple(size), () if settings.resize else None)
+    slices, found = _load(index, plan, dataset, settings.skip_bad, root)
+    _check_size(found, size)
     counts = slices.table["split"].value_counts()
     if counts["train"] == 1:
         _warn("a single training image: nothing general can be learnt from it")
@@ -1028,16 +1003,12 @@ def load_external(data_dir, dataset, run, skip_bad=False):
         skip_bad: leave out unfit files instead of refusing them.
     """
     dataset = dataset or detect_layout(data_dir)
-    index = scan(data_dir, dataset, split="test")
-    plan = _plan_of_run(run, utils.read_split_table(run))
-    slices, found = _load(index, plan, skip_bad, data_dir)
-    for line in _summary(slices, found, dataset, index.notes, plan):
-        print(line)
-    return slices
+    index, plan = scan(data_dir, dataset, split="test"), _plan_of_run(run)
+    return _load(index, plan, dataset, skip_bad, data_dir)[0]
 
 
-def _load(index, plan, skip_bad, root):
-    """Return the `Slices` of an index, and what was found in their files."""
+def _load(index, plan, dataset, skip_bad, root):
+    """Return the `Slices` of an index and what their files hold; print it."""
     table, base = index.table, index.root
     file, found = _decode(table, base, plan)
     about = _read_marker(root, base)
@@ -1061,7 +1032,7 @@ def _load(index, plan, skip_bad, root):
         np.flatnonzero(fit),
         kept[[*table, *KNOWN]],
         base,
-        plan.size or _array_size(file),
+        _open_array(file)[2],
         about is not None,
         {
             "rule": INTENSITY_RULE,
@@ -1071,11 +1042,9 @@ def _load(index, plan, skip_bad, root):
         tuple(index.ignored),
         rejected.reset_index(drop=True),
     )
+    for line in _summary(slices, kept, dataset, index.notes, plan):
+        print(line)
     return slices, kept
-
-
-def _array_size(file):
-    return np.load(file, mmap_mode="r").shape[1:]
 
 
 def _note_twins(checked, base):
@@ -1083,19 +1052,18 @@ def _note_twins(checked, base):
     quiet = (checked["reason"] != "").any()
     # Blank slices are alike by nature, and nothing can be learnt from them.
     alike = checked[~checked["constant"] & (checked["reason"] == "")]
-    alike = alike[alike.duplicated("sha256", keep=False)]
-    copies = 0
-    for _, group in alike.groupby("sha256", sort=False):
-        # The later split keeps its copy: a test set is not to shrink.
-        kept = group.iloc[-1]
-        leaked = group[group["split"] != kept["split"]]
-        copies += len(group) - len(leaked) - 1
-        for row in leaked.itertuples():
-            checked.loc[row.Index, "reason"] = (
-                f"found the same bytes in {row.split} and as "
-                f"{_show(base / kept['path'])} in {kept['split']}, expected "
-                "each image in one split"
-            )
+    # The later split keeps its copy: a test set is not to shrink.
+    last = alike.groupby("sha256")[["path", "split"]].transform("last")
+    leaked = alike["split"] != last["split"]
+    for row, kept in zip(
+        alike[leaked].itertuples(), last[leaked].itertuples(), strict=True
+    ):
+        checked.loc[row.Index, "reason"] = (
+            f"found the same bytes in {row.split} and as "
+            f"{_show(base / kept.path)} in {kept.split}, expected each image "
+            "in one split"
+        )
+    copies = alike[~leaked].duplicated("sha256").sum()
     if copies and not quiet:
         _warn(f"{copies} files repeat others of their split")
 
@@ -1110,9 +1078,8 @@ def _listed(rejected, base, total, advice=" (--skip-bad leaves them out)"):
         return lines[0]
     if (more := len(rejected) - MOST_LISTED) > 0:
         lines.append(f"... and {more} more")
-    return "\n".join(
-        [f"{len(rejected)} of {total} files are unfit{advice}", *lines]
-    )
+    head = f"{len(rejected)} of {total} files are unfit{advice}"
+    return "\n".join([head, *lines])
 
 
 def _check_left(checked, rejected, base):
@@ -1131,7 +1098,7 @@ def _check_left(checked, rejected, base):
         )
 
 
-def _check_size(slices, found, asked):
+def _check_size(found, asked):
     """Refuse an image size that cuts off content of many training images."""
     train = found["cut"][found["split"] == "train"]
     native = _most_common(_sizes(found))
@@ -1184,24 +1151,8 @@ def _summary(slices, found, dataset, notes, plan):
             "ids may name scans, not persons: that no person is in two "
             "splits cannot be proved"
         )
-    yield from _summary_of_ignored(slices)
-
-
-def _sizes_line(slices, plan):
-    """Return in words which sizes there are and what becomes of them."""
-    counts = collections.Counter(_sizes(slices.table)).most_common()
-    texts = [f"{utils.size_text(size)} ({count})" for size, count in counts]
-    frame, kept = utils.size_text(slices.size), plan.kept
-    fitted = f"padded or cropped to {frame}"
-    if kept is not None and not kept.issuperset(size for size, _ in counts):
-        fitted = f"scaled to {frame}, their aspect ratio kept"
-    return f"plane sizes: {_some(texts, 8)}; {fitted}"
-
-
-def _summary_of_ignored(slices):
-    """Yield lines: ignored files, and folders of which nothing was read."""
-    read = {"", *map(os.path.dirname, slices.table["path"])}
-    names, folders = [], collections.Counter()
+    read, names = {"", *map(os.path.dirname, table["path"])}, []
+    folders = collections.Counter()  # of which nothing was read
     for path in slices.ignored:
         folder = os.path.dirname(os.path.relpath(path, slices.root))
         if folder in read or not IMAGE_FILE.fullmatch(path):
@@ -1212,6 +1163,17 @@ def _summary_of_ignored(slices):
         yield f"{len(names)} files ignored: {_some(names)}"
     for folder, count in sorted(folders.items()):
         yield f"{_show(folder)} is not read: {count} images ignored"
+
+
+def _sizes_line(slices, plan):
+    """Return in words which sizes there are and what becomes of them."""
+    counts = collections.Counter(_sizes(slices.table)).most_common()
+    texts = [f"{utils.size_text(size)} ({count})" for size, count in counts]
+    frame, kept = utils.size_text(slices.size), plan.kept
+    fitted = f"padded or cropped to {frame}"
+    if kept is not None and not {size for size, _ in counts} <= set(kept):
+        fitted = f"scaled to {frame}, their aspect ratio kept"
+    return f"plane sizes: {_some(texts, 8)}; {fitted}"
 
 
 def load_run(run, data_dir=None, needed=SPLITS):
@@ -1230,13 +1192,13 @@ def load_run(run, data_dir=None, needed=SPLITS):
     _refuse_lost(root, table[~there], needed, "are gone")
     table = table[there].reset_index(drop=True)
     data, size = run.settings.data, tuple(run.info["image_size"])
-    kept = frozenset() if data.resize else None
-    file, found = _decode(table, root, _Plan(data.image_size, kept))
-    levels = table[["low", "high"]].to_numpy()
-    own = found[["low", "high"]]
-    if _array_size(file) != size or not np.allclose(own, levels, rtol=1e-9):
+    kept, levels = () if data.resize else None, ["low", "high"]
+    plan = _Plan(data.image_size, kept)
+    file, found = _decode(table.drop(columns=levels), root, plan)
+    own = np.allclose(found[levels], table[levels], rtol=1e-9)
+    if _open_array(file)[2] != size or not own:
         # Of a part of the data, say: what it had in the whole.
-        file, found = _decode(table, root, _Plan(size, kept, 1.0), levels)
+        file, found = _decode(table, root, _Plan(size, kept, 1.0))
     same = (found["sha256"] == table["sha256"]).to_numpy()
     _refuse_lost(root, table[~same], needed, "have changed")
     slices = _slices_of_run(run, file, table, root).take(np.flatnonzero(same))
@@ -1263,21 +1225,23 @@ def _refuse_lost(root, lost, needed, what):
 
 
 def _slices_of_run(run, file, table, root):
-    return Slices(
-        file,
-        np.arange(len(table)),
-        table,
-        root,
-        tuple(run.info["image_size"]),
-        run.info["simulated"],
-        run.info["intensity"],
-    )
+    size, rows = tuple(run.info["image_size"]), np.arange(len(table))
+    about = run.info["simulated"], run.info["intensity"]
+    return Slices(file, rows, table, root, size, *about)
 
 
-def _plan_of_run(run, own, white=None):
+def _split_table(run):
+    """Return the table of a run's images; an empty one of a shared model."""
+    if run.split_path.exists():
+        return utils.read_split_table(run)
+    names = ("subject", "slice", "position", "label", *KNOWN)
+    return pd.DataFrame(columns=names)
+
+
+def _plan_of_run(run, white=None):
     """Return how images that are not of a run's data become its images."""
-    kept = frozenset() if run.settings.data.resize else frozenset(_sizes(own))
-    return _Plan(tuple(run.info["image_size"]), kept, white)
+    own = () if run.settings.data.resize else set(_sizes(_split_table(run)))
+    return _Plan(tuple(run.info["image_size"]), tuple(sorted(own)), white)
 
 
 def read_files(paths, run):
@@ -1292,26 +1256,30 @@ def read_files(paths, run):
         paths: files, or folders of files.
         run: `utils.Run`.
     """
-    here, (height, width) = Path.cwd(), run.info["image_size"]
-    if run.split_path.exists():
-        own = utils.read_split_table(run)
-    else:  # a shared model: only its frame is known
-        own = pd.DataFrame([{"sha256": "", "height": height, "width": width}])
-    known = own.drop_duplicates("sha256").set_index("sha256")
+    here, known = Path.cwd(), _split_table(run).drop_duplicates("sha256")
     files = [file for path in paths for file in _files_below(path)]
-    table = pd.DataFrame([_row_of_file(file, known) for file in files])
-    plan = _plan_of_run(run, own, run.info["intensity"]["high"] or None)
-    levels = table[["low", "high"]].to_numpy("float64")
-    file, found = _decode(table, here, plan, levels)
+    numbers = ["slice", "position", "low", "high"]
+    known = known.set_index("sha256")[["subject", "label", *numbers]]
+    table = known.reindex([*map(_digest, files)]).reset_index(drop=True)
+    table = table.assign(path=files, split="test")
+    table[numbers] = table[numbers].astype(float)
+    table["scan"] = [
+        _show(re.sub(r"\d+(\D*)$", r"*\1", os.path.abspath(f))) for f in files
+    ]
+    stems = pd.Series([_show(os.path.basename(file)) for file in files])
+    table = table.fillna({"subject": stems, "slice": 0, "label": ""})
+    plan = _plan_of_run(run, run.info["intensity"]["high"] or None)
+    file, found = _decode(table, here, plan)
     rejected = found.assign(path=table["path"])[found["reason"] != ""]
     if len(rejected):
         raise DataError(_listed(rejected, here, len(table), advice=""))
-    table = table.drop(columns=["low", "high"]).join(found[KNOWN])
-    alone = ~table["scan"].duplicated(keep=False) & np.isnan(levels[:, 0])
+    alone = ~table["scan"].duplicated(keep=False) & table["low"].isna()
     if count := (alone & (found["full"] == 0)).sum():
         print(f"{count} NIfTI files are scaled by their own percentiles")
+    table = table.drop(columns=["low", "high"]).join(found[KNOWN])
+    table["slice"] = table["slice"].astype(int)
     slices = _slices_of_run(run, file, table, here)
-    if not plan.kept.issuperset(_sizes(table)):
+    if not set(_sizes(table)) <= set(plan.kept):
         print(_sizes_line(slices, plan))
     return slices
 
@@ -1326,20 +1294,11 @@ def _files_below(path):
     return files
 
 
-def _row_of_file(path, known):
-    """Return the row of a file, with what the run knows of its bytes."""
+def _digest(path):
     try:
-        digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+        return hashlib.sha256(_read_bytes(path)).hexdigest()
     except _Unfit as error:
         raise DataError(f"{_show(path)}: {error}") from error
-    row = {"path": path, "subject": _show(os.path.basename(path)), "slice": 0}
-    row["scan"] = _show(re.sub(r"\d+(\D*)$", r"*\1", os.path.abspath(path)))
-    row |= {"position": np.nan, "label": "", "split": "test"}
-    row |= {"low": np.nan, "high": np.nan}
-    if digest in known.index:
-        names = ("subject", "slice", "position", "label", "low", "high")
-        row |= {name: known.at[digest, name] for name in names}
-    return row
 
 
 def content_box(slices, multiple):
@@ -1353,15 +1312,12 @@ def content_box(slices, multiple):
     Returns: (top, left, height, width) in pixels; the whole frame along an
         axis where a box would not be smaller.
     """
-    largest = np.zeros(slices.size, np.uint8)
+    shown, box = np.zeros(slices.size, bool), []
     for _, images in slices.chunks():
-        np.maximum(largest, images.max(axis=0), out=largest)
-    box = []
+        shown |= (images > utils.FOREGROUND * 255).any(axis=0)
     for axis, length in enumerate(slices.size):
-        places = np.flatnonzero(
-            (largest > utils.FOREGROUND * 255).any(1 - axis)
-        )
-        first, last = (places[0], places[-1]) if len(places) else (0, length)
+        places = np.flatnonzero(shown.any(1 - axis))
+        first, last = places[[0, -1]] if len(places) else (0, length)
         side = last + 1 - first
         side = min(-(-side // multiple) * multiple, length)
         begin = np.clip((first + last + 1 - side) // 2, 0, length - side)
@@ -1569,8 +1525,9 @@ def distributed(strategy, make):
 def augment(
     images, seed, numbers, strength=1.0, flips=False, epoch=0, mirror_axis=2
 ):
-    """Return images turned, scaled, shifted and brightened a little.
+    """Return images shifted and brightened a little.
 
+    Shifts are of whole pixels: to interpolate would blur what models learn.
     What happens to an image is a function of (seed, epoch, number) only: it
     is the same in any batch, in a dataset's graph or outside.
 
@@ -1581,8 +1538,8 @@ def augment(
         images: (B, H, W, 1), intensities in [0, 1].
         seed, epoch: ints >= 0.
         numbers: (B,) ints >= 0, say the rows of a table.
-        strength: float or scalar tensor >= 0; at 1 up to 6 degrees, 6 % each
-            way, 3 pixels of 176 and 7 % of the intensity.
+        strength: float or scalar tensor >= 0; at 1 up to 3 pixels of 176 each
+            way and 7 % of the intensity.
         flips: whether to mirror every other image.
         mirror_axis: of the batch, as of `Slices.mirror_axis`.
 
@@ -1590,64 +1547,28 @@ def augment(
     """
     images = tf.convert_to_tensor(images, tf.float32)
     seed, epoch = tf.cast(seed, tf.int64), tf.cast(epoch, tf.int64)
-    draws = _uniforms()(seed, epoch, tf.cast(numbers, tf.int64))
-    if flips:
-        mirrored = tf.reverse(images, [mirror_axis])
-        flip = draws[:, 0, None, None, None] < 0
-        images = tf.where(flip, mirrored, images)
-    draws *= tf.cast(strength, tf.float32)
-    height, width = images.shape[1:3]
-    images = tf.raw_ops.ImageProjectiveTransformV3(
-        images=images,
-        transforms=_transforms(draws, height, width),
-        output_shape=[height, width],
-        fill_value=0.0,
-        interpolation="BILINEAR",
+    # The order of the epoch is drawn with (seed, epoch) itself.
+    key = tf.random.experimental.stateless_fold_in([seed, epoch], 0)
+    # Of this generator the first rows are the same however many there are.
+    draws = tf.gather(
+        tf.random.stateless_uniform(
+            [tf.reduce_max(numbers) + 1, 4], key, -1, 1, alg="philox"
+        ),
+        numbers,
     )
-    gain = 1 + 0.07 * draws[:, 6, None, None, None]
+    if flips:
+        flip = draws[:, 0, None, None, None] < 0
+        images = tf.where(flip, tf.reverse(images, [mirror_axis]), images)
+    sides = images.shape[1:3]
+    draws *= tf.cast(strength, tf.float32)
+    shift = tf.cast(tf.round(3 / 176 * max(sides) * draws[:, 1:3]), tf.int32)
+    images = tf.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))  # black comes in
+    for axis, side in enumerate(sides, 1):
+        rows = tf.range(1, side + 1) - shift[:, axis - 1, None]
+        rows = tf.clip_by_value(rows, 0, side + 1)
+        images = tf.gather(images, rows, axis=axis, batch_dims=1)
+    gain = 1 + 0.07 * draws[:, 3, None, None, None]
     return tf.clip_by_value(images * gain, 0, 1)
-
-
-def _transforms(draws, height, width):
-    """Return (B, 8): where a pixel of the result comes from in an image.
-
-    At x' = a x + b y + c, y' = d x + e y + f; about the centre.
-    """
-    turn = draws[:, 1] * np.float32(np.radians(6))
-    scale_y, scale_x = 1 + 0.06 * draws[:, 2], 1 + 0.06 * draws[:, 3]
-    shift = 3 / 176 * max(height, width) * draws[:, 4:6]
-    y, x = (height - 1) / 2, (width - 1) / 2
-    a, b = tf.cos(turn) * scale_x, tf.sin(turn) * scale_y
-    d, e = -tf.sin(turn) * scale_x, tf.cos(turn) * scale_y
-    c = x - (a * x + b * y) + shift[:, 1]
-    f = y - (d * x + e * y) + shift[:, 0]
-    zero = tf.zeros_like(turn)
-    return tf.stack([a, b, c, d, e, f, zero, zero], axis=1)
-
-
-@functools.cache
-def _uniforms():
-    """Return a compiled call: seed, epoch, numbers (B,) -> (B, 7), -1 to 1."""
-
-    def draw(seed, epoch, numbers):
-        # A stateless draw takes one seed of two numbers, so the images come
-        # one by one; the loop runs inside the graph, 20 microseconds each.
-        key = tf.random.experimental.stateless_fold_in([seed, epoch], 0)
-        return tf.map_fn(
-            lambda number: tf.random.stateless_uniform(
-                [7],
-                tf.random.experimental.stateless_fold_in(key, number),
-                -1,
-                1,
-                alg="philox",
-            ),
-            numbers,
-            fn_output_signature=tf.TensorSpec([7], tf.float32),
-        )
-
-    number = tf.TensorSpec([], tf.int64)
-    signature = [number, number, tf.TensorSpec([None], tf.int64)]
-    return tf.function(draw, input_signature=signature, autograph=False)
 
 
 # ------------------------------------------------------------- 7. Simulator
@@ -1655,8 +1576,6 @@ def _uniforms():
 # Lengths are in mm about the anterior commissure, axes (z, y, x) pointing up,
 # forward and right, as the planes are stacked.
 
-LESION_RADIUS = (0.04, 0.09)  # of the long side of the image
-LESION_CONTRAST = (0.25, 0.5)  # of the intensity range, up or down
 BRAIN_PLANES = {"oasis": 32, "adni": 20}
 PELVIS_PLANES = 20
 # Slice positions, 11 to 21 mm, where the bodies of the lateral ventricles lie
@@ -1667,23 +1586,6 @@ _BRAIN_HEIGHT, _BRAIN_MIDDLE = 196, -18  # of the plane, along y
 _TEMPLATE_ORIGIN = (72, 134, 98)
 _VENTRICLES = ((-14, 32), (-58, 34), (-34, 34))  # box around them
 _PELVIS_HEIGHT = 380  # of the plane, from left to right
-# Solid, centre (up, left, back), radii, intensity, strength of its texture;
-# True: there is one on either side. Later ones lie over earlier ones.
-_PELVIS = (
-    ("skin and fat", (0, 0, 0), (400, 185, 118), 0.78, 0.05, False),
-    ("muscle", (0, 0, -2), (400, 165, 95), 0.30, 0.08, False),
-    ("gluteus", (-10, 75, 62), (90, 62, 34), 0.24, 0.10, True),
-    ("pelvic fat", (0, 0, 10), (400, 62, 72), 0.72, 0.07, False),
-    ("femoral head", (12, 98, -12), (30, 27, 26), 0.60, 0.05, True),
-    ("acetabulum", (10, 66, -6), (45, 9, 36), 0.15, 0.04, True),
-    ("obturator", (0, 50, 6), (60, 10, 38), 0.27, 0.06, True),
-    ("bladder wall", (38, 0, -24), (32, 40, 31), 0.30, 0.03, False),
-    ("bladder", (38, 0, -24), (28, 36, 27), 0.95, 0.02, False),
-    ("prostate", (-6, 0, 0), (24, 27, 21), 0.50, 0.10, False),
-    ("central gland", (-5, 0, -4), (18, 17, 13), 0.36, 0.25, False),
-    ("rectal wall", (0, 0, 40), (400, 20, 18), 0.35, 0.05, False),
-    ("rectum", (0, 0, 40), (400, 16, 14), 0.12, 0.30, False),
-)
 
 
 @functools.cache
@@ -1693,26 +1595,19 @@ def _anatomy():
     `tissues` is (4, z, y, x): grey matter, white matter, fluid, brain. The
     pull points to the ventricles, its length is 1 at most, at their wall.
     """
-    load = ("template", "gm_template", "wm_template")
     head, grey, white = (
-        getattr(mni152, f"load_mni152_{name}")(resolution=1)
+        getattr(mni152, f"load_mni152_{name}template")(resolution=1)
         .get_fdata(dtype=np.float32)
         .transpose()
-        for name in load
+        for name in ("", "gm_", "wm_")
     )
     brain = ndimage.binary_fill_holes(head > 0.15).astype(np.float32)
     brain = ndimage.gaussian_filter(brain, 0.7)
     fluid = np.clip(brain - grey - white, 0, 1)
-    box = tuple(
-        slice(low + origin, high + origin)
-        for (low, high), origin in zip(
-            _VENTRICLES, _TEMPLATE_ORIGIN, strict=True
-        )
-    )
+    ends = np.transpose(_VENTRICLES) + _TEMPLATE_ORIGIN
+    box = tuple(map(slice, *ends))
     ventricles = np.zeros_like(fluid)
-    parts, count = ndimage.label(fluid[box] > 0.5)
-    sizes = ndimage.sum_labels(parts > 0, parts, range(1, count + 1))
-    ventricles[box] = parts == 1 + np.argmax(sizes)
+    ventricles[box] = _largest_part(fluid[box] > 0.5)
     pull = np.stack(np.gradient(ndimage.gaussian_filter(ventricles, 4)))
     pull /= np.linalg.norm(pull, axis=0).max()
     # Averaging many people has filled the sulci: grey matter that is darker
@@ -1720,6 +1615,13 @@ def _anatomy():
     dark = ndimage.gaussian_filter(head, 2) - head - 0.005
     fluid = fluid + 6 * np.clip(dark, 0, 0.2) * (grey > 0.3)
     return np.stack([grey, white, fluid, brain]), pull
+
+
+def _largest_part(mask):
+    """Return the largest connected part of a mask; all of an empty one."""
+    parts, _ = ndimage.label(mask)
+    sizes = np.bincount(parts.ravel())[1:]
+    return parts == 1 + np.argmax(sizes) if len(sizes) else mask
 
 
 def _warp(rng, axes, spacing, spread):
@@ -1732,10 +1634,8 @@ def _warp(rng, axes, spacing, spread):
     field = rng.normal(0, spread, (3, *knots))
     for axis, count in zip(axes, knots, strict=True):
         at = (axis - axis.min()) / spacing + 1
-        d = np.abs(at[:, None] - np.arange(count))
-        basis = np.where(
-            d < 1, 2 / 3 - d**2 + d**3 / 2, np.clip(2 - d, 0, 2) ** 3 / 6
-        )
+        spline = interpolate.BSpline.design_matrix
+        basis = spline(at, np.arange(-2.0, count + 2), 3).toarray()
         # The axis done goes last, so that the next one comes second.
         field = np.einsum("ck...,nk->c...n", field, basis)
     return field
@@ -1788,6 +1688,16 @@ def _sample(maps, at):
     )
 
 
+@functools.cache
+def _pelvis():
+    """Return the solids of a pelvis; later ones lie over earlier ones.
+
+    Columns: name; centre (up, left, back) and radii in mm; intensity; strength
+    of its texture; sides, 2 if there is one on either side.
+    """
+    return pd.read_csv(utils.RESOURCES / "pelvis.csv")
+
+
 def _simulate_pelvis(rng, size):
     """Return slices (planes, H, W) of a pelvis, int16, left to right down."""
     width = size * 9 // 16 if rng.random() < 1 / 6 else size // 2
@@ -1799,17 +1709,17 @@ def _simulate_pelvis(rng, size):
     )
     at = np.stack(np.meshgrid(*axes, indexing="ij"))
     at += _warp(rng, axes, 60, 4) + _warp(rng, axes, 20, 1.5)
-    texture = ndimage.gaussian_filter(
-        rng.normal(size=at.shape[1:]), (0.5, 1, 1)
-    )
+    noise = rng.normal(size=at.shape[1:])
+    texture = ndimage.gaussian_filter(noise, (0.5, 1, 1))
     texture /= texture.std()
     image = np.zeros(at.shape[1:])
-    for _, centre, radii, level, strength, paired in _PELVIS:
-        centre = np.array(centre) * rng.uniform(0.95, 1.05, 3)
+    for solid in _pelvis().itertuples():
+        centre = np.array(solid[2:5]) * rng.uniform(0.95, 1.05, 3)
         centre += rng.normal(0, 1.5, 3)
-        radii = np.array(radii) * rng.uniform(0.9, 1.1, 3)
-        level = level * rng.uniform(0.9, 1.1) * (1 + strength * texture)
-        for side in (1, -1) if paired else (1,):
+        radii = np.array(solid[5:8]) * rng.uniform(0.9, 1.1, 3)
+        level = solid.intensity * rng.uniform(0.9, 1.1)
+        level = level * (1 + solid.texture * texture)
+        for side in (1, -1)[: solid.sides]:
             away = at - (centre * (1, side, 1))[:, None, None, None]
             away = np.linalg.norm(away / radii[:, None, None, None], axis=0)
             inside = np.clip((1 - away) * radii.min() / pixel + 0.5, 0, 1)
@@ -1818,35 +1728,13 @@ def _simulate_pelvis(rng, size):
     return np.rint(image * rng.uniform(300, 3000)).astype(np.int16)
 
 
-def ventricle_area(images):
-    """Return the share of each image's pixels that ventricles cover, (B,).
-
-    Counted are dark pixels deep inside the brain: below half of its bright
-    level, and further from its outline than half of the deepest point.
+def head_depth(image):
+    """Return how many pixels each one of an image is inside the head, (H, W).
 
     Args:
-        images: (B, H, W) or (B, H, W, 1), intensities in [0, 1].
+        image: (H, W), intensities in [0, 1].
     """
-    return np.array([_ventricle_area(i) for i in np.asarray(images)])
-
-
-def _ventricle_area(image):
-    image = image.reshape(image.shape[:2])
-    depth = _depth(image)
-    if not depth.any():
-        return 0.0
-    bright = np.percentile(image[depth > 0], 90)
-    dark = (image < bright / 2) & (depth > depth.max() / 2)
-    return float(ndimage.binary_opening(dark).mean())
-
-
-def _depth(image):
-    """Return how many pixels each one is inside the head, (H, W)."""
-    parts, count = ndimage.label(image > 0.08)
-    if not count:
-        return np.zeros(image.shape)
-    largest = 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    head = ndimage.binary_fill_holes(parts == largest)
+    head = ndimage.binary_fill_holes(_largest_part(image > 0.08))
     head = np.pad(head, 1)  # the frame's edge is an outline too
     return ndimage.distance_transform_edt(head)[1:-1, 1:-1]
 
@@ -1854,8 +1742,10 @@ def _depth(image):
 def ventricle_areas(images, positions):
     """Return the pixels that ventricles cover in slices of simulated brains.
 
-    `ventricle_area` where it tells ill brains from others. Only the image is
-    measured, so a generated slice will do: its condition gives its position.
+    Counted are dark pixels deep inside the brain: below half of its bright
+    level, and further from its outline than half of the deepest point. Only
+    the image is measured, so a generated slice will do: its condition gives
+    its position.
 
     Args:
         images: (N, H, W) or (N, H, W, 1), intensities in [0, 1].
@@ -1863,44 +1753,15 @@ def ventricle_areas(images, positions):
 
     Returns: float64 (N,); NaN outside of `VENTRICLE_POSITIONS`.
     """
-    images, positions = np.asarray(images), np.asarray(positions)
-    low, high = VENTRICLE_POSITIONS
-    counts = (low <= positions) & (positions <= high)
-    areas = np.full(len(images), np.nan)
-    height, width = images.shape[1:3]
-    areas[counts] = ventricle_area(images[counts]) * height * width
+    (low, high), areas = VENTRICLE_POSITIONS, np.full(len(images), np.nan)
+    for k, (image, at) in enumerate(zip(images, positions, strict=True)):
+        if low <= at <= high:
+            image = np.reshape(image, image.shape[:2])
+            depth = head_depth(image)
+            bright = np.percentile(image[depth > 0], 90) if depth.any() else 0
+            dark = (image < bright / 2) & (depth > depth.max() / 2)
+            areas[k] = ndimage.binary_opening(dark).sum()
     return areas
-
-
-def add_lesion(image, seed):
-    """Add a simulated lesion: a round, soft, bright or dark blob in the head.
-
-    Its place, radius (`LESION_RADIUS`) and contrast (`LESION_CONTRAST`) are
-    random; brighter or darker wherever there is room for its contrast.
-
-    Args:
-        image: (H, W), intensities in [0, 1].
-        seed: int or sequence of int >= 0, of every random choice.
-
-    Returns: image (H, W) float32; mask (H, W) bool of the pixels that take at
-        least half of the contrast, none in a blank image.
-    """
-    rng = np.random.default_rng(seed)
-    radius = rng.uniform(*LESION_RADIUS) * max(image.shape)
-    contrast = rng.uniform(*LESION_CONTRAST)
-    depth = _depth(image)
-    inside = np.argwhere((depth > 0) & (depth >= min(radius, depth.max())))
-    if not len(inside):
-        return np.float32(image), np.full(image.shape, False)
-    centre = rng.choice(inside)
-    away = np.linalg.norm(np.argwhere(depth >= 0) - centre, axis=1)
-    blob = np.clip(2.5 - 2 * away.reshape(image.shape) / radius, 0, 1)
-    blob *= depth > 0
-    mask = blob >= 0.5
-    level = image[mask].mean()
-    signs = [s for s in (1, -1) if 0 <= level + s * contrast <= 1]
-    image = image + rng.choice(signs) * contrast * blob
-    return np.clip(image, 0, 1).astype(np.float32), mask
 
 
 def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
@@ -1909,32 +1770,19 @@ def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
     Subject k of a seed is the same whatever the other arguments but the
     layout and size. A folder that holds the same simulation is kept.
 
-    Args:
-        dest: folder to make.
-        layout: "oasis", "adni" or, of pelvises, "hipmri".
-        subjects: int >= 3; about 75 % train, 10 % validate, 15 % test.
-        image_size: long side in pixels, a multiple of 16.
-        seed: int >= 0.
+    About 75 % of the subjects train, 10 % validate, 15 % test. For the
+    arguments see `Simulate`.
 
     Raises:
         DataError: if `dest` holds anything else.
     """
-    dest = Path(dest)
-    options = Simulate(
-        dest=str(dest),
-        layout=layout,
-        subjects=subjects,
-        image_size=image_size,
-        seed=seed,
-    )
+    dest, about = Path(dest), {"layout": layout, "subjects": subjects}
+    about |= {"image_size": image_size, "seed": seed}
+    options = Simulate(dest=str(dest), **about)
     people = list(_people(options))
-    about = {
+    about |= {
         "about": "simulated: brains from the MNI152 anatomy, pelvises from "
         "simple solids; no person was scanned",
-        "layout": layout,
-        "subjects": subjects,
-        "image_size": image_size,
-        "seed": seed,
         "labels": {subject: label for subject, label, _ in people},
     }
     if _holds(dest, about):
@@ -1953,11 +1801,7 @@ def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
 
 
 def simulated_folder(subjects, layout="oasis", image_size=128):
-    """Return a folder in `data`, simulated now unless it is there.
-
-    Its name is `simulated-N` for the default layout and size, otherwise
-    `simulated-LAYOUT-N-SIZE`; for the arguments see `simulate`.
-    """
+    """Return a folder in `data`, simulated now unless it is there."""
     name = f"simulated-{subjects}"
     if (layout, image_size) != ("oasis", 128):
         name = f"simulated-{layout}-{subjects}-{image_size}"
@@ -2035,12 +1879,12 @@ def _simulate_subject(folder, options, person):
 VOLUME_FILE = re.compile(
     r"(?is)(.*/)?(?P<stem>[^./][^/]*?)\.(nii|nii\.gz|img|img\.gz|mgz|mgh|mnc)"
 )
-# Of the axes (right, front, up): along which slices are stacked, which way
-# their top and their right point; and how a picture says so.
+# Where the planes of a stack, their rows and their columns go to (Superior,
+# Posterior, Right and so on), and how a picture says so.
 PLANES = {
-    "axial": (2, 1, 0, "top: front, left: left of the body"),
-    "coronal": (1, 2, 0, "top: head, left: left of the body"),
-    "sagittal": (0, 2, 1, "top: head, left: back"),
+    "axial": ("SPR", "top: front, left: left of the body"),
+    "coronal": ("AIR", "top: head, left: left of the body"),
+    "sagittal": ("RIA", "top: head, left: back"),
 }
 INSIDE = 0.1  # of the intensity range: what is brighter is content
 
@@ -2116,26 +1960,12 @@ def slice_volumes(options):
         if len(unfit) and not options.skip_bad or len(unfit) == len(table):
             raise DataError(_listed(unfit, Path(), len(table)))
         table = table.drop(unfit.index)
-        images = {k: np.load(name, "r") for k, name in table["file"].items()}
-        largest = np.max([cut.shape[1:] for cut in images.values()], axis=0)
-        size = options.image_size or tuple(-(-largest // 16) * 16)
-        rows = []
-        for volume in table.itertuples():
-            cut = images[volume.Index]
-            rows += _write_slices(folder, volume, cut, size, options)
-        utils.write_csv(folder / "manifest.csv", pd.DataFrame(rows))
-        shown = list(images.values())[:4]
-        utils.image_grid(
-            folder / "orientation.png",
-            [cut[utils.spread(len(cut), 8)] / 65535 for cut in shown],
-            titles=list(table["scan"][:4]),
-            title=PLANES[options.plane][3],
-        )
+        rows = _write_all(folder, table, options)
     for row in unfit.itertuples():
         print(f"left out {_show(row.path)}: {row.reason}")
-    notes = collections.Counter("; ".join(table["notes"]).split("; "))
-    for note, count in notes.items():
-        print(f"{count} volumes: {note}" if note else "", end="\n" * bool(note))
+    notes = "; ".join(filter(None, table["notes"])).split("; ")
+    for note, count in collections.Counter(filter(None, notes)).items():
+        print(f"{count} volumes: {note}")
     print(
         f"{len(rows)} slices of {len(table)} volumes in {_show(dest)}; look at "
         "orientation.png in it before you train"
@@ -2146,27 +1976,25 @@ def _find_volumes(source, options):
     """Return a table of the volumes: source, subject, number, scan."""
     if not source.exists():
         raise DataError(f"{_show(source)}: found nothing there")
-    files, others = [str(source)], []
+    files = [str(source)]
     if source.is_dir():
-        files = list(filter(VOLUME_FILE.fullmatch, _walk(source, others)))
-    masks = [f for f in files if MASKS.fullmatch(_stem(f))]
-    files = [
-        file
-        for file in sorted(set(files) - set(masks))
-        if fnmatch.fnmatch(os.path.relpath(file, source.parent), options.match)
-    ]
-    if not files:
+        files = list(filter(VOLUME_FILE.fullmatch, _walk(source, [])))
+    masks = {f for f in files if MASKS.fullmatch(_stem(f))}
+    names = {f: os.path.relpath(f, source.parent) for f in sorted(files)}
+    fits = functools.partial(fnmatch.fnmatch, pat=options.match)
+    names = {f: n for f, n in names.items() if f not in masks and fits(n)}
+    if not names:
         raise DataError(
             f"{_show(source)}: found no volume that fits {options.match}, "
             "expected NIfTI, Analyze, MGZ or MINC files"
         )
     if masks:
-        print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
-    table = pd.DataFrame({"source": files})
-    names = [os.path.relpath(file, source.parent) for file in files]
+        stems = sorted(map(_stem, masks))
+        print(f"{len(masks)} masks are not read: {_some(stems)}")
     _compile(options.subject_pattern or "")
     find = functools.partial(_subject_of, pattern=options.subject_pattern)
-    table["subject"] = _unify(pd.Series(map(find, names)))
+    table = pd.DataFrame({"source": [*names]})
+    table["subject"] = _unify(map(find, names.values()))
     table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
@@ -2210,9 +2038,8 @@ def _read_labels(subjects, options):
             f"--label-column: found {_some(known)}, expected "
             f"{options.label_column}"
         )
-    labels = known.pop(options.label_column).str.replace(
-        r"[^\w.]+", "-", regex=True
-    )
+    labels = known.pop(options.label_column)
+    labels = labels.str.replace(r"[^\w.]+", "-", regex=True)
     wanted = subjects.map(_canonical)
     keys = known.map(lambda value: _canonical(_subject_of(value)))
     column = max(keys, key=lambda name: keys[name].isin(wanted).sum())
@@ -2238,8 +2065,9 @@ def _cut_to_file(source, options, folder):
 def cut_volume(path, options):
     """Return slices of a volume, and notes on what was done to it.
 
-    The volume is turned to RAS, scaled to [0, 1] by percentiles, and
-    resampled to square pixels about the middle of its content.
+    The volume is turned as its affine says, scaled to [0, 1] by percentiles,
+    and resampled to square pixels about the middle of its content. Between
+    thin planes is interpolated; thick ones are taken as they are.
 
     Args:
         path: of any file that nibabel opens.
@@ -2247,51 +2075,52 @@ def cut_volume(path, options):
 
     Returns: uint16 (N, h, w), h and w even; list of str.
     """
-    depth, up, right, _ = PLANES[options.plane]
-    image, notes = _open_volume(path)
-    spacing = nibabel.affines.voxel_sizes(image.affine)[[depth, up, right]]
-    volume = np.asarray(image.dataobj).transpose(depth, up, right)[:, ::-1]
+    volume, spacing, notes = _open_volume(path, PLANES[options.plane][0])
     low, high = _window(volume[::2, ::2, ::2])
     inside = volume > low + INSIDE * (high - low)
     if not inside.any() or inside.all():
         raise _Unfit("found no contrast, expected anatomy")
     high = float(np.percentile(volume[inside][::8], PERCENTILES[1]))
-    volume, inside = _choose_planes(volume, inside, spacing[0], options)
-    sides, begins = [], []
-    step = options.spacing / spacing[1:]  # of a pixel, in voxels
+    at = _plane_positions(inside, options)
+    if spacing[0] > 2 * options.spacing:
+        rows = np.unique(np.rint(at).astype(int))
+        volume, inside, at = volume[rows], inside[rows], np.arange(len(rows))
+    inside = inside[int(at[0]) : int(np.ceil(at[-1])) + 1]
+    if not inside.any():
+        raise _Unfit("found no content between --from and --to")
+    step = options.spacing / spacing  # of pixels, in voxels
+    step[0] = np.ptp(at) / max(len(at) - 1, 1) or 1
+    begins, shape = [at[0]], [len(at)]
     for axis in (1, 2):
         mass = inside.sum(axis=(0, 3 - axis))
         places = np.flatnonzero(mass > 0.002 * mass.max())  # but for specks
         middle = np.average(np.arange(len(mass)), weights=mass)
         away = max(middle - places[0], places[-1] - middle) + 0.5
-        sides.append(2 * int(np.ceil(away / step[axis - 1])))
-        begins.append(middle - (sides[-1] - 1) / 2 * step[axis - 1])
+        shape.append(2 * int(np.ceil(away / step[axis])))
+        begins.append(middle - (shape[-1] - 1) / 2 * step[axis])
     # A pixel larger than a voxel is about the mean of its voxels.
-    volume = ndimage.gaussian_filter(
-        volume, (0, *np.sqrt(np.maximum(0, step**2 - 1) / 12))
-    )
-    sample = functools.partial(
-        ndimage.affine_transform,
-        matrix=np.diag(step),
-        offset=begins,
-        output_shape=tuple(sides),
+    spread = np.sqrt(np.maximum(0, step**2 - 1) / 12) * (0, 1, 1)
+    images = ndimage.affine_transform(
+        ndimage.gaussian_filter(volume, spread),
+        np.diag(step),
+        begins,
+        tuple(shape),
         order=1,
         cval=low,
     )
-    scaled = (np.stack([*map(sample, volume)]) - low) / max(high - low, 1e-6)
-    return np.rint(np.clip(scaled, 0, 1) * 65535).astype(np.uint16), notes
+    scaled = np.clip((images - low) / max(high - low, 1e-6), 0, 1)
+    return np.rint(scaled * 65535).astype(np.uint16), notes
 
 
-def _open_volume(path):
-    """Return a volume as a float32 image with axes to RAS, and notes."""
+def _open_volume(path, axes):
+    """Return float32 voxels along axes such as "SPR", their mm, and notes."""
     notes = []
     nibabel.imageglobals.logger.setLevel("CRITICAL")  # else lines a file
     with _library("damaged or unsupported volume"):
         if path.lower().endswith(("gz", "mgz")):  # nibabel skips the checksum
             with gzip.open(path) as stream:
-                collections.deque(
-                    iter(lambda: stream.read(MOST_UNPACKED), b""), 0
-                )
+                chunks = iter(lambda: stream.read(MOST_UNPACKED), b"")
+                collections.deque(chunks, 0)
         image = nibabel.load(path)
         if image.ndim < 3:
             raise _Unfit(f"found shape {image.shape}, expected a volume")
@@ -2306,49 +2135,52 @@ def _open_volume(path):
         if not fit.all():
             notes.append("voxels that are NaN or infinite are made black")
             voxels = np.where(fit, voxels, voxels[fit].min(initial=0))
-        image = nibabel.Nifti1Image(voxels, image.affine)
-        return nibabel.as_closest_canonical(image), notes
+        goal = nibabel.orientations.axcodes2ornt(axes)
+        own = nibabel.io_orientation(image.affine)
+        turn = nibabel.orientations.ornt_transform(own, goal)
+        image = nibabel.Nifti1Image(voxels, image.affine).as_reoriented(turn)
+        spacing = nibabel.affines.voxel_sizes(image.affine)
+        return np.asarray(image.dataobj), spacing, notes
 
 
-def _choose_planes(volume, inside, thickness, options):
-    """Return the planes to show, and where they hold content.
-
-    Between thin planes is interpolated; thick ones are taken as they are.
-    """
+def _plane_positions(inside, options):
+    """Return where the planes lie along the first axis, in voxels."""
     mass = np.cumsum([0, *inside.sum(axis=(1, 2))]) / inside.sum()
     low, high = np.interp((0.005, 0.995), mass, np.arange(len(mass)) - 0.5)
     share = (np.arange(options.slices) + 0.5) / options.slices
     share = options.start + share * (options.stop - options.start)
-    at = np.clip(low + share * (high - low), 0, len(volume) - 1)
-    if thickness > 2 * options.spacing:
-        at = np.unique(np.rint(at))
-    below = np.floor(at).astype(int)
-    above = np.minimum(below + 1, len(volume) - 1)
-    part = (at - below)[:, None, None].astype(np.float32)
-    planes = volume[below] * (1 - part) + volume[above] * part
-    inside = inside[below] | inside[above]
-    if not inside.any():
-        raise _Unfit("found no content between --from and --to")
-    return planes, inside
+    return np.clip(low + share * (high - low), 0, len(inside) - 1)
 
 
-def _write_slices(folder, volume, images, size, options):
-    """Write the slices of a volume; return their rows of the manifest."""
+def _write_all(folder, table, options):
+    """Write the slices of all volumes, manifest and picture; return rows."""
+    shapes = [np.load(name, "r").shape[1:] for name in table["file"]]
+    largest = np.max(shapes, axis=0)
+    size = options.image_size or tuple(-(-largest // 16) * 16)
+    names = ["subject", "scan", "label", "split", "source", "notes"]
     rows = []
-    for k, image in enumerate(images):
-        name = f"{volume.scan}_slice-{k:03d}.png"
-        name = "/".join(filter(None, (volume.split, volume.label, name)))
-        if options.layout == "oasis":
-            name = f"case_{volume.number:03d}_slice_{k}.nii.png"
-            name = f"{LAYOUTS['oasis'].prefix}{volume.split}/{name}"
-        image = fit_to(image, size)
-        if options.bits == 8:
-            image = np.rint(image / 257).astype(np.uint8)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / name)
-        about = ("subject", "scan", "label", "split", "source", "notes")
-        about = {key: getattr(volume, key) for key in about}
-        rows.append({"path": name, "slice": k, **about})
+    for volume in table.itertuples():
+        about = {name: getattr(volume, name) for name in names}
+        for number, image in enumerate(np.load(volume.file)):
+            name = f"{volume.scan}_slice-{number:03d}.png"
+            name = "/".join(filter(None, (volume.split, volume.label, name)))
+            if options.layout == "oasis":
+                name = f"case_{volume.number:03d}_slice_{number}.nii.png"
+                name = f"{LAYOUTS['oasis'].prefix}{volume.split}/{name}"
+            image = fit_to(image, size)
+            if options.bits == 8:
+                image = np.rint(image / 257).astype(np.uint8)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / name)
+            rows.append({"path": name, "slice": number, **about})
+    utils.write_csv(folder / "manifest.csv", pd.DataFrame(rows))
+    shown = map(np.load, table["file"][:4])
+    utils.image_grid(
+        folder / "orientation.png",
+        [cut[utils.spread(len(cut), 8)] / 65535 for cut in shown],
+        titles=list(table["scan"][:4]),
+        title=PLANES[options.plane][1],
+    )
     return rows
 
 
@@ -2409,37 +2241,26 @@ def check(options):
     for row in slices.rejected.itertuples():
         print(f"left out {_show(slices.root / row.path)}: {row.reason}")
     some = slices.read(utils.spread(len(slices), 256))
-    shades, _ = np.histogram(some, (0, 0.05, 0.35, 0.65, 0.95, 1))
+    ends = (-1, 0.05, 0.35, 0.65, 0.95, 1)
     names = ("black", "dark grey", "grey", "light grey", "white")
-    print(
-        f"pixels of {len(some)} images: "
-        + ", ".join(
-            f"{share:.0%} {name}"
-            for share, name in zip(shades / some.size, names, strict=True)
-        )
-    )
+    counts = pd.cut(some.ravel(), ends, labels=names).value_counts()
+    shares = (f"{n / some.size:.0%} {name}" for name, n in counts.items())
+    print(f"pixels of {len(some)} images: {', '.join(shares)}")
     if preview:
-        _draw_preview(slices, Path(preview))
-
-
-def _draw_preview(slices, path):
-    """Draw a few slices of each split."""
-    parts = {name: slices.split(name) for name in SPLITS}
-    parts = {name: part for name, part in parts.items() if len(part)}
-    rows = {k: utils.spread(len(part), 8) for k, part in parts.items()}
-    captions = [
-        [f"{r.subject} {r.slice}" for r in parts[k].table.iloc[n].itertuples()]
-        for k, n in rows.items()
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    utils.image_grid(
-        path,
-        [parts[name].read(numbers)[..., 0] for name, numbers in rows.items()],
-        captions,
-        list(rows),
-        f"{slices.root.name}, {utils.size_text(slices.size)} pixels",
-    )
-    print(f"{_show(path)}: a few slices of each split")
+        parts = {name: slices.split(name) for name in SPLITS}
+        parts = {
+            name: part.take(utils.spread(len(part), 8))
+            for name, part in parts.items()
+            if len(part)
+        }
+        captions = [
+            list(part.table["subject"] + " " + part.table["slice"].map(str))
+            for part in parts.values()
+        ]
+        images = [part.read()[..., 0] for part in parts.values()]
+        title = f"{slices.root.name}, {utils.size_text(slices.size)} pixels"
+        utils.image_grid(preview, images, captions, list(parts), title)
+        print(f"{_show(preview)}: a few slices of each split")
 
 
 def main(argv):

@@ -602,8 +602,8 @@ class TrainingSettings:
     flips: bool = False
     """Mirror half of the images left to right, in every stage."""
     augment: Weight = 0.0
-    """Strength of random changes of images for VQ-VAE and decoder; 1: up to
-    6 degrees, 6 % in size, 3 pixels of 176, 7 % in intensity."""
+    """Strength of random changes of images for VQ-VAE and decoder; 1: shifts
+    up to 3 pixels of 176, 7 % in intensity."""
     decoder_epochs: Whole = 0
     """Passes of the decoder stage, against a discriminator; 0: no stage."""
     decoder_batch_size: Count = 16

@@ -33,28 +33,17 @@ MIB = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault, and what is to come of it.
-
-    Args:
-        make: function of the data set's folder that makes the fault and
-            returns the path that a refusal must name.
-        refused: regex of the refusal, None if it is to be accepted.
-        says: regex of what is printed if it is accepted.
-        lost: images that an accepted data set has fewer.
-        skips: whether `skip_bad` goes on without the file that is named.
-        bomb: whether reading it would fill the memory.
-        home: name of the folder above the data set.
-    """
+    """A fault, and what is to come of it."""
 
     name: str
     layout: str
-    make: Callable
-    refused: str | None = None
-    says: str = ""
-    lost: int = 0
-    skips: bool = False
-    bomb: bool = False
-    home: str = "home"
+    make: Callable  # folder -> the path that a refusal must name
+    refused: str | None = None  # regex of the refusal; None: to be accepted
+    says: str = ""  # regex of what is printed if it is accepted
+    lost: int = 0  # images that an accepted data set has fewer
+    skips: bool = False  # whether `skip_bad` goes on without that file
+    bomb: bool = False  # whether reading it would fill the memory
+    home: str = "home"  # name of the folder above the data set
 
 
 @functools.cache
@@ -145,6 +134,8 @@ PLANE = GREY.astype(np.int16)
 REVERSED = [[255 - k] * 3 for k in range(256)]
 COLOURED = [[k, 255 - k, k // 2] for k in range(256)]
 FORMATS = ("GIF", "BMP", "WEBP", "TIFF")
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # to be turned to the right
 LOSSLESS = bytes.fromhex(  # squares of 9, 90, 200 and 50
     "ffd8ffc3000b080008000801011100ffc4001c00000000090000000000000000000000000"
     "00102030405060708ffda0008010100010000710000f440000001e880000003d100000007"
@@ -188,12 +179,8 @@ def patch(offset, layout, *values):
 
 def png_of_size(height, width):
     """Give a PNG a header of another size, with a right checksum."""
-
-    def change(data):
-        header = struct.pack(">II", width, height) + data[24:29]
-        return data[:8] + chunk(b"IHDR", header) + data[33:]
-
-    return change
+    size = struct.pack(">II", width, height)
+    return lambda d: d[:8] + chunk(b"IHDR", size + d[24:29]) + d[33:]
 
 
 def jpeg_of_size(height, width):
@@ -211,12 +198,6 @@ def text_bomb(data):
 
 def gzip_bomb(data):
     return gzip.compress(gzip.decompress(data) + bytes(128 * MIB))
-
-
-def turned_jpeg(data):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return jpeg(np.ascontiguousarray(np.rot90(GREY)), exif=exif)
 
 
 def wrap(change):
@@ -405,7 +386,8 @@ FAULTS = {fault.name: fault for fault in [
     oasis("JPEG named .png", always(jpeg(GREY)), **NAMED),
     adni("PNG named .jpeg", always(png(GREY)), **NAMED),
     adni("lossless JPEG", always(LOSSLESS)),
-    adni("turned by EXIF", turned_jpeg, says="1 files turned upright"),
+    adni("turned by EXIF", always(jpeg(GREY.T.copy(), exif=TURNED)),
+         says="1 files turned upright"),
     oasis("text", always(b"see the attached image\n"), "b'see the "),
     oasis("NIfTI named .png", always(nifti(PLANE)), "PNG or JPEG"),
     oasis("16 bits", always(png(DEEP))),

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -64,6 +65,12 @@ def test_flops_are_those_counted_by_hand():
 def test_lesions(tiny_run):
     for row in measure(lesions, tiny_run.path, "--restorations", 1)["lesions"]:
         assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+    image = np.pad(np.full((48, 40), 0.5, np.float32), ((8, 8), (12, 12)))
+    changed, mask = lesions.add_lesion(image, 3)
+    assert (changed == lesions.add_lesion(image, 3)[0]).all()
+    assert mask.any() and (image[mask] > 0).all()
+    assert np.abs(changed - image)[mask].min() > 0.1
+    assert lesions.add_lesion(0 * image, 3)[1].sum() == 0
 
 
 def test_time_to_ssim(adni_dir):

@@ -18,13 +18,46 @@ import dataset
 import predict
 import utils
 
+LESION_RADIUS = (0.04, 0.09)  # of the long side of the image
+LESION_CONTRAST = (0.25, 0.5)  # of the intensity range, up or down
 LEVELS = 1024  # that residuals are rounded to, to count pixels
+
+
+def add_lesion(image, seed):
+    """Add a simulated lesion: a round, soft, bright or dark blob in the head.
+
+    Its place, radius (`LESION_RADIUS`) and contrast (`LESION_CONTRAST`) are
+    random; brighter or darker wherever there is room for its contrast.
+
+    Args:
+        image: (H, W), intensities in [0, 1].
+        seed: int or sequence of int >= 0, of every random choice.
+
+    Returns: image (H, W) float32; mask (H, W) bool of the pixels that take at
+        least half of the contrast, none in a blank image.
+    """
+    rng = np.random.default_rng(seed)
+    radius = rng.uniform(*LESION_RADIUS) * max(image.shape)
+    contrast = rng.uniform(*LESION_CONTRAST)
+    depth = dataset.head_depth(image)
+    inside = np.argwhere((depth > 0) & (depth >= min(radius, depth.max())))
+    if not len(inside):
+        return np.float32(image), np.full(image.shape, False)
+    centre = rng.choice(inside)
+    away = np.linalg.norm(np.argwhere(depth >= 0) - centre, axis=1)
+    blob = np.clip(2.5 - 2 * away.reshape(image.shape) / radius, 0, 1)
+    blob *= depth > 0
+    mask = blob >= 0.5
+    level = image[mask].mean()
+    signs = [s for s in (1, -1) if 0 <= level + s * contrast <= 1]
+    image = image + rng.choice(signs) * contrast * blob
+    return np.clip(image, 0, 1).astype(np.float32), mask
 
 
 def with_lesions(slices, seed):
     """Return table, images and masks of slices, then of these with lesions."""
     images = slices.read()[..., 0]
-    pairs = [dataset.add_lesion(x, [seed, k]) for k, x in enumerate(images)]
+    pairs = [add_lesion(x, [seed, k]) for k, x in enumerate(images)]
     changed, masks = (np.stack(part) for part in zip(*pairs, strict=True))
     kept = masks.any(axis=(1, 2))  # a blank image has no place for one
     table = utils.pd.concat([slices.table[kept]] * 2, ignore_index=True)
