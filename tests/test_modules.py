@@ -25,32 +25,16 @@ NETWORKS = {
     "pixelsnail": functools.partial(modules.PixelSNAIL, heads=2),
 }
 LABELS = ("NC", "AD")
-CONTEXT = {
-    "position_features": True,
-    "slice_condition": True,
-    "labels": LABELS,
-    "condition_dropout": 0.0,
-}
+CONTEXT = {"position_features": True, "slice_condition": True}
+CONTEXT |= {"labels": LABELS, "condition_dropout": 0.0}
 LOWER = CONTEXT | {"latent_grid": (4, 8), "upper_grids": ((2, 4), (1, 2))}
 # Without conditions; with those of a lower level, and in mixed precision.
 KINDS = {"alone": ("float32", {}), "lower": ("mixed_bfloat16", LOWER)}
 PRIORS = [("pixelcnn", "alone"), *itertools.product(NETWORKS, ["lower"])]
-SMALL_VQVAE = {
-    "downsampling": 2,
-    "channels": 8,
-    "residual_blocks": 1,
-    "residual_channels": 4,
-    "num_embeddings": 8,
-    "embedding_dim": 4,
-}
-SMALL_PRIOR = {
-    "num_embeddings": 5,
-    "latent_grid": (3, 5),
-    "channels": 8,
-    "blocks": 2,
-    "kernel_size": 5,
-    "head_layers": 1,
-}
+SMALL_VQVAE = {"downsampling": 2, "channels": 8, "residual_blocks": 1}
+SMALL_VQVAE |= {"residual_channels": 4, "num_embeddings": 8, "embedding_dim": 4}
+SMALL_PRIOR = {"num_embeddings": 5, "latent_grid": (3, 5), "channels": 8}
+SMALL_PRIOR |= {"blocks": 2, "kernel_size": 5, "head_layers": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -694,11 +678,8 @@ def test_attention_in_parts(monkeypatch):
 
 def test_attention_after_every_fourth_block_and_the_last():
     """Prevents: attention elsewhere than documented, or where not asked for."""
-    for blocks, attention, expected in (
-        (3, True, "GGGGC"),
-        (5, True, "GGGGGCGC"),
-        (1, False, "GG"),
-    ):
+    orders = (3, True, "GGGGC"), (5, True, "GGGGGCGC"), (1, False, "GG")
+    for blocks, attention, expected in orders:
         options = {"latent_grid": (2, 2), "attention": attention}
         prior = tiny_prior("pixelsnail", blocks=blocks, **options)
         names = [type(layer).__name__[0] for layer in prior.causal_layers]
