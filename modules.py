@@ -46,11 +46,10 @@ def within(low: float, high: float, **arguments) -> None:
         require(low <= value <= high, message)
 
 
-def one_of(*choices, **arguments) -> None:
-    """Raise a `ValueError` that names the argument not among `choices`."""
-    for name, value in arguments.items():
-        words = ", ".join(map(str, choices))
-        require(value in choices, f"{name}: expected {words}, found {value!r}")
+def take(cls, options: dict):
+    """Settings of a dataclass among `options`, which loses them."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: options.pop(name) for name in names if name in options})
 
 
 # === Training step ===
@@ -67,8 +66,7 @@ class TrainableModel(keras.Model):
 
     Attributes:
         accumulation_steps: int >= 1. Parts that a replica splits its batch
-            into, to need the memory of one part only. An EMA codebook moves
-            with each part.
+            into, for less memory. An EMA codebook moves with each part.
         optimizers: list of all optimizers, for checkpoints.
     """
 
@@ -80,10 +78,8 @@ class TrainableModel(keras.Model):
 
     @classmethod
     def from_config(cls, config):
-        """Make the model under the precision policy that it was saved with.
-
-        Inner layers take the global policy at the time they are made.
-        """
+        # Inner layers take the global policy at the time they are made: let
+        # it be the one that the model was saved with.
         current = keras.config.dtype_policy()
         policy = keras.dtype_policies.get(config.get("dtype"))
         keras.config.set_dtype_policy(policy)
@@ -97,17 +93,14 @@ class TrainableModel(keras.Model):
         return [self.optimizer]
 
     def train_step(self, batch):
-        gradients, images = self._accumulated_gradients(batch)
+        gradients = self._accumulated_gradients(batch)
         variables = self.trainable_variables
-        norm = self._apply(self.optimizer, variables, gradients, images)
+        norm = self._apply(self.optimizer, variables, gradients, batch)
         return self._step_logs(norm)
 
     def _step_logs(self, gradient_norm):
-        """Metrics, and two norms of this step that `FiniteCheck` looks at.
-
-        A NaN voxel can leave the loss finite, since a fused ReLU turns it
-        into 0. Then only gradients and weights tell.
-        """
+        # For `FiniteCheck`: a NaN voxel can leave the loss finite, since a
+        # fused ReLU turns it into 0. Then only gradients and weights tell.
         floats = [w.value for w in self.weights if w.dtype.startswith("float")]
         norms = {
             "gradient_norm": gradient_norm,
@@ -116,7 +109,7 @@ class TrainableModel(keras.Model):
         return self._logged(self.get_metrics_result() | norms)
 
     def _accumulated_gradients(self, batch):
-        """Gradients of the mean loss over a batch, and its images."""
+        """Gradients of the mean loss over a batch."""
         gradients = None
         for part, share in self._parts(batch):
             # A part begins when the one before has freed its memory.
@@ -127,7 +120,7 @@ class TrainableModel(keras.Model):
             if gradients:
                 added = [a + b for a, b in zip(gradients, added, strict=True)]
             gradients = added
-        return gradients, tf.shape(tf.nest.flatten(batch)[0])[0]
+        return gradients
 
     def _part_gradients(self, part, share):
         """Gradients of `share` times the mean loss over part of a batch."""
@@ -137,56 +130,46 @@ class TrainableModel(keras.Model):
         return tape.gradient(loss, self.trainable_variables)
 
     def _parts(self, batch):
-        """Parts of a batch, each with its share of the images."""
+        """Yield parts of a batch, each with its share of the images."""
         count = self.accumulation_steps
         if count == 1:
-            return [(batch, 1.0)]
-        images = tf.shape(tf.nest.flatten(batch)[0])[0]
+            yield batch, 1.0
+            return
+        images = batch_size(batch)
         bounds = [images * k // count for k in range(count + 1)]
-        return [
-            (
-                tf.nest.map_structure(lambda x, a=a, b=b: x[a:b], batch),
-                tf.cast((b - a) / images, tf.float32),
-            )
-            for a, b in itertools.pairwise(bounds)
-        ]
+        for a, b in itertools.pairwise(bounds):
+            part = tf.nest.map_structure(lambda x, a=a, b=b: x[a:b], batch)
+            yield part, tf.cast((b - a) / images, tf.float32)
 
-    def _apply(self, optimizer, variables, gradients, images):
+    def _apply(self, optimizer, variables, gradients, batch):
         """Update `variables`; return the norm of the unscaled gradients."""
-        gradients, norm = self._over_replicas(optimizer, gradients, images)
-        scale = optimizer.scale_loss(tf.constant(1.0))
-        optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        return norm / scale
-
-    def _over_replicas(self, optimizer, gradients, images):
-        """Gradients to apply, and the norm of those of the whole batch.
-
-        The optimizer would clip the gradients of each replica, then add them.
-        To clip those of the whole batch they are added and clipped here, and
-        each replica applies its share.
-        """
+        # The optimizer would clip the gradients of each replica, then add
+        # them. To clip those of the whole batch they are added and clipped
+        # here, and each replica applies its share.
         replicas = tf.distribute.get_replica_context()
         count = replicas.num_replicas_in_sync
-        if count == 1:
-            return gradients, tf.linalg.global_norm(gradients)
-        weight = tf.cast(images, tf.float32)
-        weight /= replicas.all_reduce("SUM", weight)
-        gradients = replicas.all_reduce("SUM", [weight * g for g in gradients])
+        if count > 1:
+            weight = tf.cast(batch_size(batch), tf.float32)
+            weight /= replicas.all_reduce("SUM", weight)
+            weighted = [weight * gradient for gradient in gradients]
+            gradients = replicas.all_reduce("SUM", weighted)
         norm = tf.linalg.global_norm(gradients)
-        scale = 1 / count
-        if limit := optimizer.global_clipnorm:
-            scale *= tf.minimum(1.0, limit / norm)
-        return [scale * g for g in gradients], norm
+        if count > 1:
+            scale = 1 / count
+            if limit := optimizer.global_clipnorm:
+                scale *= tf.minimum(1.0, limit / norm)
+            gradients = [scale * gradient for gradient in gradients]
+        loss_scale = optimizer.scale_loss(tf.constant(1.0))
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return norm / loss_scale
 
     def test_step(self, batch):
         self._batch_loss(batch, training=False)
         return self._logged(self.get_metrics_result())
 
     def _logged(self, values):
-        """Values of a step in the form that Keras averages.
-
-        For several workers it reduces the first axis, for replicas none.
-        """
+        # For several workers Keras averages over the first axis of what a
+        # step returns, for replicas over none.
         if not utils.is_multi_worker(self.distribute_strategy):
             return values
         return {name: tf.reshape(v, (1,)) for name, v in values.items()}
@@ -210,40 +193,41 @@ class TrainableModel(keras.Model):
     def _track(self, batch, **values):
         """Update trackers with means over a batch of tensors."""
         for name, value in values.items():
-            images = tf.shape(batch)[0]
-            self._trackers[name].update_state(value, sample_weight=images)
+            weight = batch_size(batch)
+            self._trackers[name].update_state(value, sample_weight=weight)
 
     @property
     def metrics(self):
         return list(self._trackers.values())
 
 
+def batch_size(batch):
+    """Number of images of a batch, a scalar tensor."""
+    return tf.shape(tf.nest.flatten(batch)[0])[0]
+
+
 # === Callbacks ===
 
 
 class FiniteCheck(keras.callbacks.Callback):
-    """Stop a training at the first logged number that is not finite.
+    """Raise `utils.NumericsError` at the first logged number not finite.
 
     Args:
         stage: name of the training, for the message.
-
-    Raises:
-        utils.NumericsError: names the step and the quantities.
     """
 
     def __init__(self, stage):
         super().__init__()
         self.stage = stage
-        self.round = 0
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.round = epoch
+        self.round = epoch + 1
 
     def on_train_batch_end(self, batch, logs=None):
-        self._check(f"in step {batch + 1} of round {self.round + 1}", logs)
+        self._check(f"in step {batch + 1} of round {self.round}", logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._check(f"after round {epoch + 1}", logs)
+        self._check(f"after round {self.round}", logs)
 
     def _check(self, when, logs):
         bad = [k for k, v in logs.items() if not math.isfinite(float(v))]
@@ -272,8 +256,7 @@ class RoundCheckpoint(keras.callbacks.Callback):
     training continues from. Pass `initial_epoch=checkpoint.round` to `fit`.
 
     Args:
-        path: of the files; see `utils.write_checkpoint`. If they exist,
-            training resumes from them.
+        path: of a checkpoint; see `utils.write_checkpoint`.
         stopping: `EarlyStopping` earlier in the list, saved too, or None.
         signals: `utils.StopSignals`. A signal stops the training at the end of
             the round if that is `NEAR`, else at once.
@@ -321,17 +304,19 @@ class RoundCheckpoint(keras.callbacks.Callback):
             raise utils.Stopped(received or signal.SIGTERM)
 
     def _variables(self):
+        """Variables of the model and of its optimizers, by group and number."""
         groups = {"model": self.model.variables}
         for number, optimizer in enumerate(self.model.optimizers):
             groups[f"optimizer_{number}"] = optimizer.variables
-        return groups
-
-    def _save(self):
-        arrays = {
-            f"{group}/{number}": np.asarray(variable)
-            for group, variables in self._variables().items()
+        return {
+            (group, number): variable
+            for group, variables in groups.items()
             for number, variable in enumerate(variables)
         }
+
+    def _save(self):
+        variables = self._variables().items()
+        arrays = {f"{g}/{k}": np.asarray(value) for (g, k), value in variables}
         state = {"round": self.round, "seconds": self.seconds}
         if self.stopping and self.stopping.best_weights is not None:
             state["best"] = {
@@ -344,15 +329,14 @@ class RoundCheckpoint(keras.callbacks.Callback):
         utils.write_checkpoint(self.path, state, arrays)
 
     def _restore(self):
-        for group, variables in self._variables().items():
-            for number, variable in enumerate(variables):
-                value = self.arrays.get(f"{group}/{number}")
-                if value is None or value.shape != tuple(variable.shape):
-                    raise utils.RunError(
-                        f"{self.path}: not of this {group}: number {number} "
-                        f"has another shape than {tuple(variable.shape)}"
-                    )
-                variable.assign(value)
+        for (group, number), variable in self._variables().items():
+            value = self.arrays.get(f"{group}/{number}")
+            if value is None or value.shape != tuple(variable.shape):
+                raise utils.RunError(
+                    f"{self.path}: not of this {group}: number {number} has "
+                    f"another shape than {tuple(variable.shape)}"
+                )
+            variable.assign(value)
         if self.stopping and "best" in self.state:
             vars(self.stopping).update(self.state["best"])
             count = sum(name.startswith("best/") for name in self.arrays)
@@ -372,13 +356,11 @@ class Pictures(keras.callbacks.Callback):
 
     def __init__(self, path, draw, rounds):
         super().__init__()
-        self.path, self.draw, self.rounds = path, draw, rounds
-        self.writer = None
+        self.draw, self.rounds = draw, rounds
+        self.writer = tf.summary.create_file_writer(str(path))
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch + 1 in self.rounds:
-            if self.writer is None:
-                self.writer = tf.summary.create_file_writer(str(self.path))
             with self.writer.as_default(epoch + 1):
                 self.draw()
             self.writer.flush()
@@ -413,7 +395,6 @@ def gathered(tensor):
     return replicas.all_gather(tensor, axis=0)
 
 
-@register
 class VectorQuantizer(keras.layers.Layer):
     """Replace each latent vector by its nearest code vector.
 
@@ -430,9 +411,8 @@ class VectorQuantizer(keras.layers.Layer):
     quantization error, and its moving statistics restart with it.
 
     Args:
-        epsilon: float > 0. Laplace smoothing of the counts, in latents.
         seed: int. Selects the latents at a start or restart.
-        others: see `utils.VQVAESettings`.
+        kwargs: those of `utils.VQVAESettings` that concern a codebook.
 
     Input shape: `(batch, ..., D)`, any float dtype.
     Output shape: `(batch, ..., D)` float32 quantized;
@@ -441,44 +421,27 @@ class VectorQuantizer(keras.layers.Layer):
         a gradient codebook, `mean((e - stop_gradient(z))**2)`; in squared
         latent units, per element.
     Raises:
-        ValueError: if an argument is out of range or the last axis is not D.
+        utils.FlagError: if a setting is out of range.
+        ValueError: if the last axis is not D.
 
     Reference: van den Oord et al., 2017, arXiv:1711.00937, sec. 3.2, app. A.1.
     Restarts: Dhariwal et al., 2020, arXiv:2005.00341, sec. 3.1.
     """
 
+    # Laplace smoothing of the counts, in latents.
+    EPSILON = 1e-5
     # The scores of all codes for one piece of the latents stay in the cache
     # of the processor.
     PIECES = 16
 
-    def __init__(
-        self,
-        num_embeddings,
-        embedding_dim,
-        commitment_cost=0.25,
-        codebook_update="ema",
-        decay=0.99,
-        epsilon=1e-5,
-        restart_threshold=0.02,
-        seed=0,
-        **kwargs,
-    ):
-        within(2, 2**20, num_embeddings=num_embeddings)
-        within(1, 2**14, embedding_dim=embedding_dim)
-        within(0, math.inf, commitment_cost=commitment_cost)
-        one_of("ema", "gradient", codebook_update=codebook_update)
-        require(0 <= decay < 1, f"decay: expected [0, 1), found {decay}")
-        require(epsilon > 0, f"epsilon: expected > 0, found {epsilon}")
-        within(0, 1, restart_threshold=restart_threshold)
+    def __init__(self, seed=0, **kwargs):
+        settings = take(utils.VQVAESettings, kwargs)
         # Half precision picks wrong neighbours, so float32 is not a choice.
         super().__init__(**{**kwargs, "dtype": "float32"})
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.commitment_cost = commitment_cost
-        self.codebook_update = codebook_update
-        self.decay, self.epsilon = decay, epsilon
-        self.restart_threshold = restart_threshold
-        self.seed = seed
+        self.seed, self.settings = seed, settings
+        self.num_embeddings = settings.num_embeddings
+        self.embedding_dim = settings.embedding_dim
+        self.by_gradient = settings.codebook_update == "gradient"
 
     def build(self, input_shape):
         require(
@@ -492,11 +455,9 @@ class VectorQuantizer(keras.layers.Layer):
         )
         state = functools.partial(variable, trainable=False)
         shape = (self.num_embeddings, self.embedding_dim)
+        uniform = keras.initializers.RandomUniform(seed=self.seed)
         self.codebook = variable(
-            name="codebook",
-            shape=shape,
-            initializer=keras.initializers.RandomUniform(seed=self.seed),
-            trainable=self.codebook_update == "gradient",
+            shape, uniform, name="codebook", trainable=self.by_gradient
         )
         # Counts of one and sums equal to the codebook: with zero counts the
         # first update would send unused codes far away or to zero.
@@ -525,13 +486,13 @@ class VectorQuantizer(keras.layers.Layer):
         codes = tf.stop_gradient(quantized)
         commitment = tf.reduce_mean((codes - latents) ** 2)
         codebook_loss = tf.constant(0.0)
-        if self.codebook_update == "gradient":
+        if self.by_gradient:
             codebook_loss = tf.reduce_mean((quantized - fixed) ** 2)
         passed = latents + tf.stop_gradient(codes - latents)
         return Quantized(
             vectors=tf.reshape(passed, tf.shape(inputs)),
             indices=tf.reshape(indices, tf.shape(inputs)[:-1]),
-            commitment_loss=self.commitment_cost * commitment,
+            commitment_loss=self.settings.commitment_cost * commitment,
             codebook_loss=codebook_loss,
             latents=fixed,
             errors=tf.reduce_sum((fixed - codes) ** 2, axis=1),
@@ -575,15 +536,17 @@ class VectorQuantizer(keras.layers.Layer):
         counts, sums = replicas.all_reduce("SUM", [counts, sums])
         # Latents move fast at first: average over fewer steps then.
         step = tf.cast(self.step, tf.float32)
-        rate = 1 - tf.minimum(self.decay, (1 + step) / (10 + step))
+        rate = 1 - tf.minimum(self.settings.decay, (1 + step) / (10 + step))
         count = self.ema_count + rate * (counts - self.ema_count)
         total = self.ema_sum + rate * (sums - self.ema_sum)
         codes = tf.convert_to_tensor(self.codebook)
-        if self.codebook_update == "ema":
-            codes = total / self._smoothed(count)[:, None]
+        if not self.by_gradient:
+            latents, added = tf.reduce_sum(count), size * self.EPSILON
+            smooth = (count + self.EPSILON) / (latents + added) * latents
+            codes = total / smooth[:, None]
 
         mean_use = tf.reduce_sum(counts) / size
-        level = self.restart_threshold * mean_use
+        level = self.settings.restart_threshold * mean_use
         dead = (count < level) | (self.step == 0)  # (K,)
         # High enough above `level` for a new code to find its latents.
         fresh_count = tf.maximum(5 * level, 0.1 * mean_use)
@@ -596,10 +559,6 @@ class VectorQuantizer(keras.layers.Layer):
         self.ema_sum.assign(tf.where(dead[:, None], fresh * fresh_count, total))
         self.codebook.assign(codes)
         self.step.assign_add(1)
-
-    def _smoothed(self, count):
-        total, size = tf.reduce_sum(count), self.num_embeddings
-        return (count + self.epsilon) / (total + size * self.epsilon) * total
 
     def _draw_latents(self, latents, errors):
         """K latents, drawn with probability proportional to `errors`.
@@ -656,7 +615,6 @@ class CodebookUsage(keras.metrics.Metric):
 # === VQ-VAE ===
 
 
-@register
 class ResidualStack(keras.layers.Layer):
     """Blocks of ReLU, 3x3, ReLU, 1x1 convolution, each added to its input.
 
@@ -664,8 +622,8 @@ class ResidualStack(keras.layers.Layer):
     are `residual_channels`. Reference: arXiv:1711.00937, sec. 4.1.
     """
 
-    def __init__(self, channels, blocks, residual_channels, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, channels, blocks, residual_channels):
+        super().__init__()
         self.inner = [conv(residual_channels, 3) for _ in range(blocks)]
         self.outer = [conv(channels, 1) for _ in range(blocks)]
 
@@ -673,6 +631,12 @@ class ResidualStack(keras.layers.Layer):
         for inner, outer in zip(self.inner, self.outer, strict=True):
             x = x + outer(tf.nn.relu(inner(tf.nn.relu(x))))
         return tf.nn.relu(x)
+
+
+def residual_stack(settings):
+    """A stack as `utils.VQVAESettings` say."""
+    blocks, inner = settings.residual_blocks, settings.residual_channels
+    return ResidualStack(settings.channels, blocks, inner)
 
 
 def conv(filters, kernel_size, **options):
@@ -690,24 +654,20 @@ def stage_widths(channels: int, downsampling: int) -> list[int]:
     return [max(channels >> (stages - 1 - s), 1) for s in range(stages)]
 
 
-@register
 class Encoder(keras.layers.Layer):
-    """Strided 4x4 convolutions, then a residual stack.
-
-    Each stage has twice the channels of the one before. `residual` gives
-    blocks and inner channels of the stack.
+    """Strided 4x4 convolutions, each with more channels, and a residual stack.
 
     Input shape: `(B, H, W, any)`. Output shape: `(B, H/f, W/f, channels)`.
     """
 
-    def __init__(self, channels, downsampling, residual, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, settings, downsampling):
+        super().__init__()
         self.halvings = [
             conv(width, 4, strides=2, activation="relu")
-            for width in stage_widths(channels, downsampling)
+            for width in stage_widths(settings.channels, downsampling)
         ]
-        self.mix = conv(channels, 3)
-        self.residual = ResidualStack(channels, *residual)
+        self.mix = conv(settings.channels, 3)
+        self.residual = residual_stack(settings)
 
     def call(self, x):
         for halving in self.halvings:
@@ -715,7 +675,6 @@ class Encoder(keras.layers.Layer):
         return self.residual(self.mix(x))
 
 
-@register
 class Decoder(keras.layers.Layer):
     """Residual stack, then doublings of the grid; mirrors `Encoder`.
 
@@ -728,28 +687,20 @@ class Decoder(keras.layers.Layer):
     Input shape: `(B, h, w, any)`. Output shape: `(B, h*f, w*f, filters)`.
     """
 
-    def __init__(
-        self,
-        filters,
-        channels,
-        upsampling,
-        residual,
-        upsampling_blocks=0,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
+    def __init__(self, settings, upsampling, filters):
+        super().__init__()
+        channels, blocks = settings.channels, settings.upsampling_blocks
         self.mix = conv(channels, 3)
-        self.residual = ResidualStack(channels, *residual)
-        self.detailed = upsampling_blocks > 0
+        self.residual = residual_stack(settings)
+        self.detailed = blocks > 0
         widths = stage_widths(channels, upsampling << self.detailed)[-2::-1]
+        options = {"strides": 2, "padding": "same", "activation": "relu"}
         self.doublings = [
-            keras.layers.Conv2DTranspose(
-                width, 4, strides=2, padding="same", activation="relu"
-            )
+            keras.layers.Conv2DTranspose(width, 4, **options)
             for width in widths
         ]
         self.details = [
-            ResidualStack(width, upsampling_blocks, width)
+            ResidualStack(width, blocks, width)
             for width in widths * self.detailed
         ]
         self.head = conv(filters if self.detailed else 4 * filters, 3)
@@ -771,7 +722,14 @@ class VQVAE(TrainableModel):
     One level is the VQ-VAE, two the VQ-VAE-2. Level 1 (`bottom`) has the
     grid `H/f x W/f`; each level above halves it. Encoding runs bottom to top;
     quantizing and decoding run top to bottom: a level quantizes its encoder
-    features together with the decoded level above.
+    features together with the decoded level above. Each level above the first
+    must also give the image by itself, averaged to the grid below: else it
+    may carry no information once the one below does well enough.
+
+    The reconstruction loss is `MSE / data_variance + ssim_weight * (1 - SSIM)`.
+    With a `mask_weight` the decoder also predicts a mask, outside which pixels
+    are exactly black: slices that were stripped of skull and background end in
+    a rim one pixel sharp, which squared error alone blurs.
 
     Images are frames of one size. With a `crop` only that box of a frame is
     encoded; decoded images are black outside it. Losses are of the box.
@@ -781,25 +739,15 @@ class VQVAE(TrainableModel):
         crop: (top, left, height, width) of the box, or None for the whole
             frame. Height and width are multiples of
             `downsampling * 2**(levels - 1)`.
-        data_variance: float > 0. Variance of the training pixels; the
-            reconstruction loss is `MSE / data_variance + ssim_weight * (1 -
-            SSIM)`.
-        mask_weight: float >= 0. Weight of the cross-entropy of a mask that
-            the decoder predicts beside the intensity: pixels outside it are
-            exactly black. Slices that were stripped of skull and background
-            end in a rim one pixel sharp, which squared error alone blurs. 0
-            predicts no mask.
-        upper_weight: float >= 0. Weight of the loss by which each level above
-            the first must give the image, averaged to the grid below, without
-            the levels below. Without it a level may carry no information once
-            the one below does well enough.
+        data_variance: float > 0. Variance of the training pixels.
         seed: int. Of the codebooks.
-        others: see `utils.VQVAESettings`.
+        kwargs: `utils.VQVAESettings`.
 
     Input shape: `(B, H, W, 1)` float in [0, 1].
     Output shape: `(B, H, W, 1)` float32, near [0, 1]; `reconstruct` clips.
     Raises:
-        ValueError: if an argument is out of range or the size not divisible.
+        utils.FlagError: if a setting is out of range.
+        ValueError: if another argument is, or the size is not divisible.
 
     References: van den Oord et al., 2017, arXiv:1711.00937 (one level);
         Razavi et al., 2019, arXiv:1906.00446 (two and more).
@@ -811,118 +759,70 @@ class VQVAE(TrainableModel):
     """
 
     def __init__(
-        self,
-        image_size,
-        crop=None,
-        levels=1,
-        downsampling=4,
-        channels=128,
-        residual_blocks=2,
-        residual_channels=32,
-        upsampling_blocks=0,
-        num_embeddings=512,
-        embedding_dim=64,
-        commitment_cost=0.25,
-        codebook_update="ema",
-        decay=0.99,
-        restart_threshold=0.02,
-        ssim_weight=0.0,
-        mask_weight=0.0,
-        upper_weight=0.25,
-        data_variance=1.0,
-        seed=0,
-        **kwargs,
+        self, image_size, crop=None, data_variance=1.0, seed=0, **kwargs
     ):
+        settings = take(utils.VQVAESettings, kwargs)
         super().__init__(**kwargs)
-        within(1, 3, levels=levels)
-        one_of(2, 4, 8, 16, 32, 64, downsampling=downsampling)
-        within(1, 4096, channels=channels, residual_channels=residual_channels)
-        within(0, 64, residual_blocks=residual_blocks)
-        within(0, 64, upsampling_blocks=upsampling_blocks)
-        within(0, math.inf, ssim_weight=ssim_weight, upper_weight=upper_weight)
-        within(0, math.inf, mask_weight=mask_weight)
-        require(
-            data_variance > 0,
-            f"data_variance: expected > 0, found {data_variance}",
-        )
+        within(1e-12, math.inf, data_variance=data_variance)
+        self.settings, self.data_variance = settings, data_variance
+        self.levels = settings.levels
+        self.num_embeddings = settings.num_embeddings
         self.image_size = tuple(image_size)
         self.crop = tuple(crop) if crop else None
-        self.box = self.crop or (0, 0, *self.image_size)
-        self.levels, self.downsampling = levels, downsampling
-        self._check_sizes()
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.ssim_weight, self.upper_weight = ssim_weight, upper_weight
-        self.mask_weight, self.data_variance = mask_weight, data_variance
-        sizes = (channels, residual_blocks, residual_channels)
-        for level in range(1, levels + 1):
-            quantizer = VectorQuantizer(
-                num_embeddings,
-                embedding_dim,
-                commitment_cost,
-                codebook_update,
-                decay,
-                restart_threshold=restart_threshold,
-                seed=seed + level,
+        self.box = box = self.crop or (0, 0, *self.image_size)
+        total = settings.downsampling << (self.levels - 1)
+        places = zip(box[:2], box[2:], image_size, strict=True)
+        for start, side, whole in places:
+            require(
+                0 <= start < start + side <= whole and side % total == 0,
+                f"{'crop' if crop else 'image_size'}: expected multiples of "
+                f"{total} inside a frame, found {crop} in {image_size}",
             )
-            self._add_level(level, quantizer, sizes, upsampling_blocks)
+        for level in range(1, self.levels + 1):
+            self._add_level(level, seed + level)
         names = ["loss", "reconstruction_loss", "commitment_loss", "ssim"]
-        names += ["codebook_loss"] * (codebook_update == "gradient")
-        names += ["upper_loss"] * (levels > 1)
+        names += ["codebook_loss"] * (settings.codebook_update == "gradient")
+        names += ["upper_loss"] * (self.levels > 1)
         self._make_trackers(*names)
         self(tf.zeros((1, *self.image_size, 1)))  # makes the weights
 
-    def _check_sizes(self):
-        total = self.downsampling << (self.levels - 1)
-        name = "crop" if self.crop else "image_size"
-        places = zip(self.box[:2], self.box[2:], self.image_size, strict=True)
-        require(
-            all(
-                0 <= start < start + side <= whole <= 4096 and side % total == 0
-                for start, side, whole in places
-            ),
-            f"{name}: expected multiples of {total} inside a frame of at most "
-            f"4096 pixels, found {self.crop} in {self.image_size}",
-        )
-
-    def _add_level(self, level, quantizer, sizes, upsampling_blocks):
+    def _add_level(self, level, seed):
         """Add attributes `encoder_1`, `quantizer_1`, ...: named, not listed.
 
         Keras restores the members of a list by class and position, so a list
         of levels could be loaded in the wrong order without an error.
         """
-        factor, filters, suffix = 2, self.embedding_dim, f"_{level}"
+        options = self.settings
+        quantizer = VectorQuantizer(seed, **dataclasses.asdict(options))
+        quantizer.build((None, options.embedding_dim))
+        factor, filters, suffix = 2, options.embedding_dim, f"_{level}"
         if level == 1:
-            factor, filters, suffix = self.downsampling, 1, ""
-            filters += self.mask_weight > 0
-        channels, *residual = sizes
-        decoder = (filters, channels, factor, residual, upsampling_blocks)
+            factor, suffix = options.downsampling, ""
+            filters = 1 + (options.mask_weight > 0)
         parts = {
-            "encoder": Encoder(channels, factor, residual),
-            "projection": conv(self.embedding_dim, 1),
+            "encoder": Encoder(options, factor),
+            "projection": conv(options.embedding_dim, 1),
             "quantizer": quantizer,
-            "decoder": Decoder(*decoder),
+            "decoder": Decoder(options, factor, filters),
             "usage": CodebookUsage(self.num_embeddings, suffix),
         }
         if level > 1:
             parts["preview"] = conv(1, 1, dtype="float32", name="preview")
-        quantizer.build((None, self.embedding_dim))
         for name, part in parts.items():
             setattr(self, f"{name}_{level}", part)
 
     def part(self, name: str, level: int):
-        """`encoder`, `projection`, `quantizer`, `decoder`, `usage` of a level.
-
-        Also `preview` above the first level.
-        """
+        """`encoder`, `projection`, `quantizer`, ... of a level."""
         return getattr(self, f"{name}_{level}")
 
     @property
     def latent_grids(self) -> list[tuple[int, int]]:
         """(h, w) of each level, bottom first."""
         height, width = self.box[2:]
-        factors = [self.downsampling << level for level in range(self.levels)]
-        return [(height // f, width // f) for f in factors]
+        return [(height // f, width // f) for f in self._factors()]
+
+    def _factors(self):
+        return [self.settings.downsampling << k for k in range(self.levels)]
 
     def cropped(self, images):
         """The box of frames that is encoded, `(B, height, width, 1)`."""
@@ -939,18 +839,19 @@ class VQVAE(TrainableModel):
         Returns: an `(N, h, w)` bool array for each level, bottom first.
         """
         images = self.cropped(tf.cast(images, tf.float32))
-        factors = [self.downsampling << level for level in range(self.levels)]
-        most = [tf.nn.max_pool2d(images, f, f, "VALID") for f in factors]
+        most = [
+            tf.nn.max_pool2d(images, f, f, "VALID") for f in self._factors()
+        ]
         return [(x[..., 0] > utils.FOREGROUND).numpy() for x in most]
 
     def call(self, images):
-        decoded = self._forward(self.cropped(images))[0]
+        _, _, decoded = self._forward(self.cropped(images))
         return self.framed(self.render(decoded))
 
     def _forward(self, images):
-        """What `decoder_1` makes of cropped images; `quantize_levels`."""
+        """What `quantize_levels` makes of cropped images, the last decoded."""
         results, previews, inputs = self.quantize_levels(images)
-        return tf.cast(self.decoder_1(inputs), tf.float32), results, previews
+        return results, previews, tf.cast(self.decoder_1(inputs), tf.float32)
 
     def quantize_levels(self, images):
         """Quantize cropped images.
@@ -1010,7 +911,7 @@ class VQVAE(TrainableModel):
     def render(self, decoded):
         """Images `(B, h, w, 1)` float32 from the output of `decoder_1`."""
         decoded = tf.cast(decoded, tf.float32)
-        if not self.mask_weight:
+        if not self.settings.mask_weight:
             return decoded
         intensity, mask = tf.split(decoded, 2, axis=-1)
         soft = tf.sigmoid(mask)
@@ -1025,24 +926,23 @@ class VQVAE(TrainableModel):
         """
         output, extra = self.render(decoded), 0.0
         error = images - output
-        if self.mask_weight:
+        if self.settings.mask_weight:
             intensity, mask = tf.split(decoded, 2, axis=-1)
             inside = tf.cast(images > utils.FOREGROUND, tf.float32)
             error = inside * (images - intensity)
-            extra = self.mask_weight * tf.reduce_mean(
-                tf.nn.sigmoid_cross_entropy_with_logits(inside, mask)
-            )
+            entropy = tf.nn.sigmoid_cross_entropy_with_logits(inside, mask)
+            extra = self.settings.mask_weight * tf.reduce_mean(entropy)
         loss = tf.reduce_mean(error**2) / self.data_variance + extra
         with tf.name_scope("ssim"):  # to be found in a profile
             ssim = tf.reduce_mean(utils.ssim(images, output))
-        if self.ssim_weight:
-            loss += self.ssim_weight * (1 - ssim)
+        if self.settings.ssim_weight:
+            loss += self.settings.ssim_weight * (1 - ssim)
         return loss, ssim
 
     def _batch_loss(self, images, training):
         """Total loss of a batch; updates every metric."""
         images = self.cropped(tf.cast(images, tf.float32))
-        decoded, results, previews = self._forward(images)
+        results, previews, decoded = self._forward(images)
         reconstruction, ssim = self.reconstruction_losses(images, decoded)
         commitment = tf.add_n([result.commitment_loss for result in results])
         codebook = tf.add_n([result.codebook_loss for result in results])
@@ -1056,7 +956,7 @@ class VQVAE(TrainableModel):
             values["codebook_loss"] = codebook
         if previews:
             upper = self._preview_error(images, previews) / self.data_variance
-            values["loss"] += self.upper_weight * upper
+            values["loss"] += self.settings.upper_weight * upper
             values["upper_loss"] = upper
         self._track(images, **values)
         for level, result in enumerate(results, start=1):
@@ -1102,16 +1002,13 @@ class AdversarialDecoder(TrainableModel):
     encoding. It must reconstruct, fool a discriminator that learns at the
     same time, and match the features of the discriminator.
 
-    Train this model, then save `vqvae`.
-
     Args:
-        vqvae: a trained `VQVAE`; its `decoder_1` is trained.
-        adversarial_weight: float >= 0. Weight of the hinge loss.
-        feature_weight: float >= 0. Weight of the mean absolute difference of
-            discriminator features, relative to their mean size.
-        discriminator_channels: int. Of the first convolution.
-        discriminator_steps: int >= 0. Steps in which the discriminator is
-            trained alone, so that the decoder then gets a useful gradient.
+        vqvae: a trained `VQVAE`, to be saved after training this model.
+        kwargs: those of `utils.TrainingSettings` that concern this stage.
+            `adversarial_weight` is that of a hinge loss, `feature_weight` that
+            of the mean absolute difference of features, relative to their
+            mean size. The discriminator is trained alone first, so that the
+            decoder then gets a useful gradient.
 
     Metrics: `loss`, `reconstruction_loss`, `ssim`, `adversarial_loss`,
         `feature_loss`, `discriminator_loss` (2 if it cannot tell).
@@ -1122,37 +1019,23 @@ class AdversarialDecoder(TrainableModel):
     # Of the discriminator, alone and later.
     LEARNING_RATES = (1e-3, 3e-4)
 
-    def __init__(
-        self,
-        vqvae,
-        adversarial_weight=0.02,
-        feature_weight=1.0,
-        discriminator_channels=32,
-        discriminator_steps=200,
-        **kwargs,
-    ):
+    def __init__(self, vqvae, **kwargs):
+        settings = take(utils.TrainingSettings, kwargs)
         super().__init__(**kwargs)
-        within(0, math.inf, adversarial_weight=adversarial_weight)
-        within(0, math.inf, feature_weight=feature_weight)
-        within(1, 1024, discriminator_channels=discriminator_channels)
-        within(0, 10**6, discriminator_steps=discriminator_steps)
-        self.vqvae = vqvae
-        self.adversarial_weight = adversarial_weight
-        self.feature_weight = feature_weight
-        self.discriminator_steps = discriminator_steps
-        self.discriminator = make_discriminator(
-            vqvae.box[2:], discriminator_channels
+        self.vqvae, self.settings = vqvae, settings
+        channels = settings.discriminator_channels
+        self.discriminator = make_discriminator(vqvae.box[2:], channels)
+        options = {"trainable": False, "aggregation": "only_first_replica"}
+        self.step = self.add_weight((), "zeros", "int32", **options)
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
+            [settings.discriminator_steps], list(self.LEARNING_RATES)
         )
-        self.step = self.add_weight(
-            (),
-            "zeros",
-            "int32",
-            trainable=False,
-            aggregation="only_first_replica",
+        self.judge_optimizer = keras.optimizers.Adam(
+            rate, beta_1=0.5, beta_2=0.95, global_clipnorm=5.0
         )
-        parts = ("reconstruction", "adversarial", "feature", "discriminator")
-        losses = [f"{part}_loss" for part in parts]
-        self._make_trackers("loss", "ssim", *losses)
+        self.judge_optimizer.build(self.discriminator.trainable_variables)
+        losses = ("reconstruction", "adversarial", "feature", "discriminator")
+        self._make_trackers("loss", "ssim", *(f"{x}_loss" for x in losses))
 
     @property
     def trainable_variables(self):
@@ -1163,46 +1046,27 @@ class AdversarialDecoder(TrainableModel):
 
     @property
     def optimizers(self):
-        return [self.optimizer, self.discriminator_optimizer]
-
-    def compile(self, *args, **kwargs):
-        super().compile(*args, **kwargs)
-        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
-            [self.discriminator_steps], list(self.LEARNING_RATES)
-        )
-        self.discriminator_optimizer = keras.optimizers.Adam(
-            rate, beta_1=0.5, beta_2=0.95, global_clipnorm=5.0
-        )
-        variables = self.discriminator.trainable_variables
-        self.discriminator_optimizer.build(variables)
-
-    def call(self, images):
-        return self.vqvae(images)
+        return [self.optimizer, self.judge_optimizer]
 
     def train_step(self, images):
-        gradients, count = self._accumulated_gradients(images)
-        own = self.trainable_variables
-        norm = self._apply(self.optimizer, own, gradients[: len(own)], count)
-        self._apply(
-            self.discriminator_optimizer,
-            self.discriminator.trainable_variables,
-            gradients[len(own) :],
-            count,
-        )
+        gradients = self._accumulated_gradients(images)
+        own, others = self.trainable_variables, self.discriminator.weights
+        count, judge = len(own), self.judge_optimizer
+        norm = self._apply(self.optimizer, own, gradients[:count], images)
+        self._apply(judge, others, gradients[count:], images)
         self.step.assign_add(1)
         return self._step_logs(norm)
 
     def _part_gradients(self, part, share):
         """Gradients of the decoder, then of the discriminator."""
-        own, others = [
-            [variable.value for variable in model.trainable_variables]
-            for model in (self, self.discriminator)
-        ]
+        own = [weight.value for weight in self.trainable_variables]
+        others = [weight.value for weight in self.discriminator.weights]
         with tf.GradientTape(True, watch_accessed_variables=False) as tape:
             tape.watch(own + others)
             loss, discriminator_loss = self._both_losses(part)
             # Zero while the discriminator is trained alone.
-            joined = tf.cast(self.step >= self.discriminator_steps, tf.float32)
+            joined = self.step >= self.settings.discriminator_steps
+            joined = tf.cast(joined, tf.float32)
             loss = self.optimizer.scale_loss(share * joined * loss)
             discriminator_loss *= share
         gradients = tape.gradient(loss, own)
@@ -1224,8 +1088,8 @@ class AdversarialDecoder(TrainableModel):
         hinge = tf.reduce_mean(tf.nn.relu(1 - real) + tf.nn.relu(1 + made))
         adversarial = -tf.reduce_mean(made)
         matching = tf.reduce_mean([relative_difference(x) for x in pairs[1:]])
-        loss = reconstruction + self.adversarial_weight * adversarial
-        loss += self.feature_weight * matching
+        loss = reconstruction + self.settings.adversarial_weight * adversarial
+        loss += self.settings.feature_weight * matching
         self._track(
             images,
             loss=loss,
@@ -1250,11 +1114,8 @@ def relative_difference(pairs):
 
 
 def dense_step(layer, x):
-    """Output of a Dense `layer` for `x` `(B, C)`, in float32.
-
-    Sampling is float32 always: read from the variables, outside `__call__`,
-    where the precision policy of the training does not apply.
-    """
+    """Output of a Dense `layer` for `x` `(B, C)`, in float32."""
+    # As all of sampling: the precision policy holds in `__call__` only.
     y = tf.matmul(x, layer.kernel)
     return layer.activation(y if layer.bias is None else y + layer.bias)
 
@@ -1283,29 +1144,22 @@ class CausalLayer(keras.layers.Layer):
         return cache
 
 
-@register
 class CausalConv2D(CausalLayer):
     """Convolution over the positions before one in raster order.
 
-    Only rows up to the current one have weights; in the last of them a mask
-    hides the positions to the right (`mask_type="B"`) or these and the
-    position itself (`"A"`). The product `kernel * mask` is taken in `call`,
-    so masked weights get no gradient. With `mask_type="row"` nothing of the
-    current row is hidden: that is the vertical stack of a gated network,
-    which computes a row at a time (`step_row`).
-
-    The kernel has `kernel_size` columns, an odd number, and `rows` rows, the
-    current one included; half as many by default.
+    The kernel has `kernel_size` columns, an odd number, and `rows` rows, by
+    default half as many; the last is that of the position. There a mask hides
+    the positions to the right (`mask_type="B"`) or these and the position
+    itself (`"A"`). The product `kernel * mask` is taken in `call`, so masked
+    weights get no gradient. With `"row"` nothing is hidden: the vertical stack
+    of a gated network, which computes a row at a time (`step_row`).
 
     Input shape: `(B, h, w, C)`. Output shape: `(B, h, w, filters)`.
     Reference: van den Oord et al., 2016, arXiv:1601.06759, sec. 3.4.
     """
 
-    def __init__(self, filters, kernel_size, mask_type, rows=None, **kwargs):
-        right = kernel_size % 2 == 1 and 1 <= kernel_size <= 63
-        require(right, f"kernel_size: expected odd 1..63, found {kernel_size}")
-        one_of("A", "B", "row", mask_type=mask_type)
-        super().__init__(**kwargs)
+    def __init__(self, filters, kernel_size, mask_type, rows=None):
+        super().__init__()
         self.filters, self.kernel_size = filters, kernel_size
         self.mask_type = mask_type
         self.rows = rows or (kernel_size + 1) // 2
@@ -1330,62 +1184,55 @@ class CausalConv2D(CausalLayer):
         margins = [[0, 0], [self.rows - 1, 0], [self.side, self.side], [0, 0]]
         return tf.nn.conv2d(tf.pad(x, margins), kernel, 1, "VALID") + self.bias
 
-    def init_rows(self, batch, grid):
-        """Cache of `step_row`: the last rows seen, zeros outside the grid."""
-        width = grid[1] + 2 * self.side
-        return tf.zeros((batch, self.rows, width, self.channels))
-
-    def step_row(self, x, cache):
-        """Output `(B, w, filters)` of a whole row `x` `(B, w, C)`."""
+    def step_row(self, x, rows):
+        """Output `(B, w, filters)` of a whole row `x` `(B, w, C)`, and rows."""
         row = tf.pad(x, [[0, 0], [self.side, self.side], [0, 0]])
-        cache = tf.concat([cache[:, 1:], row[:, None]], axis=1)
+        rows = tf.concat([rows[:, 1:], row[:, None]], axis=1)
         kernel = self.kernel * self.mask
-        y = tf.nn.conv2d(cache, kernel, 1, "VALID")[:, 0] + self.bias
-        return y, cache
+        return tf.nn.conv2d(rows, kernel, 1, "VALID")[:, 0] + self.bias, rows
 
     def init_cache(self, batch, grid):
-        # The row so far, the rows before, and their share of the output in
-        # this row, which is computed once for all of its columns.
-        wide = (grid[1] + 2 * self.side, self.channels)
-        return [
-            tf.zeros((batch, *wide)),
-            tf.zeros((batch, self.rows - 1, *wide)),
-            tf.zeros((batch, grid[1], self.filters)),
-        ]
+        # The last rows, zero outside the grid, and what those before the
+        # current one add to it, computed once for all of its columns.
+        wide = grid[1] + 2 * self.side
+        rows = tf.zeros((batch, self.rows, wide, self.channels))
+        return [rows, tf.zeros((batch, grid[1], self.filters))]
 
     def start_row(self, vertical, cache, row):
-        own, before, added = cache
+        rows, added = cache
+        new = tf.zeros_like(rows[:, :1])
+        rows = tf.concat([rows[:, 1:], new], axis=1)
         if self.rows > 1:
-            before = tf.concat([before[:, 1:], own[:, None]], axis=1)
-            added = tf.nn.conv2d(before, self.kernel[:-1], 1, "VALID")[:, 0]
-        return vertical, [tf.zeros_like(own), before, added]
+            before, kernel = rows[:, :-1], self.kernel[:-1]
+            added = tf.nn.conv2d(before, kernel, 1, "VALID")[:, 0]
+        return vertical, [rows, added]
 
     def step(self, x, cache, column, context=None):
         if self.mask_type != "A":
             cache = self._put(x, cache, column)
-        own, _, added = cache
-        batch, size = own.shape[0], self.taps * self.channels
-        shape = (batch, self.taps, self.channels)
-        window = tf.reshape(tf.slice(own, [0, column, 0], shape), (batch, size))
-        kernel = tf.reshape(self.kernel[-1, : self.taps], (size, self.filters))
-        y = tf.matmul(window, kernel) + self.bias
-        if self.rows > 1:
-            shape = (batch, 1, self.filters)
-            y += tf.slice(added, [0, column, 0], shape)[:, 0]
-        return y, cache
+        rows, added = cache
+        size = (rows.shape[0], 1, self.taps, self.channels)
+        seen = tf.slice(rows, [0, self.rows - 1, column, 0], size)
+        seen = tf.reshape(seen, (rows.shape[0], -1))
+        kernel = self.kernel[-1, : self.taps]
+        y = tf.matmul(seen, tf.reshape(kernel, (-1, self.filters))) + self.bias
+        return y + take_column(added, column) if self.rows > 1 else y, cache
 
     def write(self, code, cache, column):
-        return (
-            self._put(code, cache, column) if self.mask_type == "A" else cache
-        )
+        first = self.mask_type == "A"
+        return self._put(code, cache, column) if first else cache
 
     def _put(self, x, cache, column):
-        own, before, added = cache
-        start = [0, self.side + column, 0]
-        return [keras.ops.slice_update(own, start, x[:, None]), before, added]
+        start = [0, self.rows - 1, self.side + column, 0]
+        rows = keras.ops.slice_update(cache[0], start, x[:, None, None])
+        return [rows, cache[1]]
 
 
-@register
+def take_column(x, column):
+    """Values `(B, C)` of a row `(B, w, C)` in one column."""
+    return tf.slice(x, [0, column, 0], [x.shape[0], 1, x.shape[-1]])[:, 0]
+
+
 class CausalResidualBlock(CausalLayer):
     """ReLU, 1x1, ReLU, masked 3x3 plus context, ReLU, 1x1; added to its input.
 
@@ -1393,8 +1240,8 @@ class CausalResidualBlock(CausalLayer):
     Output shape: `(B, h, w, channels)`; half the channels inside.
     """
 
-    def __init__(self, channels, dropout=0.0, use_context=False, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, channels, dropout=0.0, use_context=False):
+        super().__init__()
         inner = max(channels // 2, 1)
         self.reduce = keras.layers.Dense(inner, activation="relu")
         self.conv = CausalConv2D(inner, 3, "B")
@@ -1429,7 +1276,6 @@ def gate(x):
     return tf.tanh(signal) * tf.sigmoid(weight)
 
 
-@register
 class GatedBlock(CausalLayer):
     """Vertical and horizontal masked convolutions with gates.
 
@@ -1445,15 +1291,9 @@ class GatedBlock(CausalLayer):
     """
 
     def __init__(
-        self,
-        channels,
-        kernel_size,
-        mask_type,
-        dropout=0.0,
-        use_context=False,
-        **kwargs,
+        self, channels, kernel_size, mask_type, dropout=0.0, use_context=False
     ):
-        super().__init__(**kwargs)
+        super().__init__()
         self.is_first = mask_type == "A"
         wide = 2 * channels
         self.vertical = CausalConv2D(wide, kernel_size, "row")
@@ -1478,11 +1318,9 @@ class GatedBlock(CausalLayer):
 
     def init_cache(self, batch, grid):
         # Rows of the vertical stack, the row so far, the link from above.
-        return [
-            self.vertical.init_rows(batch, grid),
-            self.horizontal.init_cache(batch, grid),
-            tf.zeros((batch, grid[1], self.link.units)),
-        ]
+        rows, _ = self.vertical.init_cache(batch, grid)
+        link = tf.zeros((batch, grid[1], self.link.units))
+        return [rows, self.horizontal.init_cache(batch, grid), link]
 
     def start_row(self, vertical, cache, row):
         rows, seen = self.vertical.step_row(vertical, cache[0])
@@ -1494,8 +1332,7 @@ class GatedBlock(CausalLayer):
     def step(self, x, cache, column, context=None):
         seen, own, above = cache
         y, own = self.horizontal.step(x, own, column)
-        size = (above.shape[0], 1, above.shape[-1])
-        y += tf.slice(above, [0, column, 0], size)[:, 0]
+        y += take_column(above, column)
         if self.context:
             y += dense_step(self.context, context)
         y = dense_step(self.expand, gate(y))
@@ -1506,14 +1343,12 @@ class GatedBlock(CausalLayer):
         return [seen, self.horizontal.write(code, own, column), above]
 
 
-@register
 class CausalAttention(CausalLayer):
     """Attention of every position to all codes before it; added to its input.
 
-    A code enters with its embedding and with the features at its position;
-    the code of the position itself and those after it are hidden. Before all
-    codes stands an empty one, of zeros, so that the first position has one to
-    attend to as well.
+    A code enters with its embedding and with the features at its position.
+    Before all codes stands an empty one, of zeros, so that the first position
+    has one to attend to as well.
 
     Input shape: features and embedded codes, both `(B, h, w, channels)`.
     Output shape: `(B, h, w, channels)`.
@@ -1524,12 +1359,10 @@ class CausalAttention(CausalLayer):
     # the memory and skip half of what is masked.
     WHOLE, PIECE = 1024, 256
 
-    def __init__(self, channels, heads=8, dropout=0.0, **kwargs):
-        super().__init__(**kwargs)
-        require(
-            heads >= 1 and channels % heads == 0,
-            f"channels: expected a multiple of {heads} heads, found {channels}",
-        )
+    def __init__(self, channels, heads=8, dropout=0.0):
+        super().__init__()
+        message = f"channels: expected a multiple of {heads} heads, found "
+        require(channels % heads == 0, message + str(channels))
         self.channels, self.heads = channels, heads
         self.scale = (channels // heads) ** -0.5
         self.query = keras.layers.Dense(channels)
@@ -1590,14 +1423,12 @@ class CausalAttention(CausalLayer):
 
     def write(self, code, cache, column):
         keys, values, features, position = cache
-        source = tf.concat([features, code], axis=-1)
-
-        def put(past, layer):
+        source, moved = tf.concat([features, code], axis=-1), []
+        for past, layer in ((keys, self.key), (values, self.value)):
             shape = (past.shape[0], self.heads, 1, -1)
             new = tf.reshape(dense_step(layer, source), shape)
-            return keras.ops.slice_update(past, [0, 0, position + 1, 0], new)
-
-        moved = [put(keys, self.key), put(values, self.value)]
+            start = [0, 0, position + 1, 0]
+            moved.append(keras.ops.slice_update(past, start, new))
         return [*moved, features, position + 1]
 
 
@@ -1610,7 +1441,6 @@ def sine_features(position, count):
     return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
 
 
-@register
 class ContextMap(keras.layers.Layer):
     """What every layer of a prior knows apart from the indices before it.
 
@@ -1622,61 +1452,43 @@ class ContextMap(keras.layers.Layer):
     where they are negative, and in training for a share `dropout` of the
     images: so one network also learns the distribution without them.
 
-    Args:
-        num_embeddings: int. K of the levels above.
-        num_labels: int >= 0. Number of class labels; 0 leaves them out.
-        others: see `AutoregressivePrior`.
-
-    Input shapes: `slice_position` `(B,)` float in [0, 1], 0 the first slice
-        of a subject's stack; `label` `(B,)` int in [0, num_labels); both
-        negative for null. `upper`: a `(B, h, w)` int tensor for each upper
-        grid.
+    Input shapes: those of the conditions of `AutoregressivePrior`.
     Output shape: `(B, h, w, channels)`.
     """
 
+    CHANNELS = 64
     OCTAVES = 5
 
     def __init__(
-        self,
-        grid,
-        channels,
-        num_embeddings=2,
-        position_features=False,
-        slice_condition=False,
-        num_labels=0,
-        upper_grids=(),
-        dropout=0.0,
-        **kwargs,
+        self, grid, num_embeddings, settings, has_slice, num_labels, num_above
     ):
-        super().__init__(**kwargs)
-        self.grid, self.channels = tuple(grid), channels
-        self.num_embeddings = num_embeddings
-        self.position_features = position_features
-        self.slice_condition = slice_condition
-        self.num_labels, self.levels_above = num_labels, len(upper_grids)
-        self.drop = keras.layers.Dropout(dropout)
+        super().__init__()
+        self.grid, self.num_embeddings = tuple(grid), num_embeddings
+        self.has_place, self.has_slice = settings.position_features, has_slice
+        self.num_labels, self.levels_above = num_labels, num_above
+        channels = self.CHANNELS
+        self.drop = keras.layers.Dropout(settings.condition_dropout)
         self.mix = keras.layers.Dense(channels, activation="relu")
-        if position_features:
+        if self.has_place:
             self.place = keras.layers.Dense(channels)
-        if slice_condition:
+        if has_slice:
             self.slice = keras.layers.Dense(channels)
-            self.no_slice = self.add_weight(
-                (channels,), "zeros", name="no_slice"
-            )
+            shape = (channels,)
+            self.no_slice = self.add_weight(shape, "zeros", name="no_slice")
         if num_labels:
             self.label = keras.layers.Embedding(num_labels + 1, channels)
-        if upper_grids:
-            codes = self.levels_above * num_embeddings
+        if num_above:
+            codes = num_above * num_embeddings
             self.codes_above = keras.layers.Embedding(codes, channels)
             self.above = ResidualStack(channels, 2, channels)
             self.split = keras.layers.Dense(4 * channels)
 
     def call(self, slice_position, label, upper=(), training=False):
-        shape = (tf.shape(label)[0], *self.grid, self.channels)
+        shape = (tf.shape(label)[0], *self.grid, self.CHANNELS)
         context = tf.zeros(shape, self.compute_dtype)
-        if self.position_features:
+        if self.has_place:
             context += self.place(self._grid_features())
-        if self.slice_condition:
+        if self.has_slice:
             known = self._known(slice_position, training)[:, None]
             features = sine_features(slice_position, self.OCTAVES)
             vector = self.slice(features)
@@ -1714,7 +1526,7 @@ class ContextMap(keras.layers.Layer):
         return tf.nn.depth_to_space(self.split(self.above(x)), 2)
 
 
-# === Priors ===
+# === Sampler ===
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1745,225 +1557,54 @@ class Sampling:
         within(0, 1e6, guidance=self.guidance)
 
 
-class AutoregressivePrior(TrainableModel):
-    """Distribution of a grid of indices as a product over raster order.
+def keep_likeliest(probabilities, top_k, top_p):
+    """`probabilities` `(B, K)`, zero but for those that `Sampling` keeps."""
+    ranked = tf.sort(probabilities, axis=-1, direction="DESCENDING")
+    before = tf.cumsum(ranked, axis=-1, exclusive=True)
+    kept = before < top_p
+    if top_k:
+        kept &= tf.range(ranked.shape[-1]) < top_k
+    least = tf.reduce_min(tf.where(kept, ranked, 1.0), -1, keepdims=True)
+    return tf.where(probabilities < least, 0.0, probabilities)
 
-    `p(indices) = prod_t p(index_t | indices before t, context)`. A subclass
-    gives `_build_layers`, `causal_layers` and `_hidden` (their output for a
-    whole grid); the rest is here: context, likelihood, training in bits per
-    code, and the sampler.
 
-    Args:
-        num_embeddings: int K >= 2. Number of codes.
-        latent_grid: (h, w).
-        slice_condition: bool. Condition on the slice position.
-        labels: names of the class labels to condition on; none by default.
-        upper_grids: (h, w) of each level above, nearest first, each half of
-            the one before: condition on the indices of these grids.
-        codebook_sha256: str. Which codebook the indices belong to.
-        others: see `utils.PriorSettings`.
+def sample_index(logits, uniform, temperature, top_p=1.0, top_k=0):
+    """Draw indices `(B,)` int32 of positive probability from `logits` `(B, K)`.
 
-    Input shape: `indices` `(B, h, w)` int, and the conditions: `upper`, a
-        tuple of `(B, h, w)` int tensors, one for each upper grid; `label`
-        `(B,)` int, a number in `labels`; `slice_position` `(B,)` float in
-        [0, 1]. A negative label or position, or none, is null.
-    Output shape: `(B, h, w, K)` float32 logits.
-    Raises:
-        ValueError: if an argument is out of range.
+    By inversion of the cumulative distribution, so that a position needs one
+    random number `uniform` `(B, 1)` in [0, 1), not K. See `Sampling`.
+    """
+    probabilities = tf.nn.softmax(logits / temperature)
+    if top_k or top_p < 1:  # sorting is most of the cost of a draw
+        probabilities = keep_likeliest(probabilities, top_k, top_p)
+    cumulative = tf.cumsum(probabilities, axis=-1)
+    # Strictly below the total, whatever the rounding: else an index past the
+    # last code of positive probability could be drawn.
+    goal = uniform * cumulative[:, -1:] * (1 - 1e-6)
+    # Compiled, the sum is rounded in blocks and moves a little between them
+    # at codes of no probability: so ask for a positive one, do not count.
+    codes = tf.range(logits.shape[-1])
+    past = (cumulative > goal) & (probabilities > 0)
+    return tf.reduce_min(tf.where(past, codes, codes[-1]), axis=-1)
 
-    Attributes:
-        recompute: bool. Compute each block again for its gradients instead of
-            keeping its inner values, which saves memory and costs time.
-        chunk_size, threads: see `sampling_chunks`.
+
+class RasterSampler:
+    """Part of a prior: draws grids of indices, one position after the other.
+
+    `threads` runs of a compiled loop draw `chunk_size` images each. The runs
+    have one size on a machine, and image k is number k % chunk_size of its
+    run, so that it does not depend on how many are asked for: matrix products
+    round differently at other sizes. A run is a chain of small steps that
+    keeps one core busy; a GPU is better off with one large run.
     """
 
-    recompute = False
-    CONTEXT_CHANNELS = 64
-
-    def __init__(
-        self,
-        num_embeddings,
-        latent_grid,
-        channels=128,
-        blocks=5,
-        kernel_size=7,
-        head_layers=2,
-        dropout=0.0,
-        position_features=False,
-        slice_condition=False,
-        labels=(),
-        upper_grids=(),
-        condition_dropout=0.1,
-        codebook_sha256="",
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        within(2, 2**20, num_embeddings=num_embeddings)
-        for side in latent_grid:
-            within(1, 1024, latent_grid=side)
-        within(1, 4096, channels=channels)
-        within(0, 256, blocks=blocks)
-        within(0, 64, head_layers=head_layers)
-        within(0, 0.99, dropout=dropout, condition_dropout=condition_dropout)
-        require(
-            not isinstance(labels, str) and len(set(labels)) == len(labels),
-            f"labels: expected different names, found {labels!r}",
-        )
-        self.num_embeddings = num_embeddings
-        self.latent_grid = tuple(latent_grid)
-        self.channels, self.blocks = channels, blocks
-        self.kernel_size, self.dropout = kernel_size, dropout
-        self.position_features = position_features
-        self.slice_condition = slice_condition
-        self.labels = tuple(labels)
-        self.upper_grids = tuple(tuple(grid) for grid in upper_grids)
-        self._check_upper_grids()
-        self.codebook_sha256 = codebook_sha256
-        self.embedding = keras.layers.Embedding(num_embeddings, channels)
-        self._add_context(condition_dropout)
-        self._build_layers()
-        self.head = [
-            keras.layers.Dense(channels, activation="relu")
-            for _ in range(head_layers)
-        ]
-        self.logits = keras.layers.Dense(num_embeddings, dtype="float32")
-        self._make_trackers("loss", "bits_per_code")
-        self._sampler = tf.function(
-            self._sample_grids, jit_compile=True, autograph=False
-        )
-        self.chunk_size, self.threads = sampling_chunks()
-        grids = [tf.zeros((1, *grid), tf.int32) for grid in self.upper_grids]
-        self(tf.zeros((1, *self.latent_grid), tf.int32), upper=grids)
-
-    def _add_context(self, dropout):
-        options = {
-            "position_features": self.position_features,
-            "slice_condition": self.slice_condition,
-            "num_labels": len(self.labels),
-            "upper_grids": self.upper_grids,
-        }
-        self.use_context = any(options.values())
-        if self.use_context:
-            self.context = ContextMap(
-                self.latent_grid,
-                self.CONTEXT_CHANNELS,
-                self.num_embeddings,
-                dropout=dropout,
-                **options,
-            )
-
-    def _check_upper_grids(self):
-        grids = (self.latent_grid, *self.upper_grids)
-        for below, upper in itertools.pairwise(grids):
-            require(
-                below == (2 * upper[0], 2 * upper[1]),
-                f"upper_grids: expected each half of the one before, found "
-                f"{upper} after {below}",
-            )
-
-    def call(
-        self,
-        indices,
-        upper=None,
-        label=None,
-        slice_position=None,
-        training=False,
-    ):
-        context, upper = None, tuple(upper or ())
-        require(
-            len(upper) == len(self.upper_grids),
-            f"upper: expected {len(self.upper_grids)} grids, one for each "
-            f"level above, found {len(upper)}",
-        )
-        if self.use_context:
-            batch = tf.shape(indices)[:1]
-            if slice_position is None:
-                slice_position = tf.fill(batch, -1.0)
-            if label is None:
-                label = tf.fill(batch, -1)
-            context = self.context(
-                slice_position, label, upper=upper, training=training
-            )
-        codes = self.embedding(indices)
-        return self._predict(self._hidden(codes, context, training))
-
-    def _run(self, layer, *inputs, training):
-        """Outputs of a layer, in training recomputed if asked for."""
-        call = functools.partial(layer, training=training)
-        if self.recompute and training:
-            require(not self.dropout, "recompute: would drop other features")
-            call = tf.recompute_grad(call)
-        return call(*(x for x in inputs if x is not None))
-
-    def _predict(self, hidden, apply=lambda layer, x: layer(x)):
-        """Logits from the output of the last causal layer."""
-        x = tf.nn.relu(hidden)
-        for layer in (*self.head, self.logits):
-            x = apply(layer, x)
-        return x
-
-    @contextlib.contextmanager
-    def _in_float32(self):
-        """Within it every layer computes in float32, whatever its policy.
-
-        In bfloat16 a likelihood would be off by a percent, and not that of
-        the sampler.
-        """
-        layers = list(self._flatten_layers())
-        policies = [layer.dtype_policy for layer in layers]
-        try:
-            for layer in layers:
-                layer.dtype_policy = "float32"
-            yield
-        finally:
-            for layer, policy in zip(layers, policies, strict=True):
-                layer.dtype_policy = policy
-
-    def distribution(self, indices, **conditions):
-        """`tfd.Categorical` of every position given the indices before it.
-
-        In float32, like `log_prob` and `sample`.
-        """
-        from tensorflow_probability import distributions  # takes seconds
-
-        with self._in_float32():
-            logits = self(indices, **conditions)
-        return distributions.Categorical(logits=logits)
-
-    @tf.function(reduce_retracing=True, autograph=False)
-    def log_prob(self, indices, upper=None, label=None, slice_position=None):
-        """Log-probability in nats of each position, `(B, h, w)` float32.
-
-        The sum over positions is the log-probability of the grid.
-        """
-        return self.distribution(
-            indices, upper=upper, label=label, slice_position=slice_position
-        ).log_prob(indices)
-
-    def _batch_loss(self, batch, training):
-        """Mean negative log-likelihood, nats per code; updates the metrics.
-
-        Args:
-            batch: dict with `indices` and the conditions.
-        """
-        logits = self(**batch, training=training)
-        nats = tf.nn.sparse_softmax_cross_entropy_with_logits(
-            labels=batch["indices"], logits=logits
-        )
-        loss = tf.reduce_mean(nats)
-        self._track(logits, loss=loss, bits_per_code=loss / np.log(2))
-        return loss
+    def _choose_chunks(self):
+        on_gpu = tf.config.list_physical_devices("GPU")
+        self.chunk_size = 32 if on_gpu else 4
+        self.threads = 1 if on_gpu else os.cpu_count() or 1
 
     def sample(
-        self,
-        n,
-        seed=0,
-        first=0,
-        sampling=None,
-        upper=(),
-        label=None,
-        slice_position=None,
-        known=None,
+        self, n, seed=0, first=0, sampling=None, upper=(), known=None, **given
     ):
         """Draw `n` grids of indices.
 
@@ -1974,13 +1615,10 @@ class AutoregressivePrior(TrainableModel):
             first: int >= 0. Number of the first image.
             sampling: `Sampling`, or None for the plain distribution.
             upper: `(n, h, w)` int arrays, one for each upper grid.
-            label: name of a label, or a sequence of `n` names, None for null;
-                default null.
-            slice_position: `(n,)` float in [0, 1], or one for all, NaN for
-                null; default null.
             known: `(n, h, w)` int array of indices that are not drawn, -1
                 where unknown. Positions after them are drawn given them,
                 positions before are not.
+            given: `label` and `slice_position`, see `generate`; default null.
 
         Returns: `(n, h, w)` int32 array; `(n,)` float32, the log-probability
             in nats of each grid under the model (temperature 1, all codes, no
@@ -1991,49 +1629,15 @@ class AutoregressivePrior(TrainableModel):
         """
         levels = len(self.upper_grids)
         require(len(upper) == levels, f"upper: expected {levels} arrays")
-        conditions = self.conditions(n, label, slice_position)
+        conditions = self.conditions(n, **given)
         conditions["upper"] = tuple(
             self._checked("upper", indices, (n, *grid), 0)
             for indices, grid in zip(upper, self.upper_grids, strict=True)
         )
-        inputs = {
-            "conditions": conditions,
-            "known": self.known_indices(n, known),
-        }
+        known = self.known_indices(n, known)
+        inputs = {"conditions": conditions, "known": known}
         draw = functools.partial(self.sample_chunk, seed, sampling=sampling)
-        return in_chunks(self, draw, n, first, inputs)
-
-    def sample_chunk(self, seed, chunk, conditions, known=None, sampling=None):
-        """Draw the `chunk_size` images of one chunk, B; also in a graph.
-
-        Args:
-            seed, chunk: int, or int32 scalars: image i of the chunk is number
-                `chunk * chunk_size + i`.
-            conditions: dict of `label` `(B,)` int32 and `slice_position`
-                `(B,)` float32, negative for null, and of `upper`, a tuple of
-                `(B, h, w)` int32 for each upper grid.
-            known: `(B, h, w)` int32, -1 where unknown; default all unknown.
-            sampling: see `sample`; its temperature may be a scalar tensor.
-
-        Returns: indices `(B, h, w)` int32; log-probability in nats `(B,)`.
-        """
-        sampling = sampling or Sampling()
-        guided = sampling.guidance != 1
-        require(
-            not guided or self.labels or self.slice_condition,
-            "guidance: this prior has neither labels nor slice positions",
-        )
-        if known is None:
-            known = tf.fill((self.chunk_size, *self.latent_grid), -1)
-        return self._sampler(
-            self._uniforms(seed, chunk),
-            self._chunk_context(conditions, guided),
-            tf.convert_to_tensor(known),
-            tf.convert_to_tensor(sampling.temperature, tf.float32),
-            tf.convert_to_tensor(sampling.guidance, tf.float32),
-            top_p=float(sampling.top_p),
-            top_k=int(sampling.top_k),
-        )
+        return self.in_chunks(draw, n, first, inputs)
 
     def conditions(self, n, label=None, slice_position=None):
         """Checked arrays of the label numbers and positions of `n` images."""
@@ -2046,10 +1650,8 @@ class AutoregressivePrior(TrainableModel):
         numbers = [-1 if x is None else self.labels.index(x) for x in label]
         position = math.nan if slice_position is None else slice_position
         position = np.asarray(position, "float32")
-        require(
-            position.shape in ((), (n,)),
-            f"slice_position: expected ({n},), found {position.shape}",
-        )
+        message = f"slice_position: expected ({n},), found {position.shape}"
+        require(position.shape in ((), (n,)), message)
         for value in position[~np.isnan(position)]:
             within(0, 1, slice_position=value)
         position = np.broadcast_to(np.nan_to_num(position, nan=-1), n)
@@ -2070,11 +1672,60 @@ class AutoregressivePrior(TrainableModel):
             within(least, self.num_embeddings - 1, **{name: index})
         return indices
 
-    def _chunk_context(self, conditions, guided):
-        """Context of a chunk, or None.
+    def in_chunks(self, draw, n, first, inputs, progress=iter):
+        """Arrays of `n` rows from `draw(chunk, **inputs)`, called in threads.
 
-        Guided, a second half follows: the context without the condition.
+        `draw` returns tensors with a row for each image of a chunk. It gets
+        those rows of `inputs`, nested arrays of a row for each image.
         """
+        size, start = self.chunk_size, first % self.chunk_size
+        chunks = range(first // size, -(-(first + n) // size))
+
+        def run(chunk):
+            # What was not asked for is drawn like its neighbour, then cut.
+            rows = np.arange(chunk * size, (chunk + 1) * size) - first
+            rows = np.clip(rows, 0, n - 1)
+            own = tf.nest.map_structure(lambda values: values[rows], inputs)
+            return draw(chunk, **own)
+
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            parts = pool.map(run, chunks)
+            done = [next(parts) for _ in progress(chunks)]
+        outputs = [np.concatenate(arrays) for arrays in zip(*done, strict=True)]
+        return [array[start : start + n] for array in outputs]
+
+    def sample_chunk(self, seed, chunk, conditions, known=None, sampling=None):
+        """Draw the `chunk_size` images of one chunk; also in a graph.
+
+        Image i of the chunk is number `chunk * chunk_size + i`. Conditions are
+        those of `call`; `seed`, `chunk` and the temperature may be tensors.
+        """
+        sampling = sampling or Sampling()
+        guided = sampling.guidance != 1
+        message = "guidance: this prior has neither labels nor slice positions"
+        require(not guided or self.labels or self.slice_condition, message)
+        if known is None:
+            known = tf.fill((self.chunk_size, *self.latent_grid), -1)
+        return self._sample_grids(
+            self._uniforms(seed, chunk),
+            self._chunk_context(conditions, guided),
+            tf.convert_to_tensor(known),
+            tf.convert_to_tensor(sampling.temperature, tf.float32),
+            tf.convert_to_tensor(sampling.guidance, tf.float32),
+            top_p=float(sampling.top_p),
+            top_k=int(sampling.top_k),
+        )
+
+    def _uniforms(self, seed, chunk):
+        """Uniform numbers in [0, 1) of each image and position of a chunk."""
+        # Each level has numbers of its own.
+        shape = (len(self.upper_grids) + 1, *self.latent_grid)
+        first, uniform = chunk * self.chunk_size, tf.random.stateless_uniform
+        seeds = [[seed, first + k] for k in range(self.chunk_size)]
+        return tf.stack([uniform(shape, x, alg="philox")[-1] for x in seeds])
+
+    def _chunk_context(self, conditions, guided):
+        """Context of a chunk, if guided also without the condition, or None."""
         if not self.use_context:
             return None
         given = tf.nest.map_structure(tf.convert_to_tensor, conditions)
@@ -2090,16 +1741,7 @@ class AutoregressivePrior(TrainableModel):
         with self._in_float32():
             return self.context(slice_position, label, upper=upper)
 
-    def _uniforms(self, seed, chunk):
-        """Uniform numbers in [0, 1) of each image and position of a chunk.
-
-        Each level draws numbers of its own.
-        """
-        shape = (len(self.upper_grids) + 1, *self.latent_grid)
-        first, uniform = chunk * self.chunk_size, tf.random.stateless_uniform
-        seeds = [[seed, first + k] for k in range(self.chunk_size)]
-        return tf.stack([uniform(shape, x, alg="philox")[-1] for x in seeds])
-
+    @tf.function(jit_compile=True, autograph=False)
     def _sample_grids(
         self, uniforms, context, known, temperature, guidance, top_p, top_k
     ):
@@ -2134,19 +1776,14 @@ class AutoregressivePrior(TrainableModel):
                 grid = keras.ops.slice_update(grid, place, index)
                 return column + 1, grid, log_prob, caches
 
-            _, *state = tf.while_loop(
-                lambda column, *_: column < width,
-                draw,
-                (0, grid, log_prob, caches),
-            )
+            state = (0, grid, log_prob, caches)
+            _, *state = tf.while_loop(lambda k, *_: k < width, draw, state)
             return row + 1, *state
 
         grid = tf.zeros((batch, height, width), tf.int32)
-        start = (0, grid, tf.zeros((batch,)), self._init_caches(rows))
-        _, grid, log_prob, _ = tf.while_loop(
-            lambda row, *_: row < height, draw_row, start
-        )
-        return grid, log_prob
+        state = (0, grid, tf.zeros((batch,)), self._init_caches(rows))
+        _, *found, _ = tf.while_loop(lambda k, *_: k < height, draw_row, state)
+        return found
 
     def _init_caches(self, batch):
         """The embedded row so far, then the caches of the layers."""
@@ -2177,68 +1814,174 @@ class AutoregressivePrior(TrainableModel):
         return [row, *(layer.write(code, x, column) for layer, x in pairs)]
 
 
-def keep_likeliest(probabilities, top_k, top_p):
-    """`probabilities` `(B, K)` with all but the likeliest set to zero.
+# === Priors ===
+
+
+class AutoregressivePrior(RasterSampler, TrainableModel):
+    """Distribution of a grid of indices as a product over raster order.
+
+    `p(indices) = prod_t p(index_t | indices before t, context)`. A subclass
+    gives `_build_layers`, `causal_layers` and `_hidden` (their output for a
+    whole grid); context, likelihood and training in bits per code are here.
 
     Args:
-        top_k: Python int. Keep the k likeliest; 0 keeps all.
-        top_p: Python float in (0, 1]. Keep the likeliest that together reach
-            this probability, at least one.
+        num_embeddings: int K >= 2. Number of codes.
+        latent_grid: (h, w).
+        slice_condition: bool. Condition on the slice position.
+        labels: names of the class labels to condition on; none by default.
+        upper_grids: (h, w) of each level above, nearest first, each half of
+            the one before: condition on the indices of these grids.
+        codebook_sha256: str. Which codebook the indices belong to.
+        kwargs: those of `utils.PriorSettings` that concern a network.
+
+    Input shape: `indices` `(B, h, w)` int, and the conditions: `upper`, a
+        tuple of `(B, h, w)` int tensors, one for each upper grid; `label`
+        `(B,)` int, a number in `labels`; `slice_position` `(B,)` float in
+        [0, 1]. A negative label or position, or none, is null.
+    Output shape: `(B, h, w, K)` float32 logits.
+    Raises:
+        utils.FlagError: if a setting is out of range.
+        ValueError: if upper grids or labels do not fit.
+
+    Attributes:
+        recompute: bool. Compute each block again for its gradients instead of
+            keeping its inner values, which saves memory and costs time.
     """
-    ranked = tf.sort(probabilities, axis=-1, direction="DESCENDING")
-    before = tf.cumsum(ranked, axis=-1, exclusive=True)
-    kept = before < top_p
-    if top_k:
-        kept &= tf.range(ranked.shape[-1]) < top_k
-    least = tf.reduce_min(tf.where(kept, ranked, 1.0), -1, keepdims=True)
-    return tf.where(probabilities < least, 0.0, probabilities)
 
+    recompute = False
 
-def sample_index(logits, uniform, temperature, top_p=1.0, top_k=0):
-    """Draw an index from `softmax(logits / temperature)` by a uniform number.
+    def __init__(
+        self,
+        num_embeddings,
+        latent_grid,
+        slice_condition=False,
+        labels=(),
+        upper_grids=(),
+        codebook_sha256="",
+        **kwargs,
+    ):
+        settings = take(utils.PriorSettings, kwargs)
+        super().__init__(**kwargs)
+        require(
+            not isinstance(labels, str) and len(set(labels)) == len(labels),
+            f"labels: expected different names, found {labels!r}",
+        )
+        self.num_embeddings, self.settings = num_embeddings, settings
+        self.latent_grid, self.channels = tuple(latent_grid), settings.channels
+        self.slice_condition, self.labels = slice_condition, tuple(labels)
+        self.upper_grids = tuple(map(tuple, upper_grids))
+        self.codebook_sha256 = codebook_sha256
+        for below, grid in itertools.pairwise((latent_grid, *upper_grids)):
+            require(
+                tuple(below) == (2 * grid[0], 2 * grid[1]),
+                f"upper_grids: expected each half of the one before, found "
+                f"{grid} after {below}",
+            )
+        self.embedding = keras.layers.Embedding(num_embeddings, self.channels)
+        conditions = slice_condition, len(labels), len(upper_grids)
+        self.use_context = settings.position_features or any(conditions)
+        if self.use_context:
+            about = latent_grid, num_embeddings, settings
+            self.context = ContextMap(*about, *conditions)
+        self._build_layers()
+        self.head = [
+            keras.layers.Dense(self.channels, activation="relu")
+            for _ in range(settings.head_layers)
+        ]
+        self.logits = keras.layers.Dense(num_embeddings, dtype="float32")
+        self._make_trackers("loss", "bits_per_code")
+        self._choose_chunks()
+        grids = [tf.zeros((1, *grid), tf.int32) for grid in self.upper_grids]
+        self(tf.zeros((1, *self.latent_grid), tf.int32), upper=grids)
 
-    By inversion of the cumulative distribution, so that a position needs one
-    random number, not K.
+    def call(
+        self, indices, upper=(), label=None, slice_position=None, training=False
+    ):
+        context, expected = None, len(self.upper_grids)
+        message = f"upper: expected {expected} grids, found {len(upper)}"
+        require(len(upper) == expected, message)
+        if self.use_context:
+            batch = tf.shape(indices)[:1]
+            if slice_position is None:
+                slice_position = tf.fill(batch, -1.0)
+            if label is None:
+                label = tf.fill(batch, -1)
+            conditions = (slice_position, label, tuple(upper))
+            context = self.context(*conditions, training=training)
+        codes = self.embedding(indices)
+        return self._predict(self._hidden(codes, context, training))
 
-    Args:
-        logits: `(B, K)` float32.
-        uniform: `(B, 1)` float32 in [0, 1).
-        temperature: scalar > 0.
-        top_p, top_k: see `keep_likeliest`.
+    def _run(self, layer, *inputs, training):
+        """Outputs of a layer, in training recomputed if asked for."""
+        call = functools.partial(layer, training=training)
+        if self.recompute and training:
+            dropped = self.settings.dropout
+            require(not dropped, "recompute: would drop other features")
+            call = tf.recompute_grad(call)
+        return call(*(x for x in inputs if x is not None))
 
-    Returns: `(B,)` int32 in [0, K), of positive probability.
-    """
-    probabilities = tf.nn.softmax(logits / temperature)
-    if top_k or top_p < 1:  # sorting is most of the cost of a draw
-        probabilities = keep_likeliest(probabilities, top_k, top_p)
-    cumulative = tf.cumsum(probabilities, axis=-1)
-    # Strictly below the total, whatever the rounding: else an index past the
-    # last code of positive probability could be drawn.
-    goal = uniform * cumulative[:, -1:] * (1 - 1e-6)
-    # Compiled, the sum is rounded in blocks and moves a little between them
-    # at codes of no probability: so ask for a positive one, do not count.
-    codes = tf.range(logits.shape[-1])
-    past = (cumulative > goal) & (probabilities > 0)
-    return tf.reduce_min(tf.where(past, codes, codes[-1]), axis=-1)
+    def _predict(self, hidden, apply=lambda layer, x: layer(x)):
+        """Logits from the output of the last causal layer."""
+        x = tf.nn.relu(hidden)
+        for layer in (*self.head, self.logits):
+            x = apply(layer, x)
+        return x
+
+    @contextlib.contextmanager
+    def _in_float32(self):
+        """Within it every layer computes in float32, whatever its policy."""
+        # In bfloat16 a likelihood would be off by a percent, and not that of
+        # the sampler.
+        layers = list(self._flatten_layers())
+        policies = [layer.dtype_policy for layer in layers]
+        try:
+            for layer in layers:
+                layer.dtype_policy = "float32"
+            yield
+        finally:
+            for layer, policy in zip(layers, policies, strict=True):
+                layer.dtype_policy = policy
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def log_prob(self, indices, **conditions):
+        """Log-probability in nats of each position, `(B, h, w)` float32.
+
+        The sum over positions is the log-probability of the grid.
+        """
+        from tensorflow_probability import distributions  # takes seconds
+
+        with self._in_float32():
+            logits = self(indices, **conditions)
+        return distributions.Categorical(logits=logits).log_prob(indices)
+
+    def _batch_loss(self, batch, training):
+        """Mean negative log-likelihood, nats per code; updates the metrics."""
+        logits = self(**batch, training=training)
+        nats = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=batch["indices"], logits=logits
+        )
+        loss = tf.reduce_mean(nats)
+        self._track(logits, loss=loss, bits_per_code=loss / np.log(2))
+        return loss
 
 
 @register
 class PixelCNN(AutoregressivePrior):
     """Masked convolutions: one A layer, residual blocks, 1x1 layers.
 
-    Its receptive field has a blind spot: positions above and to the right
-    beyond a diagonal are never seen. Arguments, shapes and methods are those
-    of `AutoregressivePrior`.
+    It has a blind spot: positions above and to the right beyond a diagonal.
+    Arguments, shapes and methods are those of `AutoregressivePrior`.
 
     Reference: van den Oord et al., 2016, arXiv:1601.06759; blind spot:
     van den Oord et al., 2016, arXiv:1606.05328, sec. 2.2.
     """
 
     def _build_layers(self):
-        self.stem = CausalConv2D(self.channels, self.kernel_size, "A")
+        kernel_size, dropout = self.settings.kernel_size, self.settings.dropout
+        self.stem = CausalConv2D(self.channels, kernel_size, "A")
         self.residual = [
-            CausalResidualBlock(self.channels, self.dropout, self.use_context)
-            for _ in range(self.blocks)
+            CausalResidualBlock(self.channels, dropout, self.use_context)
+            for _ in range(self.settings.blocks)
         ]
 
     @property
@@ -2265,24 +2008,25 @@ class GatedPixelCNN(AutoregressivePrior):
     ATTENTION_EVERY = 4  # blocks
 
     def _build_layers(self):
+        kernel_size, dropout = self.settings.kernel_size, self.settings.dropout
         options = {"use_context": self.use_context}
-        self.stem = GatedBlock(self.channels, self.kernel_size, "A", **options)
-        options["dropout"] = self.dropout
+        self.stem = GatedBlock(self.channels, kernel_size, "A", **options)
+        options["dropout"] = dropout
         self.residual = [
             GatedBlock(self.channels, 3, "B", **options)
-            for _ in range(self.blocks)
+            for _ in range(self.settings.blocks)
         ]
-        count = -(-self.blocks // self.ATTENTION_EVERY) * self.attention
+        count = -(-self.settings.blocks // self.ATTENTION_EVERY)
         self.attentions = [
-            CausalAttention(self.channels, self.heads, self.dropout)
-            for _ in range(count)
+            CausalAttention(self.channels, self.heads, dropout)
+            for _ in range(count * self.attention)
         ]
 
     @property
     def causal_layers(self):
         """The first block, the others; with attention after every few."""
         order, every = [self.stem], self.ATTENTION_EVERY
-        for k in range(0, self.blocks, every):
+        for k in range(0, len(self.residual), every):
             order += self.residual[k : k + every]
             order += self.attentions[k // every : k // every + 1]
         return order
@@ -2302,10 +2046,8 @@ class GatedPixelCNN(AutoregressivePrior):
 class PixelSNAIL(GatedPixelCNN):
     """Gated blocks with causal attention after every fourth and the last.
 
-    Convolutions see what is near in detail, attention sees everything. The
-    blocks are those of `GatedPixelCNN`, so without attention, too, there is
-    no blind spot. Further arguments, shapes and methods are those of
-    `AutoregressivePrior`.
+    Convolutions see what is near in detail, attention sees everything. Further
+    arguments, shapes and methods are those of `AutoregressivePrior`.
 
     Args:
         attention: bool. Without it a prior for grids too large to attend to.
@@ -2315,17 +2057,10 @@ class PixelSNAIL(GatedPixelCNN):
     """
 
     def __init__(
-        self,
-        num_embeddings,
-        latent_grid,
-        channels=128,
-        attention=True,
-        heads=8,
-        **kwargs,
+        self, num_embeddings, latent_grid, attention=True, heads=8, **kwargs
     ):
-        within(1, 4096, heads=heads)
         self.attention, self.heads = attention, heads
-        super().__init__(num_embeddings, latent_grid, channels, **kwargs)
+        super().__init__(num_embeddings, latent_grid, **kwargs)
 
 
 PRIORS = {
@@ -2338,32 +2073,23 @@ PRIORS = {
 # === The chain: images -> indices -> images ===
 
 
-def check_archive(path: Path) -> None:
-    """Raise `utils.RunError` unless `path` is an undamaged `.keras` file."""
-    names, damage = [], None
-    if path.is_dir():
-        damage = "a folder, expected a .keras file"
-    elif not path.exists():
-        damage = "no such model file"
-    elif path.suffix != ".keras" or not zipfile.is_zipfile(path):
-        damage = "truncated, or not a .keras file"
-    else:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names, bad = archive.namelist(), archive.testzip()
-        except Exception as error:  # zlib.error, EOFError, BadZipFile, ...
-            bad = error
-        if bad:
-            damage = f"corrupt ({bad}); restore a copy or train again"
-        elif not {"config.json", "model.weights.h5"} <= set(names):
-            damage = "incomplete, weights or config.json are missing"
-    if damage:
-        raise utils.RunError(f"{path}: {damage}")
-
-
 def load_model(path):
     """Load a saved model with safe mode on; any failure is a `RunError`."""
-    check_archive(Path(path))
+    damage = {
+        FileNotFoundError: "no such model file",
+        IsADirectoryError: "a folder, expected a .keras file",
+        zipfile.BadZipFile: "truncated, or not a .keras file",
+    }
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except tuple(damage) as error:
+        raise utils.RunError(f"{path}: {damage[type(error)]}") from error
+    except Exception as error:  # zlib.error, EOFError, ...
+        bad = error
+    if bad:
+        text = f"{path}: corrupt ({bad}); restore a copy or train again"
+        raise utils.RunError(text)
     try:
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except (MemoryError, tf.errors.ResourceExhaustedError):
@@ -2408,9 +2134,9 @@ def codebook_sha256(vqvae, level=1):
 
 
 def encode_dataset(vqvae, batches) -> list[np.ndarray]:
-    """Indices of every image of an iterable of batches `(B, H, W, 1)`.
+    """Indices `(N, h, w)` int32 of each level, bottom first.
 
-    Returns: an `(N, h, w)` int32 array for each level, bottom first.
+    Of every image of an iterable of batches `(B, H, W, 1)`.
     """
     encoded = [vqvae.encode(batch) for batch in batches]
     return [np.concatenate(level) for level in zip(*encoded, strict=True)]
@@ -2466,56 +2192,6 @@ def alternate_labels(labels, n: int, first: int = 0):
     return [labels[k // COLUMNS % len(labels)] for k in range(first, first + n)]
 
 
-SAMPLE_RUNS = 64  # at a time in an exported model, if there are cores
-
-
-def sampling_chunks() -> tuple[int, int]:
-    """Images that one run of the compiled loop draws, and runs at a time.
-
-    Image k is always number k % images of its run, and the runs have one
-    size on a machine, so that it does not depend on how many are asked for:
-    matrix products round differently at other sizes. A run is a chain of
-    small steps that keeps one core busy; a GPU is better off with one large
-    run.
-    """
-    if tf.config.list_physical_devices("GPU"):
-        return 32, 1
-    return 4, os.cpu_count() or 1
-
-
-def in_chunks(prior, draw, n, first, inputs, progress=iter):
-    """Arrays of `n` rows from `draw(chunk, **inputs)`, called in threads.
-
-    Args:
-        draw: returns tensors with a row for each image of a chunk.
-        first: number of the first image.
-        inputs: nested arrays of `n` rows, of which `draw` gets those of its
-            chunk; rows that were not asked for are zero.
-        progress: wraps the iterable of chunks, such as `tqdm.tqdm`.
-    """
-    size = prior.chunk_size
-    before = first % size
-    chunks = range(-(-(before + n) // size))
-
-    def filled(values):
-        whole = np.zeros((len(chunks) * size, *values.shape[1:]), values.dtype)
-        whole[before : before + n] = values
-        return whole
-
-    inputs = tf.nest.map_structure(filled, inputs)
-
-    def run(k):
-        rows = slice(k * size, (k + 1) * size)
-        own = tf.nest.map_structure(lambda values: values[rows], inputs)
-        return draw(first // size + k, **own)
-
-    with concurrent.futures.ThreadPoolExecutor(prior.threads) as pool:
-        parts = pool.map(run, chunks)
-        done = [next(parts) for _ in progress(chunks)]
-    outputs = [np.concatenate(arrays) for arrays in zip(*done, strict=True)]
-    return [array[before : before + n] for array in outputs]
-
-
 def generate(
     vqvae,
     priors,
@@ -2538,10 +2214,12 @@ def generate(
             `first + k`.
         sampling: `Sampling` for all levels, or one for each, bottom first;
             None for the plain distribution.
-        label: see `AutoregressivePrior.sample`; default `alternate_labels`.
-        slice_position: `(n,)` in [0, 1]; default `slice_positions`.
-        known: list of `(n, h, w)` arrays or None, the indices of each level
-            that are not drawn, bottom first; see `AutoregressivePrior.sample`.
+        label: name of a label, or `n` names, None for null; default
+            `alternate_labels`.
+        slice_position: `(n,)` float in [0, 1], or one for all, NaN for null;
+            default `slice_positions`.
+        known: for each level indices that are not drawn, or None; see
+            `AutoregressivePrior.sample`.
         progress: wraps the iterable of chunks, such as `tqdm.tqdm`.
 
     Returns: `(n, H, W)` float32 images in [0, 1]; list of the indices
@@ -2557,17 +2235,15 @@ def generate(
         "conditions": priors[0].conditions(n, label, slice_position),
         "known": [prior.known_indices(n, grids) for prior, grids in pairs],
     }
-    draw = functools.partial(
-        _generate_chunk, vqvae, priors, seed, sampling=sampling
-    )
-    images, log_prob, *indices = in_chunks(
-        priors[0], draw, n, first, inputs, progress
+    draw = functools.partial(_generate_chunk, vqvae, priors, seed, sampling)
+    images, log_prob, *indices = priors[0].in_chunks(
+        draw, n, first, inputs, progress
     )
     return images, indices, log_prob
 
 
 def _generate_chunk(
-    vqvae, priors, seed, chunk, conditions, known=None, sampling=None
+    vqvae, priors, seed, sampling, chunk, conditions, known=None
 ):
     """Images of one chunk, log-probabilities, indices; also in a graph."""
     levels = range(len(priors))
@@ -2575,12 +2251,10 @@ def _generate_chunk(
         sampling = [sampling for _ in levels]
     indices, total = [], 0.0
     for level in reversed(levels):
+        conditions = {**conditions, "upper": tuple(indices)}
+        fixed = known and known[level]
         grid, log_prob = priors[level].sample_chunk(
-            seed,
-            chunk,
-            {**conditions, "upper": tuple(indices)},
-            known and known[level],
-            sampling[level],
+            seed, chunk, conditions, fixed, sampling[level]
         )
         indices.insert(0, grid)
         total += log_prob
@@ -2607,20 +2281,17 @@ def export_archive(vqvae, priors=()):
 
     Returns: `keras.export.ExportArchive`.
     """
-    names = [f"indices_{level}" for level in range(1, vqvae.levels + 1)]
+    grids = {f"indices_{k}": g for k, g in enumerate(vqvae.latent_grids, 1)}
     archive = keras.export.ExportArchive()
     archive.add_endpoint(
         "encode",
-        lambda images: dict(zip(names, vqvae.encode(images), strict=True)),
+        lambda images: dict(zip(grids, vqvae.encode(images), strict=True)),
         [tf.TensorSpec((None, *vqvae.image_size, 1), name="images")],
     )
     archive.add_endpoint(
         "decode",
         lambda *indices: {"images": vqvae.decode_indices(list(indices))},
-        [
-            tf.TensorSpec((None, *grid), tf.int32, name=name)
-            for name, grid in zip(names, vqvae.latent_grids, strict=True)
-        ],
+        [tf.TensorSpec((None, *g), tf.int32, k) for k, g in grids.items()],
     )
     if priors:
         types = {"n": tf.int32, "seed": tf.int32, "temperature": tf.float32}
@@ -2628,58 +2299,45 @@ def export_archive(vqvae, priors=()):
         archive.add_endpoint(
             "generate",
             functools.partial(_generate_in_graph, vqvae, priors),
-            [tf.TensorSpec((), x, name=name) for name, x in types.items()],
+            [tf.TensorSpec((), x, name) for name, x in types.items()],
         )
     return archive
 
 
 def _generate_in_graph(vqvae, priors, n, seed, temperature, label):
     """Images and indices of `generate`, the loop over chunks in the graph."""
-    size, labels = (
-        priors[0].chunk_size,
-        tf.constant(priors[0].labels, tf.string),
-    )
-    names = ", ".join(priors[0].labels) or "none"
-    checks = [
+    size, labels = priors[0].chunk_size, priors[0].labels
+    found = tf.constant(["", *labels]) == label
+    asked = tf.argmax(found, output_type=tf.int32) - 1
+    known = f"label: expected one of {', '.join(labels) or 'none'}, or empty"
+    for right, text in (
         (n >= 1, "n: expected >= 1"),
         (seed >= 0, "seed: expected >= 0"),
         (temperature > 0, "temperature: expected > 0"),
-        (
-            (label == "") | tf.reduce_any(labels == label),
-            f"label: expected one of {names}, or empty",
-        ),
-    ]
-    asserts = [tf.debugging.Assert(right, [text]) for right, text in checks]
-    with tf.control_dependencies(asserts):
-        chunks = tf.range((n + size - 1) // size)
+        (tf.reduce_any(found), known),
+    ):
+        tf.debugging.Assert(right, [text])
+    request = vqvae, priors, seed, Sampling(temperature)
 
     def draw(chunk):
         numbers = chunk * size + tf.range(size)
-        positions = position_of(tf.cast(numbers, tf.float64))
-        chosen = tf.fill([size], -1)
-        if priors[0].labels:
-            asked = tf.argmax(labels == label, output_type=tf.int32)
-            turns = numbers // COLUMNS % len(priors[0].labels)
-            chosen = tf.where(label == "", turns, asked)
-        conditions = {
-            "label": chosen,
-            "slice_position": tf.cast(positions, tf.float32),
-        }
-        sampling = Sampling(temperature)
-        images, _, *indices = _generate_chunk(
-            vqvae, priors, seed, chunk, conditions, sampling=sampling
-        )
+        turns = numbers // COLUMNS % max(len(labels), 1)
+        label = tf.where((asked < 0) & bool(labels), turns, asked)
+        position = position_of(tf.cast(numbers, tf.float64))
+        position = tf.cast(position, tf.float32)
+        conditions = {"label": label, "slice_position": position}
+        images, _, *indices = _generate_chunk(*request, chunk, conditions)
         return images, *indices
 
     drawn = tf.map_fn(
         draw,
-        chunks,
-        parallel_iterations=SAMPLE_RUNS,
+        tf.range((n + size - 1) // size),
+        parallel_iterations=64,  # if there are cores
         fn_output_signature=(
             tf.TensorSpec((size, *vqvae.image_size)),
             *(tf.TensorSpec((size, *g), tf.int32) for g in vqvae.latent_grids),
         ),
     )
-    drawn = [tf.reshape(part, (-1, *part.shape[2:]))[:n] for part in drawn]
-    named = {f"indices_{k}": grid for k, grid in enumerate(drawn[1:], 1)}
-    return {"images": drawn[0], **named}
+    images, *grids = [tf.reshape(x, (-1, *x.shape[2:]))[:n] for x in drawn]
+    named = {f"indices_{k}": grid for k, grid in enumerate(grids, 1)}
+    return {"images": images, **named}

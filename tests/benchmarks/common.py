@@ -1,14 +1,8 @@
-"""What the benchmarks share: command line, timing, tables, models of recipes.
-
-A benchmark measures both sides of a comparison in one run and by turns. What
-disturbs the machine then meets both, and ratios hold.
-"""
+"""What the benchmarks share: command line, timing, tables, models."""
 
 import argparse
 import concurrent.futures
-import csv
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import re
@@ -26,7 +20,6 @@ import train
 import utils
 
 modules = utils.lazy_import("modules")
-ROOT = Path(__file__).parents[2]
 
 
 def run(description, cases, flags, argv=None):
@@ -64,7 +57,7 @@ def cell(value):
     """Return a value as a table shows it."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return utils.size_text(value) if isinstance(value, tuple) else str(value)
+    return str(value)
 
 
 def seconds(function, *arguments):
@@ -72,11 +65,6 @@ def seconds(function, *arguments):
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started
-
-
-def by_turns(functions, rounds):
-    """Return seconds of calls that take turns, (rounds, functions)."""
-    return np.array([[*map(seconds, functions)] for _ in range(rounds)])
 
 
 def in_process(function, *arguments):
@@ -89,25 +77,13 @@ def in_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def memory_mb(field="VmHWM"):
-    """Return the most memory held (or, `VmRSS`, that held now), in MB.
+def memory_mb():
+    """Return the most memory held, in MB.
 
     Not `getrusage`: its peak is inherited from the process that started this.
     """
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
-
-
-def rates_of(run_dir):
-    """Return {stage: images a second} of the fastest epoch but the first."""
-    rates, text = {}, Path(run_dir, "history.csv").read_text()
-    for a, b in itertools.pairwise(csv.DictReader(text.splitlines())):
-        images, spent = (
-            float(b[k]) - float(a[k]) for k in ("images", "seconds")
-        )
-        if a["stage"] == b["stage"]:
-            rates[b["stage"]] = max(rates.get(b["stage"], 0), images / spent)
-    return rates
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def recipe(name, size=None, small=False, **changes):
@@ -132,10 +108,8 @@ def recipe(name, size=None, small=False, **changes):
     priors = [train.new_prior(job, vqvae, level) for level in levels]
     rng, count = np.random.default_rng(0), settings.training.prior_batch_size
     images = rng.random((settings.training.batch_size, *size, 1), "float32")
-    shapes, codes = (
-        [(count, *g) for g in vqvae.latent_grids],
-        vqvae.num_embeddings,
-    )
+    shapes = [(count, *grid) for grid in vqvae.latent_grids]
+    codes = vqvae.num_embeddings
     grids = [rng.integers(0, codes, shape, "int32") for shape in shapes]
     table = utils.pd.DataFrame({"position": modules.slice_positions(count)})
     table["label"] = modules.alternate_labels(("AD", "NC"), count)

@@ -55,7 +55,8 @@ def make_tutorial(size, variance, quantizer):
         x = conv(width, 3, **wide)(x)
     x = conv(16, 1, padding="same")(x)
     options = {"codebook_update": "gradient", "restart_threshold": 0.0}
-    x, _ = quantizer(128, 16, **options)(x)
+    options |= {"num_embeddings": 128, "embedding_dim": 16}
+    x, _ = quantizer(**options)(x)
     for width in (64, 32):
         x = transposed(width, 3, **wide)(x)
     model = keras.Model(inputs, transposed(1, 3, padding="same")(x))
