@@ -176,7 +176,7 @@ class Job:
 
     def make_model(self, part, path, new):
         """Return the new model of a part, or the one that is trained on."""
-        utils.set_seed(self.settings.run.seed)
+        keras.utils.set_random_seed(self.settings.run.seed)
         with self.strategy.scope():
             again = self.epochs_before(part)
             return modules.load_model(path) if again else new()
@@ -200,7 +200,7 @@ def start(settings, strategy, signals, argv=()):
     folder = settings.run.run_dir if again else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
-    moved = utils.flag_was_given(argv, "data-dir")
+    moved = "data_dir" in utils.flags_given(argv)
     job = Job(run, strategy, signals, settings.data.data_dir if moved else None)
     try:
         if folder:
@@ -208,7 +208,7 @@ def start(settings, strategy, signals, argv=()):
         if again:
             begin_stage(job, earlier)
         elif not run.split_path.exists():  # new, or stopped before that
-            load_images(job, utils.flag_was_given(argv, "condition"))
+            load_images(job, "condition" in utils.flags_given(argv))
         else:
             resume(job, earlier)
     except BaseException:
@@ -444,7 +444,7 @@ def train_vqvae(job, callbacks=()):
     print(f"VQ-VAE: {model.count_params():,} weights, grids {grids}")
     fit = Fit(job, "vqvae", model, *image_sources(job))
     fit.run(vqvae_pictures(job, model), callbacks)
-    utils.save_model(model, run.vqvae_path)
+    utils.write_atomic(run.vqvae_path, model.save)
     run.note_done("vqvae")
 
 
@@ -481,7 +481,7 @@ def varied(job, images, epoch, rows, strength):
 def train_decoder(job):
     """Sharpen the decoder of a VQ-VAE against a discriminator."""
     options = job.settings.training
-    utils.set_seed(job.settings.run.seed)
+    keras.utils.set_random_seed(job.settings.run.seed)
     with job.strategy.scope():
         vqvae = modules.load_model(job.run.vqvae_path)
         model = modules.AdversarialDecoder(
@@ -493,7 +493,7 @@ def train_decoder(job):
         )
     fit = Fit(job, "decoder", model, *image_sources(job))
     fit.run(vqvae_pictures(job, vqvae))
-    utils.save_model(vqvae, job.run.vqvae_path)
+    utils.write_atomic(job.run.vqvae_path, vqvae.save)
     job.run.note_done("decoder")
 
 
@@ -547,7 +547,7 @@ def train_prior(job, vqvae, indices, level):
         transform = encoding(job, level)
     fit = Fit(job, name, prior, training, validation, transform)
     fit.run(prior_pictures(job, vqvae, prior, level))
-    utils.save_model(prior, path)
+    utils.write_atomic(path, prior.save)
     run.note_done(name)
 
 
@@ -912,7 +912,7 @@ def search(settings, argv, strategy, signals):
     space = {
         key: how
         for key, how in utils.RECIPES[settings.recipe].search.items()
-        if not utils.flag_was_given(argv, key)
+        if key not in utils.flags_given(argv)
         and (bits or not key.startswith("prior"))
     }
     if not space:
