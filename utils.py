@@ -232,12 +232,10 @@ class StopSignals:
         received: number of the signal noted, 0 if there was none.
     """
 
-    def __init__(self):
-        self.received = 0
-        self._deferred = False
-        self._handlers = {}
+    received, _deferred = 0, False
 
     def __enter__(self):
+        self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._handlers[number] = signal.signal(number, self._note)
@@ -537,8 +535,7 @@ class VQVAESettings:
     ssim_weight: Weight = 0.0
     """Weight of 1 - SSIM in the reconstruction loss."""
     mask_weight: Weight = 0.0
-    """Weight of a predicted mask, outside which images are exactly black; 0:
-    no mask."""
+    """Weight of a predicted mask; images are black outside; 0: no mask."""
     upper_weight: Weight = 0.25
     """Weight of the loss of images decoded from upper levels alone."""
 
@@ -637,8 +634,7 @@ class RunSettings:
     run_dir: Folder = None
     """Folder of results (default: runs/RECIPE-DATE-TIME)."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
-    """Continue the training of this run folder; with more epochs than
-    before, train on."""
+    """Continue the training of this run folder, with more epochs if given."""
     prior_level: Number[1, 3] | None = None
     """Train the prior of this level only; 1: the bottom."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = (
@@ -674,8 +670,7 @@ class SearchSettings:
     tune: Number[0, 100_000] = 0
     """Trials, each for --epochs and --prior-epochs; 0: train once."""
     objective: Literal["ssim", "ssim+bits"] = "ssim"
-    """SSIM of validation images, poor trials end early; or that and few
-    bits per validation image under the prior."""
+    """SSIM of validation images; or that and bits per image of the prior."""
 
 
 ATTENTION_HEADS = 8  # of a PixelSNAIL
@@ -936,13 +931,13 @@ def parse_training(argv, description=None):
     name, stage = given.get("recipe") or "quickstart", given.get("stage")
     if name not in RECIPES:
         raise _refusal("--recipe", Literal[tuple(RECIPES)], repr(name))
-    default, is_fixed = RECIPES[name].settings, lambda *change: False
+    default = RECIPES[name].settings
+    is_fixed = functools.partial(_is_fixed, stage)
     if given.get("resume"):
         default = Run.open(given["resume"]).training_settings
         is_fixed = _is_fixed_on_resume
     elif stage in ("prior", "decoder"):
         default = _settings_of_stage(stage, given.get("run_dir"))
-        is_fixed = functools.partial(_is_fixed, stage)
     chosen = parse(Settings, argv, description, default)
     _check_together(chosen, is_new=default is RECIPES[name].settings)
     before = flat(default)
@@ -1514,10 +1509,9 @@ def is_chief(strategy):
 
 def is_multi_worker(strategy):
     """Return whether a `tf.distribute` strategy spans several processes."""
-    several = tf.distribute.MultiWorkerMirroredStrategy
-    return isinstance(strategy, several) and bool(
-        strategy.cluster_resolver.cluster_spec()
-    )
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return bool(strategy.cluster_resolver.cluster_spec())
+    return False
 
 
 @functools.cache
@@ -2287,10 +2281,8 @@ def plot_completions(path, originals, kept, completions, title):
 def plot_anomalies(path, images, bits, restored, residual, captions, title):
     """Draw images, surprisal of each level, restorations, residual maps.
 
-    Args:
-        bits: list of (N, h, w), bits of each code, bottom first.
-        residual: (N, H, W), intensity.
-        captions: list of texts, what is below each image.
+    `bits` is a list of (N, h, w), bits of each code, bottom first; `residual`
+    is (N, H, W), in intensity; `captions` are below the images.
     """
     levels = [f"surprisal\nlevel {k + 1}" for k in range(len(bits))]
     levels = levels if len(bits) > 1 else ["surprisal"]
