@@ -174,7 +174,7 @@ class Job:
 
     def make_model(self, part, path, new):
         """Return the new model of a part, or the one that is trained on."""
-        utils.set_seed(self.settings.run.seed)
+        keras.utils.set_random_seed(self.settings.run.seed)
         with self.strategy.scope():
             again = self.epochs_before(part)
             return modules.load_model(path) if again else new()
@@ -203,7 +203,7 @@ def start(settings, strategy, signals, argv=()):
     folder = settings.run.run_dir if again else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
-    moved = utils.flag_was_given(argv, "data-dir")
+    moved = "data_dir" in utils.flags_given(argv)
     job = Job(run, strategy, signals, settings.data.data_dir if moved else None)
     try:
         if folder:
@@ -211,7 +211,7 @@ def start(settings, strategy, signals, argv=()):
         if again:
             begin_stage(job, earlier)
         elif not run.split_path.exists():  # new, or stopped before that
-            load_images(job, utils.flag_was_given(argv, "condition"))
+            load_images(job, "condition" in utils.flags_given(argv))
         else:
             resume(job, earlier)
     except BaseException:
@@ -475,7 +475,7 @@ def train_decoder(job):
     names = "adversarial_weight feature_weight "
     names += "discriminator_channels discriminator_steps"
     options = {n: getattr(job.settings.training, n) for n in names.split()}
-    utils.set_seed(job.settings.run.seed)
+    keras.utils.set_random_seed(job.settings.run.seed)
     with job.strategy.scope():
         vqvae = modules.load_model(job.run.vqvae_path)
         model = modules.AdversarialDecoder(vqvae, **options)
@@ -882,7 +882,7 @@ def search(settings, argv, strategy, signals):
     space = {
         key: how
         for key, how in utils.RECIPES[settings.recipe].search.items()
-        if not utils.flag_was_given(argv, key)
+        if key not in utils.flags_given(argv)
         and (bits or not key.startswith("prior"))
     }
     if not space:

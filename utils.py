@@ -12,6 +12,7 @@ and a mistyped flag answer at once; heavy packages are loaded on first use.
 """
 
 import ast
+import configparser
 import contextlib
 import csv
 import dataclasses
@@ -131,10 +132,9 @@ class lazy_import:
         return getattr(_import_module(self._name), attribute)
 
 
+@functools.cache
 def _import_module(name):
     """Import a module; without notices if it is the first to use TensorFlow."""
-    if name in sys.modules:
-        return importlib.import_module(name)
     with _FIRST_IMPORT:  # file descriptor 2 is the process's, not a thread's
         first = "tensorflow" not in sys.modules
         with _without_notices() if first else contextlib.nullcontext():
@@ -153,11 +153,7 @@ def _without_notices():
     CPU without AVX, a CUDA that does not fit) arrives all the same.
     """
     command = ["grep", "--line-buffered", "-vE", NOTICES]
-    try:
-        grep = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
-    except OSError:
-        yield
-        return
+    grep = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
     sys.stderr.flush()
     saved = os.dup(2)
     os.dup2(grep.stdin.fileno(), 2)
@@ -167,8 +163,7 @@ def _without_notices():
         sys.stderr.flush()
         os.dup2(saved, 2)
         os.close(saved)
-        grep.stdin.close()
-        grep.wait()
+        grep.communicate()
 
 
 def configure_keras():
@@ -197,24 +192,22 @@ def _as_user_error(error):
         return _as_user_error(raised)
     if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
         where = f"{error.filename}: " if error.filename else ""
-        advice = RESOURCE_ERRNOS[error.errno]
-        return ResourceError(f"{where}{error.strerror}; {advice}")
-    # h5py and TensorFlow report a full disk in words only.
-    if "No space left on device" in text:
-        return ResourceError("No space left on device; free some disk space")
-    lost = kind in ("UnavailableError", "AbortedError")
-    if lost or "Collective ops is aborted" in text:
+        text = f"{where}{error.strerror}; {RESOURCE_ERRNOS[error.errno]}"
+    elif "No space left on device" in text:  # so h5py and TensorFlow say it
+        text = "No space left on device; free some disk space"
+    elif (
+        kind in ("UnavailableError", "AbortedError")
+        or "Collective ops is aborted" in text
+    ):
         found = re.search(r"/job:worker/(?:replica:\d+/)?task:(\d+)", text)
         worker = f"worker {found[1]}" if found else "a worker"
-        return ResourceError(
-            f"{worker} died or cannot be reached; once all workers are there, "
-            "continue from the last checkpoint with --resume"
-        )
-    if kind == "ResourceExhaustedError" or isinstance(error, MemoryError):
-        return ResourceError(
-            "out of memory; use a smaller --batch-size or --image-size"
-        )
-    return None
+        text = f"{worker} died or cannot be reached; once all workers are "
+        text += "there, continue from the last checkpoint with --resume"
+    elif kind == "ResourceExhaustedError" or isinstance(error, MemoryError):
+        text = "out of memory; use a smaller --batch-size or --image-size"
+    else:
+        return None
+    return ResourceError(text)
 
 
 def _raised_in_pipeline(text):
@@ -252,12 +245,10 @@ class StopSignals:
         received: number of the signal noted, 0 if there was none.
     """
 
-    def __init__(self):
-        self.received = 0
-        self._deferred = False
-        self._handlers = {}
+    received, _deferred = 0, False
 
     def __enter__(self):
+        self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._handlers[number] = signal.signal(number, self._note)
@@ -284,10 +275,6 @@ class StopSignals:
             yield
         finally:
             self._deferred = False
-        self.stop()
-
-    def stop(self):
-        """Raise `Stopped` if a signal was noted."""
         if self.received:
             raise Stopped(self.received)
 
@@ -313,13 +300,11 @@ def run_main(main, argv=None):
         user_error = _as_user_error(error)
         if debug or user_error is None:
             raise
-        text = str(user_error)
         # A data error may list files, a line each.
-        lines = (
-            text.split("\n") if isinstance(user_error, DataError) else [text]
-        )
-        lines = [" ".join(line.split()) for line in lines]
-        print("error:", "\n".join(lines), file=sys.stderr)
+        end = "\n" if isinstance(user_error, DataError) else " "
+        lines = str(user_error).split("\n")
+        text = end.join(" ".join(line.split()) for line in lines)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(user_error.exit_code)
     if code:
         sys.exit(code)
@@ -366,6 +351,18 @@ class Real(Number):
     kind = float
 
 
+def _read_size(words):
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", words[0])
+    if not match:
+        raise ValueError(f"not a size: {words[0]!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def size_text(size):
+    """Return an image size (H, W) as it is typed: HxW."""
+    return "x".join(str(side) for side in size)
+
+
 Count = Number[1, 1_000_000]
 Whole = Number[0, 1_000_000_000]
 Seed = Number[0, 2**31 - 1]
@@ -375,8 +372,17 @@ Fraction = Real[0, 1]
 Momentum = Real[0, 1, "[)"]
 Share = Rate = Real[0, 1, "(]"]
 Temperature = Real[0, 10, "(]"]
-ImageSize = tuple[Number[16, 4096], Number[16, 4096]]
 Folder = Annotated[str | None, arg(metavar="DIR")]
+ImageSize = Annotated[
+    tuple[Number[16, 4096], Number[16, 4096]],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="H[xW]",
+        instance_from_str=_read_size,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [size_text(value)],
+    ),
+]
 _POSITIONAL = Positional[int].__metadata__[0]
 _UNIONS = (typing.Union, types.UnionType)
 
@@ -404,9 +410,8 @@ def _fits(value, hint):
     """Return whether a value has the type and the bounds of an annotation."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
-        bounds = [note for note in inner[1:] if isinstance(note, Between)]
-        known = value is None or all(value in bound for bound in bounds)
-        return _fits(value, inner[0]) and known
+        bounds = [note for note in inner if isinstance(note, Between)]
+        return _fits(value, inner[0]) and all(value in b for b in bounds)
     if kind in _UNIONS:
         return any(_fits(value, option) for option in inner)
     if kind is Literal:
@@ -447,19 +452,13 @@ def typed(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def size_text(size):
-    """Return an image size (H, W) as it is typed: HxW."""
-    return "x".join(str(side) for side in size)
-
-
 def flag_name(field):
     """Return how the command line names a field of settings."""
-    for note in getattr(field.type, "__metadata__", ()):
-        if note is _POSITIONAL:
-            return field.name.upper()
-        if name := getattr(note, "name", None):
-            return f"--{name}"
-    return "--" + field.name.replace("_", "-")
+    notes = getattr(field.type, "__metadata__", ())
+    if _POSITIONAL in notes:
+        return field.name.upper()
+    names = [note.name for note in notes if getattr(note, "name", None)]
+    return "--" + (names or [field.name.replace("_", "-")])[0]
 
 
 def _walk(cls, path=()):
@@ -486,8 +485,8 @@ def replace(settings, **values):
     paths = {key: path for key, path, _ in _walk(type(settings))}
     groups = {}
     for key, value in values.items():
-        group, name = paths[key] if len(paths[key]) > 1 else ("", key)
-        groups.setdefault(group, {})[name] = value
+        *group, name = paths[key]
+        groups.setdefault("".join(group), {})[name] = value
     changes = groups.pop("", {})
     for group, parts in groups.items():
         changes[group] = dataclasses.replace(getattr(settings, group), **parts)
@@ -549,8 +548,7 @@ class VQVAESettings:
     ssim_weight: Weight = 0.0
     """Weight of 1 - SSIM in the reconstruction loss."""
     mask_weight: Weight = 0.0
-    """Weight of a predicted mask, outside which images are exactly black; 0:
-    no mask."""
+    """Weight of a predicted mask; images are black outside; 0: no mask."""
     upper_weight: Weight = 0.25
     """Weight of the loss of images decoded from upper levels alone."""
 
@@ -649,8 +647,7 @@ class RunSettings:
     run_dir: Folder = None
     """Folder of results (default: runs/RECIPE-DATE-TIME)."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
-    """Continue the training of this run folder; with more epochs than
-    before, train on."""
+    """Continue the training of this run folder, with more epochs if given."""
     prior_level: Number[1, 3] | None = None
     """Train the prior of this level only; 1: the bottom."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = (
@@ -686,8 +683,7 @@ class SearchSettings:
     tune: Number[0, 100_000] = 0
     """Trials, each for --epochs and --prior-epochs; 0: train once."""
     objective: Literal["ssim", "ssim+bits"] = "ssim"
-    """SSIM of validation images, poor trials end early; or that and few
-    bits per validation image under the prior."""
+    """SSIM of validation images; or that and bits per image of the prior."""
 
 
 ATTENTION_HEADS = 8  # of a PixelSNAIL
@@ -756,7 +752,7 @@ class Settings:
             key: min(value, most)
             for key, value in flat(self).items()
             for end, most in _SMOKE_LIMITS.items()
-            if key.endswith(end) and not _is_fixed(key, self.run.stage)
+            if key.endswith(end) and not _is_fixed(self.run.stage, key)
         }
         return replace(self, **small)
 
@@ -774,109 +770,38 @@ def check_image_size(size, multiple, name="--image-size"):
     )
 
 
-# What --tune tries: bounds, of whole numbers where these are whole, or choices.
-# Names that begin with prior are tried with --objective ssim+bits only.
-SEARCH_SPACE = {
-    "channels": {"choices": (32, 64, 128)},
-    "residual_blocks": {"low": 1, "high": 4},
-    "num_embeddings": {"choices": (64, 128, 256, 512)},
-    "embedding_dim": {"choices": (16, 32, 64)},
-    "commitment_cost": {"low": 0.1, "high": 2.0, "log": True},
-    "ssim_weight": {"low": 0.0, "high": 2.0},
-    "learning_rate": {"low": 1e-4, "high": 3e-3, "log": True},
-    "prior_channels": {"choices": (32, 64, 96, 128)},
-    "prior_blocks": {"low": 2, "high": 8},
-    "prior_dropout": {"low": 0.0, "high": 0.3},
-    "prior_learning_rate": {"low": 1e-4, "high": 3e-3, "log": True},
-}
-TUNED_SPACE = SEARCH_SPACE | {
-    "downsampling": {"choices": (4, 8)},
-    "num_embeddings": {"choices": (128, 256, 512)},
-    "embedding_dim": {"choices": (16, 32, 64, 128)},
-    "batch_size": {"choices": (16, 32)},
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Named settings, as flags of the command line; others override them."""
 
+    name: str
     description: str
     source: str
     figure: str  # of the original
     flags: str
-    search: dict = dataclasses.field(default_factory=SEARCH_SPACE.copy)
+    search: dict  # what --tune tries: {key: {choices} or {low, high, log}}
 
     @functools.cached_property
     def settings(self):
         """`Settings` of the recipe."""
-        name = next(key for key, recipe in RECIPES.items() if recipe is self)
-        return parse(Settings, f"--recipe {name} {self.flags}".split())
+        return parse(Settings, ["--recipe", self.name, *self.flags.split()])
 
 
-_PIXELCNN = "VQ-VAE (arXiv:1711.00937), PixelCNN (arXiv:1601.06759)"
-# Shared by recipes: an SSIM term needs small batches and a high rate; a prior
-# is told where it is; a deep one on a grid of a few thousand training images.
-_SSIM = "--ssim-weight 1 --learning-rate 1e-3 --batch-size 16 "
-_TOLD = "--position-features --condition slice "
-_DEEP = f"{_TOLD} --prior-blocks 8 --prior-kernel-size 5 --prior-head-layers 1 "
-_DROP = "--prior-dropout 0.1 --prior-learning-rate 1e-3 "
+def _read_recipes():
+    """Return {name: `Recipe`} of `recipes.ini`, which says what is in it."""
+    rules = configparser.ExtendedInterpolation()
+    file = configparser.ConfigParser(interpolation=rules)
+    file.read(RESOURCES / "recipes.ini", encoding="utf-8")
+    recipes = {}
+    for name in file.sections():
+        part = file[name]
+        texts = [part[key] for key in ("description", "source", "figure")]
+        space = json.loads(part["space"]) | json.loads(part["search"])
+        recipes[name] = Recipe(name, *texts, part["flags"], space)
+    return recipes
 
-RECIPES = {
-    "quickstart": Recipe(
-        "simulated brains, sized for two CPU cores",
-        _PIXELCNN,
-        "-",
-        f"{_SSIM} {_DEEP} --channels 64 --num-embeddings 256 "
-        "--embedding-dim 32 --epochs 12 --condition label,slice "
-        "--prior-channels 96 --prior-epochs 10 --prior-batch-size 16 "
-        "--prior-learning-rate 2e-3",
-    ),
-    "adni-vqvae-pixelcnn": Recipe(
-        "few wide codes on a coarse grid",
-        _PIXELCNN,
-        "test SSIM 0.823 (9000 images), 0.6481 nats/code",
-        f"{_TOLD} --dataset adni --image-size 240x256 --downsampling 8 "
-        "--num-embeddings 32 --embedding-dim 128 --codebook-update gradient "
-        "--learning-rate 1e-3 --prior-blocks 2",
-    ),
-    "adni-vqvae-tuned": Recipe(
-        "the result of a search over settings, on a fine grid",
-        _PIXELCNN,
-        "test SSIM 0.9163",
-        f"{_TOLD} {_SSIM} --dataset adni --image-size 240x256 --channels 64 "
-        "--num-embeddings 256 --embedding-dim 32 --prior-blocks 2",
-        TUNED_SPACE,
-    ),
-    "oasis-vqvae2-pixelsnail": Recipe(
-        "two grids: the fine one conditioned on the coarse one",
-        "VQ-VAE-2 (arXiv:1906.00446), PixelSNAIL (arXiv:1712.09763)",
-        '"SSIM 97%" (about 10 images)',
-        # At a learning rate of 1e-3 gradients spiked in some runs.
-        f"{_DEEP} {_DROP} {_SSIM} --dataset oasis --image-size 256 --levels 2 "
-        "--channels 64 --learning-rate 5e-4 --batch-size 8 --epochs 20 "
-        "--mask-weight 0.5 --flips "
-        "--prior pixelsnail --prior-channels 64 --prior-epochs 20 "
-        "--prior-batch-size 8 --prior-ema-momentum 0.99",
-    ),
-    "hipmri-vqvae-pixelcnn": Recipe(
-        "pelvises from NIfTI, on a grid twice as high as wide",
-        "VQ-VAE (arXiv:1711.00937), Gated PixelCNN (arXiv:1606.05328)",
-        "SSIM > 0.6 (plot); best seen elsewhere 0.9366",
-        f"{_DEEP} {_DROP} {_SSIM} --dataset hipmri --image-size 256x128 "
-        "--epochs 15 --prior gated --prior-channels 64 --prior-epochs 30 "
-        "--prior-batch-size 16",
-    ),
-    "oasis-vqvae-pixelcnn": Recipe(
-        "narrow network trained for SSIM as well",
-        _PIXELCNN,
-        "test SSIM 0.8545 (544 images)",
-        f"{_DEEP} {_DROP} {_SSIM} --dataset oasis --image-size 256 "
-        "--downsampling 8 --channels 96 --residual-channels 48 "
-        "--embedding-dim 32 --mask-weight 0.5 --flips --epochs 15 "
-        "--prior-channels 96 --prior-batch-size 32",
-    ),
-}
+
+RECIPES = _read_recipes()
 
 
 def list_recipes():
@@ -884,50 +809,23 @@ def list_recipes():
     rows, usual = [], flat(Settings())
     for name, recipe in RECIPES.items():
         chosen = flat(recipe.settings).items()
-        own = {key: value for key, value in chosen if value != usual[key]}
-        flags = " ".join(f"{key}={typed(value)}" for key, value in own.items())
+        flags = [f"{k}={typed(v)}" for k, v in chosen if v != usual[k]]
         rows += [f"{name}: {recipe.description}", f"  {recipe.source}"]
         rows += [f"  figure of the original: {recipe.figure}"]
-        rows += [f"  {line}" for line in textwrap.wrap(flags, 76)]
+        rows += [f"  {line}" for line in textwrap.wrap(" ".join(flags), 76)]
     return "\n".join(rows)
 
 
 def align(rows):
     """Return rows of text cells as a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) for c, w in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    lines = [map(str.ljust, row, widths) for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 # The command line is made from the settings by tyro.
 
-_RULES = tyro.constructors.ConstructorRegistry()
 _LOOK = tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName
-
-
-@_RULES.primitive_rule
-def _read_size(info):
-    """Read an image size as H or HxW."""
-    inner = typing.get_args(info.type)
-    if info.type_origin is not tuple or ... in inner or len(inner) != 2:
-        return None
-
-    def read(words):
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", words[0])
-        if not match:
-            raise ValueError(f"not a size: {words[0]!r}")
-        return int(match[1]), int(match[2] or match[1])
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="H[xW]",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [size_text(value)],
-    )
 
 
 def parse(cls, argv, description=None, default=None, prog=None):
@@ -936,7 +834,7 @@ def parse(cls, argv, description=None, default=None, prog=None):
     if "--debug" not in flags:  # `run_main` reads it
         argv = [word for word in argv if word != "--debug"]
     if {"-h", "--help"} & set(argv):
-        _add_help(cls)
+        _add_help(sys.modules[cls.__module__])
     with tyro._errors.on_parse_error(functools.partial(_refuse, flags)):
         return tyro.cli(
             cls,
@@ -945,36 +843,28 @@ def parse(cls, argv, description=None, default=None, prog=None):
             description=inspect.cleandoc(description or cls.__doc__),
             default=tyro.MISSING_NONPROP if default is None else default,
             config=_LOOK,
-            registry=_RULES,
         )
 
 
 @functools.cache
-def _add_help(cls):
-    """Add to the types of fields what `--help` says: the string below, bounds.
+def _add_help(module):
+    """Add to the fields of settings what `--help` says: text below, bounds.
 
-    tyro finds these strings as well, but parses the file for each class in it.
+    tyro finds the text as well, but keeps its indents, and is slow.
     """
-    for part in (*(f.type for f in dataclasses.fields(cls)), *cls.__bases__):
-        if dataclasses.is_dataclass(part):
-            _add_help(part)
-    module = sys.modules[cls.__module__]
-    for field, below in itertools.pairwise(_class_bodies(module)[cls.__name__]):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            hint = cls.__annotations__[field.target.id]
-            text = " ".join(below.value.value.split())
-            if " in " in (bounds := _expected(hint)):
-                text = f"{text.removesuffix('.')}; {bounds}."
-            said = "" if "(default" in text else None
-            note = arg(help=text, help_behavior_hint=said)
-            cls.__annotations__[field.target.id] = Annotated[hint, note]
-
-
-@functools.cache
-def _class_bodies(module):
-    """Return {class name: the statements in it} of an imported module."""
-    nodes = ast.walk(ast.parse(inspect.getsource(module)))
-    return {n.name: n.body for n in nodes if isinstance(n, ast.ClassDef)}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        hints = vars(module)[node.name].__annotations__
+        for field, below in itertools.pairwise(node.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                hint = hints[field.target.id]
+                text = " ".join(below.value.value.split())
+                if " in " in (bounds := _expected(hint)):
+                    text = f"{text.removesuffix('.')}; {bounds}."
+                said = "" if "(default" in text else None
+                note = arg(help=text, help_behavior_hint=said)
+                hints[field.target.id] = Annotated[hint, note]
 
 
 def _refuse(flags, event):
@@ -1007,8 +897,7 @@ def parse_verbs(verbs, argv, description=None, default=None):
         verbs: {verb: class of settings}; docstrings are the help.
         default: verb of a command line that begins with none.
     """
-    program, argv = Path(sys.argv[0]).name, list(argv)
-    first = argv[0] if argv else ""
+    program, first = Path(sys.argv[0]).name, [*argv, ""][0]
     if first in ("-h", "--help") or not (first or default):
         rows = [(f"  {v}", c.__doc__.split("\n")[0]) for v, c in verbs.items()]
         print(f"usage: {program} VERB ... ({program} VERB --help)\n")
@@ -1026,21 +915,19 @@ def parse_verbs(verbs, argv, description=None, default=None):
     )
 
 
-def flag_value(argv, flag):
-    """Return the last value that a command line gives a flag, or None."""
-    value = None
+def flags_given(argv):
+    """Return {key: text} of the flags in a command line; `no_crop` is `crop`.
+
+    >>> flags_given(["--seed=3", "--run-dir", "r", "--no-crop"])
+    {'seed': '3', 'run_dir': 'r', 'crop': ''}
+    """
+    given = {}
     for word, after in itertools.pairwise([*argv, ""]):
-        name, equals, text = word.partition("=")
-        if name.replace("_", "-") == flag:
-            value = text if equals else after
-    return value
-
-
-def flag_was_given(argv, key):
-    """Return whether a command line has the flag of a key: `condition`."""
-    name = key.removeprefix("--").replace("_", "-")
-    given = [word.partition("=")[0].replace("_", "-") for word in argv]
-    return f"--{name}" in given or f"--no-{name}" in given
+        if word.startswith("--"):
+            name, equals, text = word.removeprefix("--").partition("=")
+            key = name.replace("-", "_").removeprefix("no_")
+            given[key] = text if equals else after
+    return given
 
 
 def parse_training(argv, description=None):
@@ -1050,62 +937,55 @@ def parse_training(argv, description=None):
     decoder|prior --run-dir RUN`, they override the settings of the run;
     `FlagError` for those that contradict what is trained already.
     """
-    argv = list(argv)
     if "--list-recipes" in argv:
         print(list_recipes())
         sys.exit(0)
-    name = flag_value(argv, "--recipe") or "quickstart"
+    given = flags_given(argv)
+    name, stage = given.get("recipe") or "quickstart", given.get("stage")
     if name not in RECIPES:
         raise _refusal("--recipe", Literal[tuple(RECIPES)], repr(name))
-    started, may_differ = _start_from_run(argv)
-    default = started or RECIPES[name].settings
+    default = RECIPES[name].settings
+    is_fixed = functools.partial(_is_fixed, stage)
+    if given.get("resume"):
+        default = Run.open(given["resume"]).training_settings
+        is_fixed = _is_fixed_on_resume
+    elif stage in ("prior", "decoder"):
+        default = _settings_of_stage(stage, given.get("run_dir"))
     chosen = parse(Settings, argv, description, default)
-    _check_search(chosen)
+    _check_together(chosen, is_new=default is RECIPES[name].settings)
     before = flat(default)
     for key, value in flat(chosen).items():
-        if value != before[key] and not may_differ(key, before[key], value):
+        if value != before[key] and is_fixed(key, before[key], value):
             raise FlagError(
                 f"--{key.replace('_', '-')}: the run was trained with "
                 f"{typed(before[key])}, found {typed(value)}; leave the flag "
                 "out, or start a new run"
             )
-    if started is None:
-        _check_data(chosen)
     return chosen
 
 
-def _start_from_run(argv):
-    """Return the settings of a run to start from, and what may differ.
-
-    That is a function of (key, old, new). Without a run the first is None.
-    """
-    resume, stage = flag_value(argv, "--resume"), flag_value(argv, "--stage")
-    if not resume and stage not in ("prior", "decoder"):
-        return None, lambda *change: True
-    if resume:
-        return Run.open(resume).training_settings, _may_differ_on_resume
-    folder = flag_value(argv, "--run-dir")
+def _settings_of_stage(stage, folder):
+    """Return the settings of the run that a later stage is trained for."""
     if not folder:
         raise FlagError(
             f"--stage {stage} needs --run-dir: the folder of a run that holds "
             "a trained VQ-VAE"
         )
     run = Run.open(folder)
-    started, size = run.settings, run.info.get("image_size")
     once = {"prior_level": None, "smoke": False, "force": False}
-    once |= {"image_size": tuple(size)} if size else {}
-    started = replace(started, **once, resume=None, strategy="auto")
-    return started, lambda key, old, new: not _is_fixed(key, stage)
+    if size := run.info.get("image_size"):
+        once["image_size"] = tuple(size)
+    return replace(run.settings, **once, resume=None, strategy="auto")
 
 
-def _may_differ_on_resume(key, old, new):
-    """Return whether `--resume` may change a setting: train on, for one."""
-    if key in ("epochs", "decoder_epochs", "prior_epochs"):
-        return new > old
-    return key in ("resume", "strategy", "force", "debug", "data_dir")
+def _is_fixed_on_resume(key, old, new):
+    """Return whether `--resume` may not change a setting."""
+    if key in ("epochs", "decoder_epochs", "prior_epochs"):  # train on
+        return new < old
+    return key not in ("resume", "strategy", "force", "debug", "data_dir")
 
 
-def _is_fixed(key, stage):
+def _is_fixed(stage, key, *change):
     """Return whether what `stage` starts from was trained with a setting."""
     group = next(path[0] for other, path, _ in _walk(Settings) if other == key)
     if stage not in ("prior", "decoder"):
@@ -1118,30 +998,27 @@ def _is_fixed(key, stage):
     return group == "vqvae" or key in of_vqvae
 
 
-def _check_data(chosen):
-    """Refuse a layout without a folder, and a folder without a layout."""
-    data, others = chosen.data, "oasis|adni|hipmri|folder"
-    if data.dataset == "phantom" and data.data_dir is not None:
+def _check_together(chosen, is_new):
+    """Refuse flags that need or contradict others."""
+    data, run, search = chosen.data, chosen.run, chosen.search
+    simulated, others = data.dataset == "phantom", "oasis|adni|hipmri|folder"
+    if is_new and simulated and data.data_dir is not None:
         raise FlagError(
             f"--data-dir: also say its layout: --dataset {others} or a --recipe"
         )
-    if data.dataset != "phantom" and not (data.data_dir or chosen.run.smoke):
+    if is_new and not (simulated or data.data_dir or run.smoke):
         raise FlagError(
             f"--data-dir is required for --dataset {data.dataset}: the folder "
             "that holds its images (with --smoke they are simulated)"
         )
-
-
-def _check_search(chosen):
-    """Refuse settings that contradict `--tune`."""
-    run, both = chosen.run, chosen.search.objective == "ssim+bits"
+    both = search.objective == "ssim+bits"
     wrong = {
         "--resume": run.resume,
         f"--stage {run.stage}": run.stage in ("decoder", "prior"),
         "--stage vqvae --objective ssim+bits": both and run.stage == "vqvae",
         "--prior-level": run.prior_level,
     }
-    for flags in filter(wrong.get, wrong if chosen.search.tune else ()):
+    for flags in filter(wrong.get, wrong if search.tune else ()):
         raise FlagError(
             f"--tune does not go with {flags}: a search trains every trial "
             "from the beginning; to continue one, repeat its command with its "
@@ -1218,17 +1095,16 @@ def _sync(path):
 
 def write_json(path, value):
     """Write JSON atomically; a NaN or infinity is a `ValueError`."""
-    text = json.dumps(
-        value,
-        allow_nan=False,
-        default=lambda v: v.tolist() if hasattr(v, "tolist") else os.fspath(v),
-        ensure_ascii=False,
-        indent=2,
-        sort_keys=True,
-    )
+    options = {"allow_nan": False, "ensure_ascii": False, "sort_keys": True}
+    text = json.dumps(value, indent=2, default=_as_json, **options) + "\n"
     # A file name need not be valid UTF-8.
-    data = f"{text}\n".encode("utf-8", "surrogateescape")
+    data = text.encode("utf-8", "surrogateescape")
     write_atomic(path, lambda p: p.write_bytes(data))
+
+
+def _as_json(value):
+    """Return an array as a list, a path as text."""
+    return value.tolist() if hasattr(value, "tolist") else os.fspath(value)
 
 
 def write_csv(path, frame):
@@ -1242,28 +1118,6 @@ def array_sha256(array):
     array = np.ascontiguousarray(array)
     header = f"{array.dtype.str}{array.shape}".encode()
     return hashlib.sha256(header + array.tobytes()).hexdigest()
-
-
-def acquire_lock(path, timeout=-1):
-    """Return a lock, held until its `release()` or the end of the process.
-
-    `TimeoutError` if another process holds it for longer than `timeout`
-    seconds. Where the file system has no locks this is said, and none is held.
-    """
-    import filelock
-
-    lock = filelock.FileLock(path, timeout)
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        number = getattr(error, "errno", None)
-        if isinstance(error, TimeoutError) or number in RESOURCE_ERRNOS:
-            raise
-        warn_once(
-            f"{Path(path).parent}: a file system without locks ({error}); take "
-            "care that no other training uses this folder"
-        )
-    return lock
 
 
 class Run:
@@ -1305,9 +1159,9 @@ class Run:
     @property
     def prior_names(self):
         """Names of the priors, bottom first: of their files and stages."""
-        two, three = ["_bottom", "_top"], ["_bottom", "_middle", "_top"]
-        levels = {1: [""], 2: two, 3: three}[self.settings.vqvae.levels]
-        return [f"prior{level}" for level in levels]
+        levels = self.settings.vqvae.levels
+        ends = ["_bottom", "_middle", "_top"] if levels > 1 else [""]
+        return [f"prior{end}" for end in ends[: levels - 1] + ends[-1:]]
 
     @property
     def prior_paths(self):
@@ -1337,12 +1191,19 @@ class Run:
         for name in PACKAGES.split():  # some have another name, as for GPUs
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 info["versions"][name] = importlib.metadata.version(name)
-        given = settings.run.run_dir
-        run = cls(given or f"runs/{settings.recipe}-{now}", settings, info)
+        folder = settings.run.run_dir or f"runs/{settings.recipe}-{now}"
+        run = cls(folder, settings, info)
         try:
-            run._make(unique=not given)
+            run._make(unique=not settings.run.run_dir)
             run.lock()
-            run._refuse_contents()
+            names = {entry.name for entry in run.path.iterdir()} - {"run.lock"}
+            if names == {"config.json"}:  # of a run that never began
+                cls.open(run.path)
+            elif names:
+                raise RunError(
+                    f"{run.path}: the folder is not empty; choose another with "
+                    "--run-dir, or continue its training with --resume"
+                )
             run.begin(settings)
         except BaseException as error:
             run.unlock()
@@ -1358,37 +1219,37 @@ class Run:
         """Make the folder; with `unique` under a name that nobody has yet."""
         name = self.path.name
         for number in itertools.count(2):
+            self._is_new = not self.path.exists()
             try:
-                self.path.mkdir(parents=True)
-                self._is_new = True
-                return
+                return self.path.mkdir(parents=True, exist_ok=not unique)
             except FileExistsError:
-                if not unique:
-                    os.listdir(self.path)  # fails if it is a file
-                    return
+                if not unique:  # it is a file
+                    raise
             self.path = self.path.with_name(f"{name}-{number}")
 
-    def _refuse_contents(self):
-        """Raise unless the folder is empty or holds only a config."""
-        names = {entry.name for entry in self.path.iterdir()}
-        names -= {self.lock_path.name}
-        if names == {"config.json"}:
-            type(self).open(self.path)
-        elif names:
-            raise RunError(
-                f"{self.path}: the folder is not empty; choose another with "
-                "--run-dir, or continue its training with --resume"
-            )
-
     def lock(self):
-        """Keep other trainings out until `unlock`; `RunError` if one is in."""
+        """Keep other trainings out until `unlock`; `RunError` if one is in.
+
+        Where the file system has no locks this is said, and none is held.
+        """
+        import filelock
+
+        lock = filelock.FileLock(self.lock_path, timeout=0)
         try:
-            self._lock = acquire_lock(self.lock_path, timeout=0)
+            lock.acquire()
         except TimeoutError as error:
             raise RunError(
                 f"{self.path}: in use by another process; wait for its end, "
                 "or choose another folder"
             ) from error
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", None) in RESOURCE_ERRNOS:
+                raise
+            warn_once(
+                f"{self.path}: a file system without locks ({error}); take "
+                "care that no other training uses this folder"
+            )
+        self._lock = lock
         remove_temporary_files(self.path.rglob("*.tmp-*"))
 
     def unlock(self):
@@ -1417,8 +1278,7 @@ class Run:
     def note_done(self, part):
         """Note that `part` is in its file, and remove its checkpoint."""
         training = self.info["training"]
-        done = [*training["done"], part]
-        self.update(training={**training, "done": done})
+        self.update(training={**training, "done": [*training["done"], part]})
         for path in checkpoint_generations(self.checkpoint_path / part):
             path.unlink(missing_ok=True)
 
@@ -1437,8 +1297,7 @@ class Run:
             what = what if file.parent.is_dir() else "no such run folder"
             raise RunError(f"{path}: {what}")
         try:
-            text = file.read_text(encoding="utf-8", errors="surrogateescape")
-            info = json.loads(text)
+            info = json.loads(file.read_text("utf-8", "surrogateescape"))
             number, stored = int(info.pop("format")), info.pop("settings")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{file}: not readable ({error!r})") from error
@@ -1507,13 +1366,8 @@ def checkpoint_generations(path):
 def write_checkpoint(path, state, arrays):
     """Write a dict of JSON values and one of arrays; keep the one before."""
     newest, previous = checkpoint_generations(path)
-    text = np.array(json.dumps(state, allow_nan=False))
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.savez(file, state=text, **arrays)
-
-    write_atomic(newest, write, previous)
+    text = json.dumps(state, allow_nan=False)
+    write_atomic(newest, lambda p: np.savez(p, state=text, **arrays), previous)
 
 
 # What NumPy, pandas and json raise over a damaged file.
@@ -1546,15 +1400,10 @@ def read_checkpoint(path):
     return {}, {}
 
 
-def save_model(model, path):
-    """Save a Keras model atomically."""
-    write_atomic(path, model.save)
-
-
-def _read(path, read):
+def _read(path, read, **options):
     """Return `read(path)`; what fails over a file of a run is a `RunError`."""
     try:
-        return read(path)
+        return read(path, **options)
     except FileNotFoundError as error:
         raise RunError(f"{path}: missing from the run folder") from error
     except _DAMAGE as error:
@@ -1563,9 +1412,8 @@ def _read(path, read):
 
 def read_evaluation(run):
     """Return `evaluation.json` of a run."""
-    return _read(
-        run.evaluation_path, lambda path: json.loads(path.read_text("utf-8"))
-    )
+    path = run.evaluation_path
+    return _read(path, lambda file: json.loads(file.read_text("utf-8")))
 
 
 def read_indices(run):
@@ -1575,42 +1423,40 @@ def read_indices(run):
 
 def read_history(run):
     """Return `history.csv` of a run as a DataFrame."""
-    exact = {"float_precision": "round_trip"}
-    return _read(run.history_path, lambda path: pd.read_csv(path, **exact))
+    exact = "round_trip"
+    return _read(run.history_path, pd.read_csv, float_precision=exact)
 
 
 def read_split_table(run):
     """Return `split.csv` of a run; its paths are relative to `data_dir`."""
     words = ("path", "subject", "scan", "label", "split", "sha256")
     numbers = ("slice", "position", "height", "width", "low", "high")
-    options = {
-        "dtype": dict.fromkeys(words, str),
-        "keep_default_na": False,  # a subject may be called NA
-        "na_values": dict.fromkeys(numbers, [""]),
-        "float_precision": "round_trip",
-        "encoding_errors": "surrogateescape",
-    }
-    return _read(run.split_path, lambda path: pd.read_csv(path, **options))
+    return _read(
+        run.split_path,
+        pd.read_csv,
+        dtype=dict.fromkeys(words, str),
+        keep_default_na=False,  # a subject may be called NA
+        na_values=dict.fromkeys(numbers, [""]),
+        float_precision="round_trip",
+        encoding_errors="surrogateescape",
+    )
 
 
 # --------------------------------------------------------------- 4. Devices
-
-
-def set_seed(seed):
-    """Seed Python, NumPy and TensorFlow."""
-    keras.utils.set_random_seed(seed)
 
 
 def choose_precision(precision="auto"):
     """Return (Keras policy, reason); bfloat16 where hardware computes it."""
     if precision != "auto":
         return precision, "asked for"
-    gpus = tf.config.list_physical_devices("GPU")
-    for gpu in gpus:
-        details = tf.config.experimental.get_device_details(gpu)
-        if details.get("compute_capability", (0, 0)) < (8, 0):
-            return "float32", "a GPU computes bfloat16 slowly"
-    if gpus:
+    details = map(
+        tf.config.experimental.get_device_details,
+        tf.config.list_physical_devices("GPU"),
+    )
+    versions = [gpu.get("compute_capability", (0, 0)) for gpu in details]
+    if versions and min(versions) < (8, 0):
+        return "float32", "a GPU computes bfloat16 slowly"
+    if versions:
         return "mixed_bfloat16", "the GPU computes bfloat16"
     with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text().split()
@@ -1641,38 +1487,32 @@ def choose_strategy(name="auto", alone=False):
     Several workers are those of the variable `TF_CONFIG`; with `alone` they
     are refused. To be called before TensorFlow computes anything.
     """
-    workers = _workers()
-    if alone and (name == "multiworker" or (name == "auto" and workers)):
-        raise FlagError(
-            "--tune: a trial is trained by one process, found several workers; "
-            "without TF_CONFIG, start the command on each machine, with one "
-            "--run-dir"
-        )
-    if name == "auto":
-        several = len(tf.config.list_physical_devices("GPU")) > 1
-        name = "mirrored" if several else "none"
-        name = "multiworker" if workers else name
-    if name == "mirrored":
-        return tf.distribute.MirroredStrategy()
-    if name == "none":
-        return tf.distribute.get_strategy()
-    if not workers:
-        raise FlagError(
-            "--strategy: multiworker needs the workers in the variable "
-            "TF_CONFIG; see README"
-        )
-    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=workers)
-
-
-def _workers():
-    """Return the cluster of several workers in `TF_CONFIG`, or None."""
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     try:
         jobs = resolver.cluster_spec().as_dict()
     except ValueError as error:
         raise FlagError(f"TF_CONFIG: expected JSON ({error})") from error
-    workers = sum(len(jobs.get(name, ())) for name in ("chief", "worker"))
-    return resolver if workers > 1 else None
+    workers = sum(len(jobs.get(job, ())) for job in ("chief", "worker"))
+    if name == "auto":
+        several = len(tf.config.list_physical_devices("GPU")) > 1
+        name = "mirrored" if several else "none"
+        name = "multiworker" if workers > 1 else name
+    if name == "mirrored":
+        return tf.distribute.MirroredStrategy()
+    if name == "none":
+        return tf.distribute.get_strategy()
+    if alone:
+        raise FlagError(
+            "--tune: a trial is trained by one process, found several workers; "
+            "without TF_CONFIG, start the command on each machine, with one "
+            "--run-dir"
+        )
+    if workers < 2:
+        raise FlagError(
+            "--strategy: multiworker needs the workers in the variable "
+            "TF_CONFIG; see README"
+        )
+    return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
 
 
 def is_chief(strategy):
@@ -1682,10 +1522,9 @@ def is_chief(strategy):
 
 def is_multi_worker(strategy):
     """Return whether a `tf.distribute` strategy spans several processes."""
-    several = tf.distribute.MultiWorkerMirroredStrategy
-    return isinstance(strategy, several) and bool(
-        strategy.cluster_resolver.cluster_spec()
-    )
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return bool(strategy.cluster_resolver.cluster_spec())
+    return False
 
 
 @functools.cache
@@ -1732,14 +1571,10 @@ PSNR_CAP = 100.0  # dB, so that equal images have a finite value
 
 def _gaussian_band(length):
     """Return the (length, length - 10) matrix that blurs by multiplying."""
-    reach = SSIM_WINDOW - 1
-    taps = np.exp(-0.5 * ((np.arange(reach + 1) - reach / 2) / SSIM_SIGMA) ** 2)
-    offset = tf.range(length)[:, None] - tf.range(length - reach)[None, :]
-    weights = tf.gather(
-        tf.constant(taps / taps.sum(), tf.float32),
-        tf.clip_by_value(offset, 0, reach),
-    )
-    return tf.where((offset >= 0) & (offset <= reach), weights, 0.0)
+    places = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    taps = np.exp(-0.5 * (places / SSIM_SIGMA) ** 2)
+    kernel = tf.constant((taps / taps.sum())[:, None, None], tf.float32)
+    return tf.nn.conv1d(tf.eye(length)[..., None], kernel, 1, "VALID")[..., 0]
 
 
 def _blur(images):
@@ -1753,7 +1588,7 @@ def _blur(images):
     return tf.matmul(_gaussian_band(height), rows, transpose_a=True)
 
 
-def _ssim_and_mean(x, y, max_val):
+def _ssim_and_mean(x, y, max_val=1.0):
     """Return the maps of SSIM and of the mean of x, (B, H - 10, W - 10)."""
     x = tf.cast(x, tf.float32)[..., 0]  # (B, H, W)
     y = tf.cast(y, tf.float32)[..., 0]
@@ -1767,14 +1602,9 @@ def _ssim_and_mean(x, y, max_val):
     return luminance * contrast, mean_x
 
 
-def ssim_map(x, y, max_val=1.0):
-    """Return the local SSIM (B, H-10, W-10) that `tf.image.ssim` averages."""
-    return _ssim_and_mean(x, y, max_val)[0]
-
-
 def ssim(x, y, max_val=1.0):
     """Return the SSIM of each image pair, (B,), as `tf.image.ssim` does."""
-    return tf.reduce_mean(ssim_map(x, y, max_val), axis=[1, 2])
+    return tf.reduce_mean(_ssim_and_mean(x, y, max_val)[0], axis=[1, 2])
 
 
 def ssim_foreground(x, y):
@@ -1783,7 +1613,7 @@ def ssim_foreground(x, y):
     That is where its mean under the window exceeds `FOREGROUND`; NaN for an
     image that is background throughout.
     """
-    values, mean = _ssim_and_mean(x, y, 1.0)
+    values, mean = _ssim_and_mean(x, y)
     inside = tf.cast(mean > FOREGROUND, tf.float32)
     total = tf.reduce_sum(values * inside, axis=[1, 2])
     return total / tf.reduce_sum(inside, axis=[1, 2])
@@ -1805,10 +1635,7 @@ def ms_ssim(x, y):
 
 def psnr(x, y):
     """Return the peak signal-to-noise ratio (B,) in dB, at most 100."""
-    error = tf.cast(x, tf.float32) - tf.cast(y, tf.float32)
-    mse = tf.reduce_mean(error**2, axis=[1, 2, 3])
-    floor = 10 ** (-PSNR_CAP / 10)
-    return -10 * tf.math.log(tf.maximum(mse, floor)) / math.log(10)
+    return tf.minimum(tf.image.psnr(x, y, 1.0), PSNR_CAP)
 
 
 def mae(x, y):
@@ -1924,20 +1751,18 @@ def hog_features(images):
 
 def inception_features(images):
     """Return ImageNet Inception v3 features (N, 2048) of images (N, H, W)."""
-    model = inception_network()
-    batch = tf.image.resize(images[..., None], model.input_shape[1:3])
+    batch = tf.image.resize(images[..., None], (299, 299))
     batch = tf.repeat(2 * batch - 1, 3, axis=-1)
-    return model(batch, training=False).numpy()
+    return inception_network()(batch, training=False).numpy()
 
 
 @functools.cache
 def inception_network():
     """Return the ImageNet Inception v3; `ResourceError` if that fails."""
     options = {"include_top": False, "pooling": "avg", "dtype": "float32"}
+    network = keras.applications.InceptionV3
     try:
-        return keras.applications.InceptionV3(
-            input_shape=(299, 299, 3), **options
-        )
+        return network(input_shape=(299, 299, 3), **options)
     except Exception as error:  # Keras: any kind, or a plain Exception
         raise ResourceError(
             "--features inception: the ImageNet weights cannot be loaded "
@@ -1990,7 +1815,7 @@ def frechet_distance(x, y):
     return float(max(difference @ difference + traces, 0))
 
 
-def kernel_distance(x, y, subjects_x, subjects_y, n=2000, seed=0):
+def kernel_distance(x, y, subjects_x, subjects_y):
     """Return the kernel distance (KID) of features (N, F) and (M, F).
 
     The unbiased squared maximum mean discrepancy of the kernel
@@ -2016,16 +1841,15 @@ def kernel_distance(x, y, subjects_x, subjects_y, n=2000, seed=0):
     np.fill_diagonal(sums, 0)
     np.fill_diagonal(pairs, 0)
 
+    def mean(a, b):
+        number = a @ pairs @ b
+        return a @ sums @ b / number if number else math.nan
+
     def distance(weights):
         u, v = weights[first] * in_x, weights[first] * ~in_x
-
-        def mean(a, b):
-            number = a @ pairs @ b
-            return a @ sums @ b / number if number else math.nan
-
         return mean(u, u) + mean(v, v) - 2 * mean(u, v)
 
-    return bootstrap(distance, owner, n, seed)
+    return bootstrap(distance, owner)
 
 
 def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
@@ -2047,9 +1871,7 @@ def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
     def radii(rows, subjects):
         apart, subjects = _measures.pairwise_distances(rows), np.array(subjects)
         apart[subjects[:, None] == subjects] = np.inf
-        if len(rows) <= k:
-            return np.array([np.inf])
-        return np.partition(apart, k - 1, axis=1)[:, k - 1]
+        return np.sort(apart)[:, k - 1] if len(rows) > k else [np.inf]
 
     real_radii = radii(real, real_subjects)
     fake_radii = radii(fake, fake_subjects)
@@ -2109,7 +1931,6 @@ def compare_sets(sets, extract, name, train_subjects, test_subjects):
     project = principal_components(fit, n)
     features = {key: project(rows) for key, rows in features.items()}
     real, subjects = features["test"], test_subjects
-    size = f"{real.shape[1]} principal components of {len(fit)} training images"
 
     def distance(key, kept=slice(None)):
         return max(frechet_distance(features[key], real[kept]), TINY)
@@ -2118,8 +1939,9 @@ def compare_sets(sets, extract, name, train_subjects, test_subjects):
         return distance(key, kept) / distance("train", kept)
 
     stages = {k: key for k, key in STAGES.items() if key in features}
+    components = f"{real.shape[1]} principal components"
     return {
-        "features": f"{name}, {size}",
+        "features": f"{name}, {components} of {len(fit)} training images",
         "frechet": {
             "generated_vs_test": distance("generated"),
             "train_vs_test": distance("train"),
@@ -2133,9 +1955,8 @@ def compare_sets(sets, extract, name, train_subjects, test_subjects):
     }
 
 
-def _score_set(fake, real, fake_subjects, real_subjects):
+def _score_set(fake, real, *subjects):
     """Return KID, precision, recall, density and coverage, with intervals."""
-    subjects = fake_subjects, real_subjects
     scores = {"kid": kernel_distance(fake, real, *subjects)}
     values = manifold_scores(fake, real, *subjects)
     for key in MANIFOLD:
@@ -2154,18 +1975,19 @@ def texture_features(images):
     The logarithm of the radial power spectrum, and the histogram of the
     Laplacian inside the head: too smooth or too grainy shows in both.
     """
+    from scipy import ndimage
+
     height, width = images.shape[1:]
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     ring = np.minimum(2 * TEXTURE_BINS * radius, TEXTURE_BINS).astype(int)
-    size = np.bincount(ring.ravel())
     edges = [-np.inf, *np.linspace(-0.3, 0.3, TEXTURE_BINS - 1), np.inf]
+    inner = (slice(1, -1),) * 2
     rows = []
     for image in images:
-        power = np.abs(np.fft.fft2(image)).ravel() ** 2
-        rings = (np.bincount(ring.ravel(), power) / size)[:TEXTURE_BINS]
-        inner, beside = image[1:-1, 1:-1], image[:-2, 1:-1] + image[2:, 1:-1]
-        laplacian = beside + image[1:-1, :-2] + image[1:-1, 2:] - 4 * inner
-        inside = laplacian[inner > FOREGROUND]
+        power = np.abs(np.fft.fft2(image)) ** 2
+        rings = ndimage.mean(power, ring, range(TEXTURE_BINS))
+        laplacian = ndimage.laplace(image)[inner]
+        inside = laplacian[image[inner] > FOREGROUND]
         counts = np.histogram(inside, edges)[0] / max(len(inside), 1)
         rows.append([*np.log(rings + 1e-6), *np.sqrt(counts)])
     return np.array(rows, np.float32)
@@ -2230,20 +2052,17 @@ def nearest_images(queries, batches, spaces):
     for batch in batches:
         batch = np.asarray(batch)[..., 0]
         for name, space in spaces.items():
-            others = space(batch)
-            # |a - b|^2 but for |a|^2, by one fast product
-            apart = (others**2).sum(1) - 2 * features[name] @ others.T
-            row, apart = apart.argmin(1), apart.min(1)
+            row, apart = _measures.pairwise_distances_argmin_min(
+                features[name], space(batch)
+            )
             nearer = apart < best[name]
             rows[name][nearer] = first + row[nearer]
             best[name][nearer] = apart[nearer]
         first += len(batch)
-    result = {}
-    for name, of_queries in features.items():
-        power = (of_queries**2).sum(1)
-        share = (best[name] + power) / np.where(power > 0, power, np.nan)
-        result[name] = rows[name], np.sqrt(np.maximum(share, 0))
-    return result
+    for name in spaces:
+        length = np.linalg.norm(features[name], axis=1)
+        best[name] /= np.where(length > 0, length, np.nan)
+    return {name: (rows[name], best[name]) for name in spaces}
 
 
 SPACES = {
@@ -2254,7 +2073,7 @@ LEAST_UNSEEN = 100  # images, for their 1st percentile to be one of them
 MOST_COPIES = 0.02  # of the generated images, and one at least
 
 
-def audit(generated, unseen, subjects, n=1000, seed=0):
+def audit(generated, unseen, subjects, n=1000):
     """Judge whether generated images are copies of training images.
 
     A generated image counts as a copy if it is closer to a training image than
@@ -2274,7 +2093,7 @@ def audit(generated, unseen, subjects, n=1000, seed=0):
     found, close = {}, {}
     for name in SPACES:
         near, far = generated[name][1], unseen[name][1]
-        found[name] = _compare_distances(near, far, subjects, n, seed)
+        found[name] = _compare_distances(near, far, subjects, n)
         limit = found[name]["first_percentile"]
         close[name] = near < (np.nan if limit is None else limit)
     if any(part["first_percentile"] is None for part in found.values()):
@@ -2285,28 +2104,26 @@ def audit(generated, unseen, subjects, n=1000, seed=0):
     return {**found, "copies": int(copies.sum()), "alarm": alarm}, copies
 
 
-def _compare_distances(near, far, subjects, n, seed):
+def _compare_distances(near, far, subjects, n):
     """Compare distances of generated and of unseen images; blanks left out."""
+    kept, near = ~np.isnan(far), near[~np.isnan(near)]
+    far, owners = far[kept], [f"generated {k}" for k in range(len(near))]
+    owners += [f"unseen {subject}" for subject in np.asarray(subjects)[kept]]
+
+    def over_subjects(value, weights):
+        a, b = map(np.repeat, (near, far), np.split(weights, [len(near)]))
+        return value(a, b) if len(a) * len(b) else math.nan
+
     values = {
         "ratio_of_medians": lambda a, b: np.median(a) / max(np.median(b), TINY),
         "share_closer": lambda a, b: np.mean(a < np.percentile(b, 1)),
         "first_percentile": lambda a, b: np.percentile(b, 1),
     }
-    kept, near = ~np.isnan(far), near[~np.isnan(near)]
-    distances = np.concatenate([near, far[kept]])
-    owners = [f"unseen {subject}" for subject in np.asarray(subjects)[kept]]
-    owners = [f"generated {k}" for k in range(len(near))] + owners
     result = {}
     for name, value in values.items():
-
-        def statistic(weights, value=value):
-            a, b = np.split(weights, [len(near)])
-            some = np.repeat(distances[: len(near)], a)
-            others = np.repeat(distances[len(near) :], b)
-            return value(some, others) if len(some) * len(others) else math.nan
-
-        known = kept.sum() >= LEAST_UNSEEN or name == "ratio_of_medians"
-        scored = bootstrap(statistic, owners if known else [], n, seed)
+        statistic = functools.partial(over_subjects, value)
+        known = len(far) >= LEAST_UNSEEN or name == "ratio_of_medians"
+        scored = bootstrap(statistic, owners if known else [], n)
         result[name] = scored["mean"]
         if result[name] is not None:
             result[f"{name}_ci95"] = scored["ci95"]
@@ -2333,7 +2150,7 @@ class Map:
     """A cell of `image_grid` in colours; with a `unit` its row has a scale."""
 
     values: np.ndarray  # (h, w)
-    high: float
+    high: float = 1.0
     cmap: str = "magma"
     unit: str = ""
 
@@ -2408,7 +2225,7 @@ def image_grid(path, rows, captions=None, titles=None, title=""):
 
 def _draw_cell(ax, cell, extent):
     """Draw an image or a map into a rectangle of the axes."""
-    cell = cell if isinstance(cell, Map) else Map(cell, 1, "gray")
+    cell = cell if isinstance(cell, Map) else Map(cell, cmap="gray")
     look = {"vmin": 0, "vmax": cell.high, "interpolation": "nearest"}
     return ax.imshow(
         cell.values, cell.cmap, extent=extent, aspect="auto", **look
@@ -2483,10 +2300,8 @@ def plot_completions(path, originals, kept, completions, title):
 def plot_anomalies(path, images, bits, restored, residual, captions, title):
     """Draw images, surprisal of each level, restorations, residual maps.
 
-    Args:
-        bits: list of (N, h, w), bits of each code, bottom first.
-        residual: (N, H, W), intensity.
-        captions: list of texts, what is below each image.
+    `bits` is a list of (N, h, w), bits of each code, bottom first; `residual`
+    is (N, H, W), in intensity; `captions` are below the images.
     """
     levels = [f"surprisal\nlevel {k + 1}" for k in range(len(bits))]
     levels = levels if len(bits) > 1 else ["surprisal"]
@@ -2504,18 +2319,17 @@ CURVES = ("loss", "ssim", "bits_per_code", "perplexity", "codebook_usage")
 def plot_history(path, history):
     """Draw the curves of `history.csv`, a row a stage, training and val."""
     stages = dict(list(history.groupby("stage", sort=False))) or {"": history}
-    figure = _new_figure(4.2 * len(CURVES), 3 * len(stages))
-    figure.set_layout_engine("constrained")
+    size = 4.2 * len(CURVES), 3 * len(stages)
+    figure = _new_figure(*size, layout="constrained")
     figure.suptitle("Training")
     axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
     for panels, (stage, rows) in zip(axes, stages.items(), strict=True):
-        rows = rows.dropna(axis=1, how="all")
+        curves = rows.dropna(axis=1, how="all").set_index("epoch")
         for ax, name in zip(panels, CURVES, strict=True):
-            ax.set_visible(name in rows)
+            ax.set_visible(name in curves)
             for column, label in ((name, "train"), (f"val_{name}", "validate")):
-                if column in rows:
-                    known = rows[rows[column].notna()]
-                    ax.plot(known["epoch"], known[column], ".-", label=label)
+                if column in curves:
+                    ax.plot(curves[column].dropna(), ".-", label=label)
                     ax.legend(fontsize=8)
             ax.set_title(f"{stage}: {name.replace('_', ' ')}", fontsize=10)
             ax.set_xlabel("epoch")
@@ -2531,15 +2345,14 @@ def plot_codebook(path, counts_per_level):
     axes = figure.subplots(1, levels, squeeze=False)[0]
     for k, counts in enumerate(counts_per_level):
         ax, counts = axes[k], np.sort(np.asarray(counts))[::-1]
-        used = np.count_nonzero(counts)
-        ax.set(yscale="log", ylim=(0.8, 2 * max(counts.max(), 1)))
-        ax.set_xlim(-0.5, len(counts) - 0.5)
-        ax.fill_between(np.arange(len(counts)), counts, step="mid", lw=0)
+        size, used = len(counts), np.count_nonzero(counts)
+        ax.fill_between(np.arange(size), counts, step="mid", lw=0)
         ax.axhline(counts.mean(), color="C1", lw=1, label="even use")
         name = "Codebook" if levels == 1 else f"Codebook, level {k + 1}"
-        share = f"{used} of {len(counts)} used ({used / len(counts):.0%})"
-        ax.set(title=f"{name}: {share}", xlabel="code vector, by use")
-        ax.set_ylabel("uses")
+        title = f"{name}: {used} of {size} used ({used / size:.0%})"
+        ax.set(title=title, xlabel="code vector, by use", ylabel="uses")
+        ax.set(yscale="log", ylim=(0.8, 2 * max(counts.max(), 1)))
+        ax.set_xlim(-0.5, size - 0.5)
         ax.legend(fontsize=8)
     _save_figure(figure, path)
 

@@ -95,7 +95,7 @@ def start(job, minutes):
     pairs = batches.map(lambda images: (images, images))
     kinds = {"tutorial": PlainQuantizer, "informed": InformedQuantizer}
     for name, quantizer in kinds.items():
-        utils.set_seed(0)
+        utils.keras.utils.set_random_seed(0)
         model = make_tutorial(images.size, recipe.data_variance, quantizer)
         rebuild = tf.function(lambda x, m=model: tf.clip_by_value(m(x), 0, 1))
         systems[name] = turns(model, pairs, math.inf, minutes), rebuild
