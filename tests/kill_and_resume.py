@@ -9,7 +9,6 @@ stage on. Prints a line for each kill; the exit code is 0 if all are equal.
 """
 
 import argparse
-import json
 import random
 import signal
 import subprocess
@@ -36,7 +35,7 @@ SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --precision float32 --round-steps 5""".split()
 EPOCHS_PER_KILL = 2  # of each stage, so that there is something left to kill
 LONGEST = 25  # seconds from a start to its kill, at random
-IN_TRAINING = 6  # most seconds of training until a kill in a save
+IN_TRAINING = 6  # most seconds from a first checkpoint to a kill in a save
 
 
 def start(script, *arguments):
@@ -71,7 +70,7 @@ def kill(process, run, choice, in_save):
     due = None if in_save else time.monotonic() + choice.uniform(0, LONGEST)
     while process.poll() is None:
         now, writing = time.monotonic(), in_save and is_writing(process, run)
-        if writing and not due:  # some time after the first file
+        if writing and not due and is_writing(process, run / "checkpoint"):
             due = now + choice.uniform(0, IN_TRAINING)
         if due and now >= due and (writing or not in_save):
             process.send_signal(signal.SIGSTOP)
@@ -83,15 +82,6 @@ def kill(process, run, choice, in_save):
             process.send_signal(signal.SIGCONT)
         time.sleep(0.0005)
     return False
-
-
-def describe(run):
-    """Where the training of a run folder is, in words."""
-    if not (run / "config.json").exists():
-        return "no run folder yet"
-    training = json.loads((run / "config.json").read_text())["training"]
-    saved = [path.name for path in run.glob("checkpoint/*.npz")]
-    return f"done {training['done']}, files {sorted(saved)}"
 
 
 def train_with_kills(run, settings, kills, seed):
@@ -106,7 +96,8 @@ def train_with_kills(run, settings, kills, seed):
             return number, inside
         inside += is_writing(process, run)
         how = "while writing" if is_writing(process, run) else "at random"
-        print(f"killed {how}: {describe(run)}", flush=True)
+        saved = sorted(path.name for path in run.glob("checkpoint/*.npz"))
+        print(f"killed {how}; checkpoints {saved}", flush=True)
 
 
 def differences(*paths):
