@@ -18,7 +18,6 @@ import predict
 import train
 import utils
 
-SHARED_RUNS = {"tiny_run", "vqvae_run", "levels_run"}
 SIZE = 32  # pixels, both ways
 SLICES = 4  # a subject
 
@@ -27,7 +26,7 @@ SLICES = 4  # a subject
 def pytest_collection_modifyitems(items):
     """Give all tests that share runs to one process, else those of a file."""
     for item in items:
-        shared = SHARED_RUNS.intersection(item.fixturenames)
+        shared = {"tiny_run", "vqvae_run", "levels_run"} & {*item.fixturenames}
         group = "runs" if shared else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 

@@ -40,13 +40,9 @@ IN_TRAINING = 6  # most seconds from a first checkpoint to a kill in a save
 
 def start(script, *arguments):
     """Start a program; its output is dropped, except for errors."""
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, script, *map(str, arguments)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
 
 
 def finish(process):
@@ -84,9 +80,9 @@ def kill(process, run, choice, in_save):
     return False
 
 
-def train_with_kills(run, settings, kills, seed):
+def train_with_kills(run, settings, kills, choice):
     """Train with kills in between; return how many, and how many in a save."""
-    choice, inside = random.Random(seed), 0
+    inside = 0
     for number in range(kills + 1):
         begun = (run / "config.json").exists()
         process = start("train.py", *(["--resume", run] if begun else settings))
@@ -132,8 +128,9 @@ def main():
         settings += ["--prior-epochs", epochs, "--decoder-epochs", epochs // 2]
         finish(start("train.py", *settings, "--run-dir", alone))
         settings += ["--run-dir", killed]
+        choice = random.Random(options.seed)
         kills, inside = train_with_kills(
-            killed, settings, options.kills, options.seed
+            killed, settings, options.kills, choice
         )
         found = differences(alone, killed)
     print(f"{kills} kills, {inside} of them while writing a file")

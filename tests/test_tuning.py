@@ -190,7 +190,7 @@ def test_what_a_killed_or_stopped_process_tried_is_tried_again(
     fake(monkeypatch, near_a_rate)
     table = search(run_dir, 2)
     assert list(table["state"][:2]) == ["FAIL", "FAIL"]
-    assert set(table["learning_rate"][2:]) == tried
+    assert tried <= set(table["learning_rate"][2:])
 
 
 def test_poor_trials_are_pruned():
