@@ -82,8 +82,8 @@ def test_a_search_and_its_continuation(oasis_dir, tmp_path, capsys, plain):
         assert all(settings[k] == getattr(trial, k) for k in NAMES)
         last = utils.read_history(run).iloc[-1]
         assert trial.ssim == last["val_ssim"] and last["epoch"] == 2
-    assert (run_dir / "figures" / "tuning_history.png").exists()
-    assert (run_dir / "figures" / "tuning_slices.png").exists()
+    figures = {path.stem for path in (run_dir / "figures").iterdir()}
+    assert figures == {"tuning_history", "tuning_slices"}
     # The command of the best trial is one that gives its settings.
     command = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
     best = again[again["best"]].iloc[0]
@@ -149,10 +149,7 @@ def test_pareto_front(tmp_path, monkeypatch, capsys):
     assert list(table["best"]) == [True, True, False, True]
     lines = capsys.readouterr().out.split("with:\n")[1].splitlines()
     assert lines[0] == "trial 1: ssim 0.6, bits per image 20"
-    assert [line.split(":")[0] for line in lines[2::2]] == [
-        "trial 0",
-        "trial 3",
-    ]
+    assert [line[:7] for line in lines[2::2]] == ["trial 0", "trial 3"]
 
 
 def test_two_processes_share_a_search(tmp_path, monkeypatch):
