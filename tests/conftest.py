@@ -1,7 +1,7 @@
 """Tiny data sets and runs, shared by all tests: copy one to change it."""
 
-import functools
 import gzip
+import itertools
 import os
 import shutil
 
@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+import predict
+import train
 import utils
 
-SHARED_RUNS = {"tiny_run", "vqvae_run", "levels_run", "smoke_run"}
 SIZE = 32  # pixels, both ways
 SLICES = 4  # a subject
 
@@ -25,7 +26,7 @@ SLICES = 4  # a subject
 def pytest_collection_modifyitems(items):
     """Give all tests that share runs to one process, else those of a file."""
     for item in items:
-        shared = SHARED_RUNS.intersection(item.fixturenames)
+        shared = {"tiny_run", "vqvae_run", "levels_run"} & {*item.fixturenames}
         group = "runs" if shared else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 
@@ -40,6 +41,7 @@ def blobs(*key, shape=(SIZE, SIZE)):
 
 def write_nifti(path, array):
     """Write a NIfTI file, gzipped if its name says so, always alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     data = nibabel.Nifti1Image(array, np.eye(4)).to_bytes()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
@@ -51,13 +53,11 @@ def oasis_dir(tmp_path_factory):
     """OASIS: subjects 1 to 4 train, 5 validate, 6 test; masks beside."""
     root = tmp_path_factory.mktemp("oasis") / "keras_png_slices_data"
     for subject, split in enumerate(["train"] * 4 + ["validate", "test"], 1):
-        for kind in ("", "seg_"):
+        for kind, k in itertools.product(("", "seg_"), range(SLICES)):
             folder = root / f"keras_png_slices_{kind}{split}"
             folder.mkdir(parents=True, exist_ok=True)
-            for k in range(SLICES):
-                name = f"{kind or 'case_'}{subject:03d}_slice_{k}.nii.png"
-                image = Image.fromarray(blobs(subject, k, len(kind)))
-                image.save(folder / name)
+            name = f"{kind or 'case_'}{subject:03d}_slice_{k}.nii.png"
+            utils.write_png(folder / name, blobs(subject, k, len(kind)))
     return root
 
 
@@ -65,13 +65,12 @@ def oasis_dir(tmp_path_factory):
 def adni_dir(tmp_path_factory):
     """ADNI: scans 100 to 103 train, 104 and 105 test; odd ones are AD."""
     root = tmp_path_factory.mktemp("adni") / "AD_NC"
-    for number in range(100, 106):
-        label = "AD" if number % 2 else "NC"
-        folder = root / ("train" if number < 104 else "test") / label
+    for number, k in itertools.product(range(100, 106), range(SLICES)):
+        split = "train" if number < 104 else "test"
+        folder = root / split / ("AD" if number % 2 else "NC")
         folder.mkdir(parents=True, exist_ok=True)
-        for k in range(SLICES):
-            path = folder / f"{number}_{78 + k}.jpeg"
-            Image.fromarray(blobs(number, k)).save(path)
+        image = Image.fromarray(blobs(number, k))
+        image.save(folder / f"{number}_{78 + k}.jpeg")
     return root
 
 
@@ -79,15 +78,12 @@ def adni_dir(tmp_path_factory):
 def hipmri_dir(tmp_path_factory):
     """HipMRI: cases 4 to 7 train, 8 validate, 9 test; case 7 is wider."""
     root = tmp_path_factory.mktemp("hipmri") / "keras_slices_data"
-    for case in range(4, 10):
+    for case, k in itertools.product(range(4, 10), range(SLICES)):
         split = {8: "validate", 9: "test"}.get(case, "train")
-        folder = root / f"keras_slices_{split}"
-        folder.mkdir(parents=True, exist_ok=True)
+        name = f"case_{case:03d}_week_0_slice_{k}.nii.gz"
         shape = (SIZE, SIZE + 4) if case == 7 else (SIZE, SIZE)
-        for k in range(SLICES):
-            image = blobs(case, k, shape=shape).astype(np.int16) * case
-            name = f"case_{case:03d}_week_0_slice_{k}.nii.gz"
-            write_nifti(folder / name, image)
+        image = blobs(case, k, shape=shape).astype(np.int16) * case
+        write_nifti(root / f"keras_slices_{split}" / name, image)
     return root
 
 
@@ -97,14 +93,12 @@ TINY = (
     "--embedding-dim 4 --ssim-weight 0 --prior-epochs 2 "
     "--prior-learning-rate 0.01 --prior-batch-size 8 --prior-channels 8 "
     "--prior-blocks 1 --condition slice --num-samples 3 --precision float32 "
-    "--temperature 1 --top-p 1"
+    "--temperature 1 --top-p 1 --round-steps 2"
 ).split()
 
 
 def train_tiny(run_dir, *flags, data=None):
     """Train in this process, return the run."""
-    import train
-
     if data:
         flags = ("--dataset", "oasis", "--data-dir", str(data), *TINY, *flags)
     train.main([*flags, "--run-dir", str(run_dir)])
@@ -140,21 +134,12 @@ def levels_run(adni_dir, tmp_path_factory):
     return train_tiny(folder, *flags, data=adni_dir)
 
 
-@pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory):
-    """Function: name of a recipe -> its `--smoke` run, without any data."""
-    import train
-
-    data = tmp_path_factory.mktemp("simulated")
-
-    @functools.cache
-    def smoke(recipe):
-        folder = tmp_path_factory.mktemp(recipe)
-        (folder / "data").symlink_to(data)
-        named = [] if recipe == "quickstart" else ["--recipe", recipe]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            train.main([*named, "--smoke"])
-        return utils.Run.newest(folder / "runs")
-
-    return smoke
+@pytest.fixture
+def plain(monkeypatch):
+    """Trainings without graphs, pictures and evaluation: what takes long."""
+    for name in ("vqvae_pictures", "prior_pictures"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    for name in ("evaluate_run", "print_summary"):
+        monkeypatch.setattr(predict, name, lambda *_: None)
+    eager = property(lambda model: True, lambda model, value: None)
+    monkeypatch.setattr(utils.keras.Model, "run_eagerly", eager)

@@ -9,7 +9,6 @@ stage on. Prints a line for each kill; the exit code is 0 if all are equal.
 """
 
 import argparse
-import json
 import random
 import signal
 import subprocess
@@ -36,18 +35,14 @@ SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --precision float32 --round-steps 5""".split()
 EPOCHS_PER_KILL = 2  # of each stage, so that there is something left to kill
 LONGEST = 25  # seconds from a start to its kill, at random
-IN_TRAINING = 6  # most seconds of training until a kill in a save
+IN_TRAINING = 6  # most seconds from a first checkpoint to a kill in a save
 
 
 def start(script, *arguments):
     """Start a program; its output is dropped, except for errors."""
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, script, *map(str, arguments)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
 
 
 def finish(process):
@@ -71,7 +66,7 @@ def kill(process, run, choice, in_save):
     due = None if in_save else time.monotonic() + choice.uniform(0, LONGEST)
     while process.poll() is None:
         now, writing = time.monotonic(), in_save and is_writing(process, run)
-        if writing and not due:  # some time after the first file
+        if writing and not due and is_writing(process, run / "checkpoint"):
             due = now + choice.uniform(0, IN_TRAINING)
         if due and now >= due and (writing or not in_save):
             process.send_signal(signal.SIGSTOP)
@@ -85,18 +80,9 @@ def kill(process, run, choice, in_save):
     return False
 
 
-def describe(run):
-    """Where the training of a run folder is, in words."""
-    if not (run / "config.json").exists():
-        return "no run folder yet"
-    training = json.loads((run / "config.json").read_text())["training"]
-    saved = [path.name for path in run.glob("checkpoint/*.npz")]
-    return f"done {training['done']}, files {sorted(saved)}"
-
-
-def train_with_kills(run, settings, kills, seed):
+def train_with_kills(run, settings, kills, choice):
     """Train with kills in between; return how many, and how many in a save."""
-    choice, inside = random.Random(seed), 0
+    inside = 0
     for number in range(kills + 1):
         begun = (run / "config.json").exists()
         process = start("train.py", *(["--resume", run] if begun else settings))
@@ -106,7 +92,8 @@ def train_with_kills(run, settings, kills, seed):
             return number, inside
         inside += is_writing(process, run)
         how = "while writing" if is_writing(process, run) else "at random"
-        print(f"killed {how}: {describe(run)}", flush=True)
+        saved = sorted(path.name for path in run.glob("checkpoint/*.npz"))
+        print(f"killed {how}; checkpoints {saved}", flush=True)
 
 
 def differences(*paths):
@@ -141,8 +128,9 @@ def main():
         settings += ["--prior-epochs", epochs, "--decoder-epochs", epochs // 2]
         finish(start("train.py", *settings, "--run-dir", alone))
         settings += ["--run-dir", killed]
+        choice = random.Random(options.seed)
         kills, inside = train_with_kills(
-            killed, settings, options.kills, options.seed
+            killed, settings, options.kills, choice
         )
         found = differences(alone, killed)
     print(f"{kills} kills, {inside} of them while writing a file")
