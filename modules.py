@@ -715,6 +715,14 @@ class Decoder(keras.layers.Layer):
         return x if self.detailed else tf.nn.depth_to_space(x, 2)
 
 
+# Of the mask (resources/experiments.md has what was measured).
+EDGE_WEIGHT = 4.0  # squared errors along the edge count so much more
+EDGE_SIDE = 5  # pixels of a window: the edge is up to two from it
+# Where a mask is less certain the image is black: such pixels are a dim seam,
+# which real heads do not have.
+MASK_THRESHOLD = 0.8
+
+
 @register
 class VQVAE(TrainableModel):
     """Autoencoder whose latents are one to three grids of codebook indices.
@@ -729,7 +737,8 @@ class VQVAE(TrainableModel):
     The reconstruction loss is `MSE / data_variance + ssim_weight * (1 - SSIM)`.
     With a `mask_weight` the decoder also predicts a mask, outside which pixels
     are exactly black: slices that were stripped of skull and background end in
-    a rim one pixel sharp, which squared error alone blurs.
+    a rim one pixel sharp, which squared error alone blurs. The squared error is
+    then of the inside, and counts `1 + EDGE_WEIGHT` times along the rim.
 
     Images are frames of one size. With a `crop` only that box of a frame is
     encoded; decoded images are black outside it. Losses are of the box.
@@ -908,15 +917,16 @@ class VQVAE(TrainableModel):
         usages = [self.part("usage", i + 1) for i in range(self.levels)]
         return [*self._trackers.values(), *usages]
 
-    def render(self, decoded):
+    def render(self, decoded, threshold=MASK_THRESHOLD):
         """Images `(B, h, w, 1)` float32 from the output of `decoder_1`."""
         decoded = tf.cast(decoded, tf.float32)
         if not self.settings.mask_weight:
             return decoded
         intensity, mask = tf.split(decoded, 2, axis=-1)
         soft = tf.sigmoid(mask)
+        hard = tf.cast(soft > threshold, tf.float32)
         # All or nothing in the image, smooth for the gradient.
-        return intensity * (soft + tf.stop_gradient(tf.round(soft) - soft))
+        return intensity * (soft + tf.stop_gradient(hard - soft))
 
     def reconstruction_losses(self, images, decoded):
         """Reconstruction loss and mean SSIM of cropped images.
@@ -924,12 +934,15 @@ class VQVAE(TrainableModel):
         Args:
             decoded: output of `decoder_1` for them.
         """
-        output, extra = self.render(decoded), 0.0
+        output, extra = self.render(decoded, threshold=0.5), 0.0
         error = images - output
         if self.settings.mask_weight:
             intensity, mask = tf.split(decoded, 2, axis=-1)
             inside = tf.cast(images > utils.FOREGROUND, tf.float32)
-            error = inside * (images - intensity)
+            grown = tf.nn.max_pool2d(inside, EDGE_SIDE, 1, "SAME")
+            shrunk = -tf.nn.max_pool2d(-inside, EDGE_SIDE, 1, "SAME")
+            weight = 1 + EDGE_WEIGHT * (grown - shrunk)
+            error = inside * (images - intensity) * tf.sqrt(weight)
             entropy = tf.nn.sigmoid_cross_entropy_with_logits(inside, mask)
             extra = self.settings.mask_weight * tf.reduce_mean(entropy)
         loss = tf.reduce_mean(error**2) / self.data_variance + extra
