@@ -181,7 +181,7 @@ class Job:
 
     def finish(self, part, model, path):
         """Save the model of a part; the training is past it."""
-        utils.save_model(model, path)
+        utils.write_atomic(path, model.save)
         self.run.note_done(part)
 
 
