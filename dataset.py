@@ -357,7 +357,8 @@ def _guess_pattern(stems):
     """Return the first of `GUESSES` that tells subjects, or None."""
     for guess in GUESSES:
         found = stems.str.extract(guess)["subject"].dropna()
-        count = found.map(_canonical).nunique()
+        # pandas takes all names for one that are not valid UTF-8.
+        count = len(set(map(_canonical, found)))
         fits = len(found) >= 0.9 * len(stems) and count > 1
         if guess in GUESSES[-2:]:
             fits &= count > 2 and len(found) <= MOST_SLICES * count
@@ -380,7 +381,7 @@ def _row(file, match, any_folder):
         if slash and subject not in first and first not in subject:
             label = label or first  # a class, as it does not name people
     number = int(re.sub(r"\D", "", number) or 0)
-    # pandas takes all names for one that are not valid UTF-8.
+    # Printable, for pandas takes all names for one that are not valid UTF-8.
     subject, scan, label = map(_show, (subject, scan, label))
     return file.path, subject, scan, number, label, file.split
 
