@@ -1121,7 +1121,7 @@ def plot_nearest(path, images, found, train, audited, copies, count=8):
     order = order[:count]
     captions = [
         "\n".join(f"{key} {apart[k]:.2f}" for key, apart in distance.items())
-        + "\ncopy" * copies[k]
+        + "\ncopy" * int(copies[k])
         for k in order
     ]
     nearest = train.read(found["pixels"][0][order])[..., 0]
