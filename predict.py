@@ -1345,7 +1345,7 @@ def run_facts(trained):
         grids = enumerate(vqvae.latent_grids, start=1)
         levels = [{"level": k, "grid": list(grid)} for k, grid in grids]
     sizes = ("num_embeddings", "embedding_dim")
-    sizes = {name: getattr(vqvae, name) for name in sizes}
+    sizes = {name: getattr(vqvae.settings, name) for name in sizes}
     models = [vqvae, *trained.priors]
     files = [run.vqvae_path, *run.prior_paths][: len(models)]
     return {
