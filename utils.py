@@ -2351,7 +2351,7 @@ def plot_codebook(path, counts_per_level):
         name = "Codebook" if levels == 1 else f"Codebook, level {k + 1}"
         title = f"{name}: {used} of {size} used ({used / size:.0%})"
         ax.set(title=title, xlabel="code vector, by use", ylabel="uses")
-        ax.set(yscale="log", ylim=(0.8, 2 * max(counts.max(), 1)))
+        ax.set(ylim=(0.8, 2 * max(counts.max(), 1)), yscale="log")
         ax.set_xlim(-0.5, size - 0.5)
         ax.legend(fontsize=8)
     _save_figure(figure, path)

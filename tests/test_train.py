@@ -64,7 +64,7 @@ def oasis_flags(data, *flags):
 
 def start(flags):
     """A `Job` that is about to begin; its lock is free."""
-    settings = utils.parse_training(map(str, flags))
+    settings = utils.parse_training([str(flag) for flag in flags])
     strategy = tf.distribute.get_strategy()
     job = train.start(settings, strategy, utils.StopSignals())
     job.run.unlock()
