@@ -2324,7 +2324,7 @@ def plot_history(path, history):
     figure.suptitle("Training")
     axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
     for panels, (stage, rows) in zip(axes, stages.items(), strict=True):
-        curves = rows.dropna(axis=1, how="all").set_index("epoch")
+        curves = rows.set_index("epoch").dropna(axis=1, how="all")
         for ax, name in zip(panels, CURVES, strict=True):
             ax.set_visible(name in curves)
             for column, label in ((name, "train"), (f"val_{name}", "validate")):
