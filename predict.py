@@ -1221,13 +1221,15 @@ def ratio_in_words(ratio):
 
 
 def verdict(evaluation):
-    """Fréchet ratio of the samples, None if unknown, and what limits them.
+    """Fréchet ratio of the samples and what limits them.
 
-    That is the stage where the ratio rises most, in words of the table of
-    metrics; "" if it is not known.
+    The ratio is None if unknown or of too few subjects for an interval. What
+    limits them is the stage where the ratio rises most, in words of the table
+    of metrics; "" if it is not known.
     """
     generation = evaluation.get("generation") or {}
-    ratio = (generation.get("frechet") or {}).get("ratio")
+    frechet = generation.get("frechet") or {}
+    ratio = frechet.get("ratio") if frechet.get("ratio_ci95") else None
     ratios = generation.get("by_stage") or {}
     ratios = {name: ratios[name] for name in STAGES if ratios.get(name)}
     if "all_drawn" not in ratios:
@@ -1252,6 +1254,9 @@ def print_summary(run, evaluation, output=None):
     ratio, limit = verdict(evaluation)
     if ratio:
         text = f"Fréchet ratio {ratio:.2f}: {ratio_in_words(ratio)}"
+        rows.append(("samples", text))
+    elif evaluation.get("generation"):
+        text = "too few unseen subjects for a score; look at the pictures"
         rows.append(("samples", text))
     if limit:
         rows.append(("limited by", limit))
