@@ -915,7 +915,7 @@ model = tf.saved_model.load(sys.argv[1])
 drawn = model.generate(3, 7, 0.9, "NC")
 encoded = model.signatures["encode"](images=drawn["images"][..., None])
 decoded = model.signatures["decode"](**encoded)
-print(drawn["images"].shape, *encoded, decoded["images"].shape)
+print(drawn["images"].shape, *sorted(encoded), decoded["images"].shape)
 """
 
 
