@@ -825,7 +825,7 @@ def test_report_and_card_warn(run):
     evaluation["data"]["simulated"] = True
     evaluation["memorization"] |= {"copies": 2, "alarm": True}
     evaluation["generation"] |= {
-        "frechet": {"ratio": 6.0},
+        "frechet": {"ratio": 6.0, "ratio_ci95": [5.0, 7.0]},
         "by_stage": {"rebuilt": 1.5, "all_drawn": 6.0},
     }
     utils.write_json(run.evaluation_path, evaluation)
