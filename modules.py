@@ -717,9 +717,9 @@ class Decoder(keras.layers.Layer):
 
 # Of the mask (resources/experiments.md has what was measured).
 EDGE_WEIGHT = 4.0  # squared errors along the edge count so much more
-EDGE_SIDE = 5  # pixels of a window: the edge is up to two from it
-# Where a mask is less certain the image is black: such pixels are a dim seam,
-# which real heads do not have.
+EDGE_SIDE = 5  # at the edge, a square of so many pixels has inside and outside
+# Where the mask is less certain than this, the image is black. Such pixels
+# would be a dim seam around the head, which real slices do not have.
 MASK_THRESHOLD = 0.8
 
 

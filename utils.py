@@ -687,7 +687,6 @@ class SearchSettings:
 
 
 ATTENTION_HEADS = 8  # of a PixelSNAIL
-LEAST_USAGE = 0.02  # of a codebook over the training images
 SMOKE_STEPS = 3
 SMOKE_IMAGES = 8
 SMOKE_SUBJECTS = 4
