@@ -848,7 +848,7 @@ def test_summary_is_five_lines(levels, capsys):
     evaluation = utils.read_evaluation(levels)
     evaluation["reconstruction"]["ssim_foreground"] = nothing
     evaluation["generation"] |= {
-        "frechet": {"ratio": 1.25},
+        "frechet": {"ratio": 1.25, "ratio_ci95": [1.1, 1.4]},
         "by_stage": {"rebuilt": 1.1, "all_drawn": 1.25},
     }
     predict.print_summary(levels, evaluation)
