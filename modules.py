@@ -1,4 +1,4 @@
-"""Models: VQ-VAE of one to three levels, its decoder stage, three priors.
+"""Models: VQ-VAE of one to three levels, three priors over its indices.
 
 Import this module before opening a saved model::
 
@@ -235,11 +235,10 @@ class FiniteCheck(keras.callbacks.Callback):
         if hasattr(self.model.optimizer, "inner_optimizer"):
             bad = [name for name in bad if name != "gradient_norm"]
         if bad:
-            prefix = {"vqvae": "", "decoder": "decoder-"}
-            flag = f"--{prefix.get(self.stage, 'prior-')}learning-rate"
+            prefix = "" if self.stage == "vqvae" else "prior-"
             raise utils.NumericsError(
                 f"{self.stage}: not finite {when}: {', '.join(bad)}; no model "
-                f"was saved from it, try a smaller {flag}"
+                f"was saved from it, try a smaller --{prefix}learning-rate"
             )
 
 
@@ -986,141 +985,6 @@ class VQVAE(TrainableModel):
             small = tf.nn.avg_pool2d(images, factor, factor, "VALID")
             error += tf.reduce_mean((small - preview) ** 2)
         return error
-
-
-# === Decoder stage ===
-
-
-def make_discriminator(size, channels):
-    """Make a network that judges patches of images (PatchGAN).
-
-    Intensities [0, 1] are scaled to [-1, 3]: most are dark. It returns scores
-    `(B, h, w, 1)`, high for real patches, then the features after each
-    convolution. Reference: Isola et al., 2017, arXiv:1611.07004, sec. 3.2.2.
-    """
-    inputs = keras.Input((*size, 1))
-    x, features = keras.layers.Rescaling(4.0, -1.0)(inputs), []
-    for width, side in ((1, 4), (2, 4), (4, 4), (4, 3)):
-        x = conv(width * channels, side, strides=2 if side == 4 else 1)(x)
-        x = keras.layers.LeakyReLU(0.2)(x)
-        features.append(x)
-    return keras.Model(inputs, [conv(1, 1, dtype="float32")(x), *features])
-
-
-class AdversarialDecoder(TrainableModel):
-    """Second stage of a VQ-VAE: train its last decoder for sharp detail.
-
-    Encoder and codebooks stay as they are, so indices and priors stay valid.
-    Of the decoders only that of level 1 changes: the others take part in
-    encoding. It must reconstruct, fool a discriminator that learns at the
-    same time, and match the features of the discriminator.
-
-    Args:
-        vqvae: a trained `VQVAE`, to be saved after training this model.
-        kwargs: those of `utils.TrainingSettings` that concern this stage.
-            `adversarial_weight` is that of a hinge loss, `feature_weight` that
-            of the mean absolute difference of features, relative to their
-            mean size. The discriminator is trained alone first, so that the
-            decoder then gets a useful gradient.
-
-    Metrics: `loss`, `reconstruction_loss`, `ssim`, `adversarial_loss`,
-        `feature_loss`, `discriminator_loss` (2 if it cannot tell).
-    References: Esser et al., 2021, arXiv:2012.09841; with a frozen encoder:
-        Gu et al., 2022, arXiv:2212.03185.
-    """
-
-    # Of the discriminator, alone and later.
-    LEARNING_RATES = (1e-3, 3e-4)
-
-    def __init__(self, vqvae, **kwargs):
-        settings = take(utils.TrainingSettings, kwargs)
-        super().__init__(**kwargs)
-        self.vqvae, self.settings = vqvae, settings
-        channels = settings.discriminator_channels
-        self.discriminator = make_discriminator(vqvae.box[2:], channels)
-        options = {"trainable": False, "aggregation": "only_first_replica"}
-        self.step = self.add_weight((), "zeros", "int32", **options)
-        rate = keras.optimizers.schedules.PiecewiseConstantDecay(
-            [settings.discriminator_steps], list(self.LEARNING_RATES)
-        )
-        self.judge_optimizer = keras.optimizers.Adam(
-            rate, beta_1=0.5, beta_2=0.95, global_clipnorm=5.0
-        )
-        self.judge_optimizer.build(self.discriminator.trainable_variables)
-        losses = ("reconstruction", "adversarial", "feature", "discriminator")
-        self._make_trackers("loss", "ssim", *(f"{x}_loss" for x in losses))
-
-    @property
-    def trainable_variables(self):
-        """Variables that `optimizer` trains; the discriminator has its own."""
-        return self.vqvae.decoder_1.trainable_variables
-
-    trainable_weights = trainable_variables
-
-    @property
-    def optimizers(self):
-        return [self.optimizer, self.judge_optimizer]
-
-    def train_step(self, images):
-        gradients = self._accumulated_gradients(images)
-        own, others = self.trainable_variables, self.discriminator.weights
-        count, judge = len(own), self.judge_optimizer
-        norm = self._apply(self.optimizer, own, gradients[:count], images)
-        self._apply(judge, others, gradients[count:], images)
-        self.step.assign_add(1)
-        return self._step_logs(norm)
-
-    def _part_gradients(self, part, share):
-        """Gradients of the decoder, then of the discriminator."""
-        own = [weight.value for weight in self.trainable_variables]
-        others = [weight.value for weight in self.discriminator.weights]
-        with tf.GradientTape(True, watch_accessed_variables=False) as tape:
-            tape.watch(own + others)
-            loss, discriminator_loss = self._both_losses(part)
-            # Zero while the discriminator is trained alone.
-            joined = self.step >= self.settings.discriminator_steps
-            joined = tf.cast(joined, tf.float32)
-            loss = self.optimizer.scale_loss(share * joined * loss)
-            discriminator_loss *= share
-        gradients = tape.gradient(loss, own)
-        return gradients + tape.gradient(discriminator_loss, others)
-
-    def _batch_loss(self, batch, training):
-        return self._both_losses(batch)[0]
-
-    def _both_losses(self, images):
-        """Losses of decoder and discriminator; updates the metrics."""
-        images = self.vqvae.cropped(tf.cast(images, tf.float32))
-        _, _, inputs = self.vqvae.quantize_levels(images)
-        inputs = tf.stop_gradient(inputs)
-        decoded = tf.cast(self.vqvae.decoder_1(inputs), tf.float32)
-        reconstruction, ssim = self.vqvae.reconstruction_losses(images, decoded)
-        output = self.vqvae.render(decoded)
-        pairs = self.discriminator(tf.concat([images, output], axis=0))
-        real, made = tf.split(pairs[0], 2)
-        hinge = tf.reduce_mean(tf.nn.relu(1 - real) + tf.nn.relu(1 + made))
-        adversarial = -tf.reduce_mean(made)
-        matching = tf.reduce_mean([relative_difference(x) for x in pairs[1:]])
-        loss = reconstruction + self.settings.adversarial_weight * adversarial
-        loss += self.settings.feature_weight * matching
-        self._track(
-            images,
-            loss=loss,
-            ssim=ssim,
-            reconstruction_loss=reconstruction,
-            adversarial_loss=adversarial,
-            feature_loss=matching,
-            discriminator_loss=hinge,
-        )
-        return loss, hinge
-
-
-def relative_difference(pairs):
-    """Mean difference between the halves of a batch, relative to the first."""
-    real, made = tf.split(tf.cast(pairs, tf.float32), 2)
-    real = tf.stop_gradient(real)
-    size = tf.reduce_mean(tf.abs(real)) + 1e-6
-    return tf.reduce_mean(tf.abs(real - made)) / size
 
 
 # === Causal layers ===

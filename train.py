@@ -6,8 +6,6 @@
         one of the published systems, on a folder of its data set
     python train.py --stage prior --run-dir runs/NAME --prior-epochs 50
         another prior over the VQ-VAE of an earlier run
-    python train.py --stage decoder --run-dir runs/NAME --decoder-epochs 4
-        sharpen the decoder of an earlier run; its priors stay valid
     python train.py --resume runs/NAME [--epochs 40]
         continue a training that was stopped or killed; with more epochs than
         before, train a complete run on
@@ -15,8 +13,8 @@
         search for settings, 30 trials
     python train.py --list-recipes
 
-The stages: images -> VQ-VAE (-> sharper decoder) -> indices -> priors ->
-sampling settings -> evaluation. All results go to one run folder.
+The stages: images -> VQ-VAE -> indices -> priors -> sampling settings ->
+evaluation. All results go to one run folder.
 """
 
 import contextlib
@@ -58,7 +56,7 @@ SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
 SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
 # Relative times for an image, by which stages not yet begun are guessed.
-TIMES = {"vqvae": 2, "decoder": 6}  # a prior: 3
+TIMES = {"vqvae": 2}  # a prior: 3
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
@@ -112,7 +110,7 @@ def silent_copy(settings):
         contextlib.redirect_stdout(nowhere),
     ):
         own = f"{folder}/run"
-        if settings.run.resume or settings.run.stage in ("decoder", "prior"):
+        if settings.run.resume or settings.run.stage == "prior":
             earlier = getattr(settings.run, name)
             shutil.copytree(earlier, own, ignore=NOT_COPIED)
         yield utils.replace(settings, **{name: own})
@@ -163,8 +161,6 @@ class Job:
 
     def begin(self, parts, **epochs_before):
         """Note which parts are to be made, and what they had before."""
-        if not self.settings.training.decoder_epochs:
-            parts = set(parts) - {"decoder"}
         done = [part for part in all_parts(self.run) if part not in parts]
         self.run.begin(self.settings, done, epochs_before=epochs_before)
 
@@ -187,19 +183,18 @@ class Job:
 
 def all_parts(run):
     """Names of what a training makes, in order."""
-    return ["vqvae", "decoder", "indices", *run.prior_names, "sampling"]
+    return ["vqvae", "indices", *run.prior_names, "sampling"]
 
 
 def option(settings, stage, name):
     """Setting of a stage, such as `epochs`; 0 if it has no such one."""
-    prefix = {"vqvae": "", "decoder": "decoder_"}.get(stage, "prior_")
+    prefix = "" if stage == "vqvae" else "prior_"
     return getattr(settings.training, prefix + name, 0)
 
 
 def start(settings, strategy, signals, argv=()):
     """Return the `Job` of some settings; a refused start changes nothing."""
-    again = settings.run.stage in ("decoder", "prior")
-    again = again and not settings.run.resume
+    again = settings.run.stage == "prior" and not settings.run.resume
     folder = settings.run.run_dir if again else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
@@ -221,13 +216,10 @@ def start(settings, strategy, signals, argv=()):
 
 
 def begin_stage(job, earlier):
-    """Let another decoder, or other priors, of a trained VQ-VAE be made."""
+    """Let other priors of a trained VQ-VAE be made."""
     run, level = job.run, job.settings.run.prior_level
     modules.load_model(run.vqvae_path)  # refused before anything is changed
     check_batches(job)
-    if job.settings.run.stage == "decoder":
-        job.begin({"decoder"})
-        return
     run.info |= conditions(job, run.split_path)
     names = run.prior_names
     parts = {"sampling", *(names[level - 1 : level] if level else names)}
@@ -251,15 +243,15 @@ def resume(job, earlier):
     parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
     longer = {
         part
-        for part in {"vqvae", "decoder", *priors} - parts
+        for part in {"vqvae", *priors} - parts
         if option(job.settings, part, "epochs")
         > option(earlier, part, "epochs")
     }
     if not longer and not under_way:
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
-            "more --epochs, --decoder-epochs or --prior-epochs than before, "
-            "or another prior with --stage prior --run-dir"
+            "more --epochs or --prior-epochs than before, or another prior "
+            "with --stage prior --run-dir"
         )
     if not longer:
         now = {"settings": utils.flat(job.settings)}
@@ -268,7 +260,7 @@ def resume(job, earlier):
     parts |= longer | {"sampling"}
     if "vqvae" in longer:  # other codes need other indices and priors
         longer = {"vqvae"}
-        parts |= {"decoder", "indices", *priors}
+        parts |= {"indices", *priors}
     epochs = utils.read_history(run).groupby("stage")["epoch"].max()
     job.begin(parts, **{part: int(epochs.get(part, 0)) for part in longer})
 
@@ -406,8 +398,6 @@ def train_models(job, *callbacks):
         print(f"{replicas} replicas share each batch")
     if not run.is_done("vqvae"):
         train_vqvae(job, callbacks)
-    if not run.is_done("decoder"):
-        train_decoder(job)
     vqvae, priors = modules.load_model(run.vqvae_path), []
     if not run.is_done("indices"):
         encode_splits(job, vqvae)
@@ -468,20 +458,6 @@ def varied(job, images, epoch, rows, strength):
     seed, flips = job.settings.run.seed, job.settings.training.flips
     axis = job.images["train"].mirror_axis
     return dataset.augment(images, seed, rows, strength, flips, epoch, axis)
-
-
-def train_decoder(job):
-    """Sharpen the decoder of a VQ-VAE against a discriminator."""
-    names = "adversarial_weight feature_weight "
-    names += "discriminator_channels discriminator_steps"
-    options = {n: getattr(job.settings.training, n) for n in names.split()}
-    keras.utils.set_random_seed(job.settings.run.seed)
-    with job.strategy.scope():
-        vqvae = modules.load_model(job.run.vqvae_path)
-        model = modules.AdversarialDecoder(vqvae, **options)
-    fit = Fit(job, "decoder", model, *image_sources(job))
-    fit.run(vqvae_pictures(job, vqvae))
-    job.finish("decoder", vqvae, job.run.vqvae_path)
 
 
 def encode_splits(job, vqvae):
@@ -710,7 +686,7 @@ class Fit:
     def _early_stopping(self):
         """Callback that also restores the best weights of a prior."""
         validated = len(self.job.tables["validate"])
-        if not validated or self.stage in ("vqvae", "decoder"):
+        if not validated or self.stage == "vqvae":
             return None
         # It looks at every round, most of which have no validation.
         warnings.filterwarnings("ignore", "Early stopping conditioned")
@@ -812,7 +788,7 @@ class Fit:
         pace = (time.monotonic() - self.started) / max(self.done - 1, 1)
         unit = pace / self.batch_size / TIMES.get(self.stage, 3)
         left = pace * ((self.last - self.first) * self.steps - self.done)
-        for stage in ("vqvae", "decoder", *job.run.prior_names):
+        for stage in ("vqvae", *job.run.prior_names):
             if stage != self.stage and not job.run.is_done(stage):
                 epochs = option(job.settings, stage, "epochs")
                 epochs -= job.epochs_before(stage)

@@ -600,22 +600,8 @@ class TrainingSettings:
     flips: bool = False
     """Mirror half of the images left to right, in every stage."""
     augment: Weight = 0.0
-    """Strength of random changes of images for VQ-VAE and decoder; 1: shifts
-    up to 3 pixels of 176, 7 % in intensity."""
-    decoder_epochs: Whole = 0
-    """Passes of the decoder stage, against a discriminator; 0: no stage."""
-    decoder_batch_size: Count = 16
-    """Images per step of the decoder stage."""
-    decoder_learning_rate: Rate = 3e-4
-    """Adam's step size in the decoder stage."""
-    adversarial_weight: Weight = 0.02
-    """Weight of the adversarial loss in the decoder stage."""
-    feature_weight: Weight = 1.0
-    """Weight of matching discriminator features in the decoder stage."""
-    discriminator_channels: Channels = 32
-    """Feature channels of the discriminator."""
-    discriminator_steps: Whole = 200
-    """Steps that the discriminator is trained alone first."""
+    """Strength of random changes of images for the VQ-VAE; 1: shifts up to 3
+    pixels of 176, 7 % in intensity."""
     prior_epochs: Count = 100
     """Passes of the prior over the training grids."""
     prior_batch_size: Count = 64
@@ -642,8 +628,8 @@ class TrainingSettings:
 class RunSettings:
     """The run."""
 
-    stage: Literal["all", "vqvae", "decoder", "prior"] = "all"
-    """What to train; decoder and prior: in the --run-dir of a VQ-VAE."""
+    stage: Literal["all", "vqvae", "prior"] = "all"
+    """What to train; prior: in the --run-dir of a VQ-VAE."""
     run_dir: Folder = None
     """Folder of results (default: runs/RECIPE-DATE-TIME)."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
@@ -695,7 +681,6 @@ _SMOKE_LIMITS = {
     "epochs": 1,
     "batch_size": 4,
     "warmup_steps": 1,
-    "discriminator_steps": 1,
     "channels": 16,
     "num_embeddings": 32,
     "embedding_dim": 8,
@@ -932,9 +917,9 @@ def flags_given(argv):
 def parse_training(argv, description=None):
     """Return the `Settings` that a command line of train.py asks for.
 
-    Flags override the recipe. With `--resume RUN`, and with `--stage
-    decoder|prior --run-dir RUN`, they override the settings of the run;
-    `FlagError` for those that contradict what is trained already.
+    Flags override the recipe. With `--resume RUN`, and with `--stage prior
+    --run-dir RUN`, they override the settings of the run; `FlagError` for
+    those that contradict what is trained already.
     """
     if "--list-recipes" in argv:
         print(list_recipes())
@@ -948,7 +933,7 @@ def parse_training(argv, description=None):
     if given.get("resume"):
         default = Run.open(given["resume"]).training_settings
         is_fixed = _is_fixed_on_resume
-    elif stage in ("prior", "decoder"):
+    elif stage == "prior":
         default = _settings_of_stage(stage, given.get("run_dir"))
     chosen = parse(Settings, argv, description, default)
     _check_together(chosen, is_new=default is RECIPES[name].settings)
@@ -979,7 +964,7 @@ def _settings_of_stage(stage, folder):
 
 def _is_fixed_on_resume(key, old, new):
     """Return whether `--resume` may not change a setting."""
-    if key in ("epochs", "decoder_epochs", "prior_epochs"):  # train on
+    if key in ("epochs", "prior_epochs"):  # train on
         return new < old
     return key not in ("resume", "strategy", "force", "debug", "data_dir")
 
@@ -987,12 +972,10 @@ def _is_fixed_on_resume(key, old, new):
 def _is_fixed(stage, key, *change):
     """Return whether what `stage` starts from was trained with a setting."""
     group = next(path[0] for other, path, _ in _walk(Settings) if other == key)
-    if stage not in ("prior", "decoder"):
+    if stage != "prior":
         return False
     if group == "data":
         return key not in ("data_dir", "skip_bad")
-    if stage == "decoder" and (group == "prior" or key.startswith("prior_")):
-        return key != "prior_level"
     of_vqvae = ("recipe", "epochs", "batch_size", "learning_rate")
     return group == "vqvae" or key in of_vqvae
 
@@ -1013,7 +996,7 @@ def _check_together(chosen, is_new):
     both = search.objective == "ssim+bits"
     wrong = {
         "--resume": run.resume,
-        f"--stage {run.stage}": run.stage in ("decoder", "prior"),
+        "--stage prior": run.stage == "prior",
         "--stage vqvae --objective ssim+bits": both and run.stage == "vqvae",
         "--prior-level": run.prior_level,
     }
@@ -1314,12 +1297,12 @@ class Run:
     def _read(self, stored):
         """Return settings that `config.json` holds, checked like flags."""
         try:
-            values = {
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in stored.items()
-            }
-            if missing := flat(Settings()).keys() - values.keys():
-                raise KeyError(*sorted(missing))
+            # Settings that an earlier version had are left out.
+            values = {key: stored[key] for key in flat(Settings())}
+            for key, value in values.items():
+                values[key] = tuple(value) if isinstance(value, list) else value
+            if values["stage"] == "decoder":  # so is its stage
+                values["stage"] = "all"
             return replace(Settings(), **values)
         except (AttributeError, KeyError, TypeError, FlagError) as error:
             text = f"{self.config_path}: unfit setting: {error}"

@@ -215,10 +215,6 @@ def draw_autoencoder(page, image, codebook):
     page.text(8.4, under, "indices\nh x w", va="top")
     page.arrow((9.22, y), (9.62, y))
     page.funnel(10.3, y, 1.1, 1.9, "decoder", NETWORK, NETWORK_EDGE)
-    page.text(
-        10.3, under, "optional: later\nsharpened alone", 13,
-        SOFT, va="top",
-    )  # fmt: skip
     page.arrow((11.0, y), (11.38, y))
     page.picture(12.18, y, ndimage.gaussian_filter(image, 0.8))
     page.text(12.18, under, "reconstruction\nH x W", va="top")

@@ -4,8 +4,8 @@
 
 Every second kill (SIGKILL) comes at a random moment, the others while a file
 of the run is being written. All weights, indices and histories of both runs
-must be bit-equal, with dropout, augmentation, moving averages and a decoder
-stage on. Prints a line for each kill; the exit code is 0 if all are equal.
+must be bit-equal, with dropout, augmentation and moving averages on.
+Prints a line for each kill; the exit code is 0 if all are equal.
 """
 
 import argparse
@@ -28,7 +28,6 @@ modules = utils.lazy_import("modules")
 SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --residual-channels 4 --num-embeddings 16 --embedding-dim 4
     --ssim-weight 0.5 --batch-size 8 --warmup-steps 5 --flips --augment 1
-    --decoder-batch-size 8 --discriminator-channels 4 --discriminator-steps 9
     --prior gated --prior-channels 8 --prior-blocks 2 --prior-kernel-size 3
     --prior-dropout 0.2 --prior-ema-momentum 0.9 --prior-weight-decay 0.01
     --prior-augment 1 --prior-batch-size 8 --condition slice --no-evaluate
@@ -125,7 +124,7 @@ def main():
         finish(start("dataset.py", "simulate", data, *layout))
         epochs = EPOCHS_PER_KILL * options.kills
         settings = [*SETTINGS, "--data-dir", data, "--epochs", epochs]
-        settings += ["--prior-epochs", epochs, "--decoder-epochs", epochs // 2]
+        settings += ["--prior-epochs", epochs]
         finish(start("train.py", *settings, "--run-dir", alone))
         settings += ["--run-dir", killed]
         choice = random.Random(options.seed)

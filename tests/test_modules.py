@@ -602,45 +602,6 @@ def test_vqvae_refuses():
         new_quantizer(8, 4)(noise(2, 3, 3, 8))
 
 
-# Decoder stage
-
-
-def adversary(**settings):
-    """A decoder stage over a VQ-VAE of two levels and a crop."""
-    vqvae = tiny_vqvae((20, 16), crop=(2, 0, 16, 16), levels=2)
-    perturb(vqvae, scale=0.1)
-    defaults = {"discriminator_channels": 4, "discriminator_steps": 2}
-    return modules.AdversarialDecoder(vqvae, **(defaults | settings))
-
-
-def test_decoder_stage_changes_the_last_decoder_only():
-    """Prevents: indices that change, a discriminator that never starts."""
-    model = adversary(adversarial_weight=0.5)
-    vqvae, images = model.vqvae, blocky_images(4, 20, 16, seed=1)
-    before = {weight.path: weight.numpy() for weight in vqvae.weights}
-    codes, judge = vqvae.encode(images), model.discriminator.get_weights()
-    # Two steps alone, then both.
-    assert train(model, [images], repeat=2)["gradient_norm"] == 0
-    assert train(model, [images], repeat=2)["gradient_norm"] > 0
-    pairs = zip(judge, model.discriminator.get_weights(), strict=True)
-    moved = [np.any(a != b) for a, b in pairs]
-    assert all(moved[:-1])  # the last bias cancels
-    own = {weight.path for weight in vqvae.decoder_1.weights}
-    for weight in vqvae.weights:
-        moved = np.any(weight.numpy() != before[weight.path])
-        assert moved == (weight.path in own), weight.path
-    assert_all_equal(vqvae.encode(images), codes)
-    found = evaluate(model, images)
-    box, output = images[:, 2:18], vqvae(images).numpy()[:, 2:18]
-    error = np.mean((box - output) ** 2)
-    assert found["reconstruction_loss"] == pytest.approx(error, rel=1e-4)
-    ssim = np.mean(tf.image.ssim(box, output, 1.0))
-    assert found["ssim"] == pytest.approx(ssim, rel=1e-4)
-    terms = found["reconstruction_loss"] + found["feature_loss"]
-    terms += 0.5 * found["adversarial_loss"]
-    assert found["loss"] == pytest.approx(terms, rel=1e-5)
-
-
 # Causal layers and priors
 
 
@@ -1043,7 +1004,6 @@ def test_gradient_norm_is_that_of_the_unscaled_loss():
         ("vqvae", {"jit_compile": True}),
         ("pixelcnn", {"accumulation_steps": 5, "recompute": True}),
         ("pixelsnail", {"recompute": True}),
-        ("decoder", {"accumulation_steps": 2}),
     ],
 )
 def test_what_saves_memory_or_time_trains_alike(name, settings):
@@ -1056,8 +1016,6 @@ def test_what_saves_memory_or_time_trains_alike(name, settings):
             options = GRADIENT | {"restart_threshold": 0.0}
             model = tiny_vqvae((20, 16), **options)
             model.quantizer_1.step.assign(1)
-        elif name == "decoder":  # features are compared relative to a part
-            model = adversary(discriminator_steps=0, feature_weight=0.0)
         else:
             model = tiny_prior(name)
             batch = prior_batch(model, 5)

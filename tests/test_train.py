@@ -299,23 +299,6 @@ def test_stage_prior_needs_no_image(
     assert utils.Run.open(run.path).info["data_dir"] == str(oasis_dir)
 
 
-def test_stage_decoder_keeps_codes_and_priors(tiny_run, tmp_path, plain):
-    run = copy_run(tiny_run, tmp_path)
-    flags = "--decoder-epochs 2 --discriminator-channels 4"
-    flags += " --discriminator-steps 1"
-    train_tiny(run.path, "--stage", "decoder", *flags.split())
-    for name in ("prior.keras", "indices.npz"):
-        one, other = (r.path / name for r in (run, tiny_run))
-        assert one.read_bytes() == other.read_bytes()
-    pair = [modules.load_model(r.vqvae_path) for r in (run, tiny_run)]
-    for part in ("encoder", "quantizer", "decoder"):
-        one, other = (model.part(part, 1).get_weights() for model in pair)
-        assert np.array_equal(one[0], other[0]) == (part != "decoder")
-    rows = utils.read_history(run).query("stage == 'decoder'")
-    assert len(rows) == 2
-    assert np.isfinite(rows[["discriminator_loss", "val_ssim"]]).all(axis=None)
-
-
 def test_levels_of_other_conditions_are_refused_before_training(
     levels_run, tmp_path, capsys
 ):
@@ -403,13 +386,10 @@ def test_no_prior_over_a_collapsed_codebook_unless_forced(
 
 # === Resuming ===
 
-# All that has a state: dropout, averages, restarts, augmentation, a decoder
-# stage, two levels.
+# All that has a state: dropout, averages, restarts, augmentation, two levels.
 FLAGS = (
     "--levels 2 --prior gated --prior-dropout 0.2 --condition-dropout 0.3 "
-    "--prior-ema-momentum 0.9 --flips --augment 1 --prior-augment 1 "
-    "--decoder-epochs 2 --decoder-batch-size 4 --discriminator-channels 4 "
-    "--discriminator-steps 3"
+    "--prior-ema-momentum 0.9 --flips --augment 1 --prior-augment 1"
 ).split()
 
 

@@ -190,7 +190,7 @@ def test_the_environment_of_the_user_does_not_matter(tmp_path):
     --data-dir d | also say its layout: --dataset oasis
     --dataset oasis | --data-dir is required for --dataset oasis
     --tune 3 --prior-level 1 | does not go with --prior-level
-    --stage decoder | needs --run-dir
+    --stage prior | needs --run-dir
     """
 )
 def test_bad_flag_exits_2_in_one_line_naming_it(case, capsys):
@@ -508,9 +508,8 @@ ALL = '"format": 3, "settings": {' + json.dumps(
     {{"format": 3}} | not readable
     {{"format": 4, "settings": {{}}}} | format 4.*update the program
     {{"format": 2, "settings": {{}}}} | format 2.*train again
-    {{"format": 3, "settings": {{"epochs": 3}}}} | unfit setting.*seed
+    {{"format": 3, "settings": {{"epochs": 3}}}} | unfit setting.*recipe
     {{"format": 3, "settings": [1]}} | unfit
-    {{{ALL[:-1]}, "depth": 3}}}} | unfit setting.*depth
     {{{ALL[:-1]}, "epochs": -1}}}} | unfit.*--epochs
     {{{ALL[:-1]}, "image_size": [30, 30]}}}} | unfit.*multiple
     """)
@@ -521,6 +520,15 @@ def test_open_refuses_in_one_line(tmp_path, case):
     (tmp_path / "config.json").write_text(case[0])
     with pytest.raises(utils.RunError, match=case[1]):
         utils.Run.open(tmp_path)
+
+
+def test_settings_of_earlier_versions_are_left_out(tmp_path):
+    run = create(tmp_path / "run", seed=3)
+    file = json.loads(run.config_path.read_text())
+    file["settings"] |= {"decoder_epochs": 4, "stage": "decoder"}
+    run.config_path.write_text(json.dumps(file))
+    settings = utils.Run.open(run.path).settings
+    assert settings == utils.replace(run.settings, stage="all")
 
 
 def test_newest_is_the_last_with_a_model(tmp_path, monkeypatch):
@@ -552,8 +560,6 @@ def test_newest_is_the_last_with_a_model(tmp_path, monkeypatch):
     --stage prior --run-dir RUN --image-size 64 | !--image-size
     --stage prior --run-dir RUN --num-embeddings 8 | !--num-embeddings
     --stage prior --run-dir RUN --batch-size 9 | !--batch-size
-    --stage decoder --run-dir RUN --decoder-epochs 3 --smoke | decoder_epochs=3
-    --stage decoder --run-dir RUN --prior-channels 8 | !--prior-channels
     """)
 def test_a_training_that_starts_from_a_run(case, tmp_path):
     run = create(tmp_path / "run", epochs=12, prior_channels=96, seed=3)
