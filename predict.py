@@ -727,7 +727,7 @@ SHOWN_SAMPLES = 64  # in samples.png, and of each label
 FIT_IMAGES = 512  # training images that principal components are fitted to
 UNSEEN_IMAGES = 512  # test images that are searched for copies, at most
 FAILURES = 5  # worst reconstructions, and least likely samples, in a figure
-METRICS = ("ssim", "ssim_foreground", "ms_ssim", "psnr", "mae")
+METRICS = ("ssim", "ssim_foreground", "psnr", "mae")
 
 
 def evaluate_run(run, vqvae, priors, splits, options=None):
@@ -1036,9 +1036,8 @@ def image_sets(trained, train, test, n):
 
 def compare(sets, like, features="hog"):
     """`utils.compare_sets` of what `image_sets` returns, and more sets."""
-    name = utils.describe_features(features, sets["test"].shape[1:])
     subjects = like["train"].subjects, like["test"].subjects
-    return utils.compare_sets(sets, utils.FEATURES[features], name, *subjects)
+    return utils.compare_sets(sets, features, *subjects)
 
 
 def match_images(test, train, prior, count, seed):

@@ -11,7 +11,6 @@ Only the standard library, NumPy and tyro are imported here, so that `--help`
 and a mistyped flag answer at once; heavy packages are loaded on first use.
 """
 
-import ast
 import configparser
 import contextlib
 import csv
@@ -38,7 +37,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import types
 import typing
 import zipfile
@@ -112,7 +110,6 @@ RESOURCE_ERRNOS = {
 }
 # Lines that TensorFlow writes at every start, before its log level is read.
 NOTICES = r"^WARNING: All log messages before|^[IW][0-9]{4} |cuInit"
-_FIRST_IMPORT = threading.RLock()
 
 
 class lazy_import:
@@ -129,52 +126,30 @@ class lazy_import:
         # Tools that look a module over (`__wrapped__`) must not import it.
         if attribute.startswith("__") and attribute != "__version__":
             raise AttributeError(attribute)
-        return getattr(_import_module(self._name), attribute)
+        if self._name in ("tensorflow", "keras", "modules"):
+            _start_tensorflow()
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 @functools.cache
-def _import_module(name):
-    """Import a module; without notices if it is the first to use TensorFlow."""
-    with _FIRST_IMPORT:  # file descriptor 2 is the process's, not a thread's
-        first = "tensorflow" not in sys.modules
-        with _without_notices() if first else contextlib.nullcontext():
-            module = importlib.import_module(name)
-            if first and "tensorflow" in sys.modules:  # looks for GPUs now
-                sys.modules["tensorflow"].config.list_physical_devices()
-        configure_keras()
-        return module
-
-
-@contextlib.contextmanager
-def _without_notices():
-    """Hold back TensorFlow's start-up notices; let all else through.
+def _start_tensorflow():
+    """Import TensorFlow; hold back its notices and let all else through.
 
     Another process filters: what TensorFlow says before it ends this one (a
     CPU without AVX, a CUDA that does not fit) arrives all the same.
     """
     command = ["grep", "--line-buffered", "-vE", NOTICES]
-    grep = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
-    sys.stderr.flush()
-    saved = os.dup(2)
-    os.dup2(grep.stdin.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(saved, 2)
-        os.close(saved)
-        grep.communicate()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2) as grep:
+        saved = os.dup(2)
+        os.dup2(grep.stdin.fileno(), 2)
+        try:
+            tensorflow = importlib.import_module("tensorflow")
+            tensorflow.config.list_physical_devices()  # looks for GPUs now
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
-def configure_keras():
-    """Undo what `~/.keras/keras.json` may say, if Keras is imported."""
-    if config := getattr(sys.modules.get("keras"), "config", None):
-        config.set_image_data_format("channels_last")
-        config.set_floatx("float32")
-        config.set_epsilon(1e-7)
-
-
-configure_keras()
 keras = lazy_import("keras")
 pd = lazy_import("pandas")
 tf = lazy_import("tensorflow")
@@ -188,8 +163,10 @@ def _as_user_error(error):
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, UserError):
         return error
-    if kind == "UnknownError" and (raised := _raised_in_pipeline(text)):
-        return _as_user_error(raised)
+    # Of an error in a data pipeline Keras tells in words.
+    found = re.search(r"\bDataError: (.*?) Traceback \(most recent", text)
+    if kind == "UnknownError" and found:
+        return DataError(found[1])
     if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}; {RESOURCE_ERRNOS[error.errno]}"
@@ -199,26 +176,13 @@ def _as_user_error(error):
         kind in ("UnavailableError", "AbortedError")
         or "Collective ops is aborted" in text
     ):
-        found = re.search(r"/job:worker/(?:replica:\d+/)?task:(\d+)", text)
-        worker = f"worker {found[1]}" if found else "a worker"
-        text = f"{worker} died or cannot be reached; once all workers are "
+        text = "a worker died or cannot be reached; once all workers are "
         text += "there, continue from the last checkpoint with --resume"
     elif kind == "ResourceExhaustedError" or isinstance(error, MemoryError):
         text = "out of memory; use a smaller --batch-size or --image-size"
     else:
         return None
     return ResourceError(text)
-
-
-def _raised_in_pipeline(text):
-    """Return the error of a data pipeline, of which Keras tells in words."""
-    kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
-    end = r" Traceback \(most recent call last\)"
-    if found := re.search(rf"\b({'|'.join(kinds)}): (.*?){end}", text):
-        return kinds[found[1]](found[2])
-    if found := re.search(rf"\[Errno (\d+)\] (.*?)(?:: '(.*?)')?{end}", text):
-        return OSError(int(found[1]), found[2], found[3])
-    return None
 
 
 class Stopped(BaseException):
@@ -248,10 +212,8 @@ class StopSignals:
     received, _deferred = 0, False
 
     def __enter__(self):
-        self._handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._handlers[number] = signal.signal(number, self._note)
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        self._handlers = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
     def __exit__(self, *exception):
@@ -282,9 +244,8 @@ class StopSignals:
 def run_main(main, argv=None):
     """Call `main(argv)`; end with the exit codes of the README.
 
-    A `UserError` becomes one line on stderr. Anything else is a defect of
-    ours and keeps its traceback, as everything does under `--debug` or
-    `MRI_VQVAE_DEBUG=1`.
+    A `UserError` becomes one line on stderr. Anything else is a defect and
+    keeps its traceback, as all do under `--debug` or `MRI_VQVAE_DEBUG=1`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv or os.environ.get("MRI_VQVAE_DEBUG") == "1"
@@ -308,12 +269,6 @@ def run_main(main, argv=None):
         sys.exit(user_error.exit_code)
     if code:
         sys.exit(code)
-
-
-@functools.cache
-def warn_once(text):
-    """Print a warning to stderr, the same one only once."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 # -------------------------------------------------------------- 2. Settings
@@ -391,7 +346,7 @@ def settings(cls):
     """Make a class a frozen dataclass that checks its values.
 
     A field is a flag: its type has the bounds, the string below it is the
-    help. A value that its type does not allow is a `FlagError`.
+    help. A value that does not fit is a `FlagError`.
     """
     further = getattr(cls, "__post_init__", lambda self: None)
 
@@ -402,6 +357,10 @@ def settings(cls):
                 raise _refusal(flag_name(field), field.type, typed(value))
         further(self)
 
+    for name, hint in cls.__annotations__.items():
+        if getattr(cls, name, ...) is None:  # the help says what None means
+            note = arg(help_behavior_hint="")
+            cls.__annotations__[name] = Annotated[hint, note]
     cls.__post_init__ = check
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
@@ -502,13 +461,11 @@ class DataSettings:
     data_dir: Folder = None
     """Folder of a real data set."""
     subject_pattern: str | None = None
-    """For --dataset folder: regular expression of file names with groups
-    named subject, slice, label (default: guessed)."""
+    """Of folder: regex, groups subject, slice, label (default: guessed)."""
     phantom_subjects: Number[3, 100_000] = 80
     """Simulated subjects."""
     image_size: ImageSize | None = None
-    """Height and width in pixels, a multiple of the total downsampling
-    (default: the most common size of the data)."""
+    """Multiple of the total downsampling (default: most common size)."""
     resize: bool = False
     """Resample images of another size."""
     crop: bool = True
@@ -600,8 +557,7 @@ class TrainingSettings:
     flips: bool = False
     """Mirror half of the images left to right, in every stage."""
     augment: Weight = 0.0
-    """Strength of random changes of images for the VQ-VAE; 1: shifts up to 3
-    pixels of 176, 7 % in intensity."""
+    """Strength of random changes; 1: shifts of 3 pixels of 176, 7 %."""
     prior_epochs: Count = 100
     """Passes of the prior over the training grids."""
     prior_batch_size: Count = 64
@@ -817,8 +773,6 @@ def parse(cls, argv, description=None, default=None, prog=None):
     flags = {flag_name(field) for _, _, field in _walk(cls)}
     if "--debug" not in flags:  # `run_main` reads it
         argv = [word for word in argv if word != "--debug"]
-    if {"-h", "--help"} & set(argv):
-        _add_help(sys.modules[cls.__module__])
     with tyro._errors.on_parse_error(functools.partial(_refuse, flags)):
         return tyro.cli(
             cls,
@@ -828,27 +782,6 @@ def parse(cls, argv, description=None, default=None, prog=None):
             default=tyro.MISSING_NONPROP if default is None else default,
             config=_LOOK,
         )
-
-
-@functools.cache
-def _add_help(module):
-    """Add to the fields of settings what `--help` says: text below, bounds.
-
-    tyro finds the text as well, but keeps its indents, and is slow.
-    """
-    for node in ast.parse(inspect.getsource(module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        hints = vars(module)[node.name].__annotations__
-        for field, below in itertools.pairwise(node.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                hint = hints[field.target.id]
-                text = " ".join(below.value.value.split())
-                if " in " in (bounds := _expected(hint)):
-                    text = f"{text.removesuffix('.')}; {bounds}."
-                said = "" if "(default" in text else None
-                note = arg(help=text, help_behavior_hint=said)
-                hints[field.target.id] = Annotated[hint, note]
 
 
 def _refuse(flags, event):
@@ -1067,26 +1000,26 @@ def _sync(path):
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
+    except OSError as error:  # not all file systems can
         if error.errno in RESOURCE_ERRNOS:
             raise
-        warn_once(f"this file system cannot fsync ({error.strerror})")
     finally:
         os.close(descriptor)
 
 
 def write_json(path, value):
     """Write JSON atomically; a NaN or infinity is a `ValueError`."""
-    options = {"allow_nan": False, "ensure_ascii": False, "sort_keys": True}
-    text = json.dumps(value, indent=2, default=_as_json, **options) + "\n"
+    text = json.dumps(
+        value,
+        allow_nan=False,
+        ensure_ascii=False,
+        sort_keys=True,
+        indent=2,
+        default=lambda v: v.tolist() if hasattr(v, "tolist") else os.fspath(v),
+    )
     # A file name need not be valid UTF-8.
-    data = text.encode("utf-8", "surrogateescape")
+    data = f"{text}\n".encode("utf-8", "surrogateescape")
     write_atomic(path, lambda p: p.write_bytes(data))
-
-
-def _as_json(value):
-    """Return an array as a list, a path as text."""
-    return value.tolist() if hasattr(value, "tolist") else os.fspath(value)
 
 
 def write_csv(path, frame):
@@ -1120,7 +1053,6 @@ class Run:
         self.path = Path(path)
         self.settings = settings
         self.info = info
-        self._is_new = False
         self._lock = None
         self._of_models = flat(settings)  # in config.json
 
@@ -1176,12 +1108,9 @@ class Run:
         folder = settings.run.run_dir or f"runs/{settings.recipe}-{now}"
         run = cls(folder, settings, info)
         try:
-            run._make(unique=not settings.run.run_dir)
+            run.path.mkdir(parents=True, exist_ok=True)
             run.lock()
-            names = {entry.name for entry in run.path.iterdir()} - {"run.lock"}
-            if names == {"config.json"}:  # of a run that never began
-                cls.open(run.path)
-            elif names:
+            if {entry.name for entry in run.path.iterdir()} - {"run.lock"}:
                 raise RunError(
                     f"{run.path}: the folder is not empty; choose another with "
                     "--run-dir, or continue its training with --resume"
@@ -1197,23 +1126,8 @@ class Run:
             ) from error
         return run
 
-    def _make(self, unique):
-        """Make the folder; with `unique` under a name that nobody has yet."""
-        name = self.path.name
-        for number in itertools.count(2):
-            self._is_new = not self.path.exists()
-            try:
-                return self.path.mkdir(parents=True, exist_ok=not unique)
-            except FileExistsError:
-                if not unique:  # it is a file
-                    raise
-            self.path = self.path.with_name(f"{name}-{number}")
-
     def lock(self):
-        """Keep other trainings out until `unlock`; `RunError` if one is in.
-
-        Where the file system has no locks this is said, and none is held.
-        """
+        """Keep other trainings out until `unlock`; `RunError` if one is in."""
         import filelock
 
         lock = filelock.FileLock(self.lock_path, timeout=0)
@@ -1227,10 +1141,8 @@ class Run:
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", None) in RESOURCE_ERRNOS:
                 raise
-            warn_once(
-                f"{self.path}: a file system without locks ({error}); take "
-                "care that no other training uses this folder"
-            )
+            warning = "this file system cannot lock out other trainings"
+            print(f"warning: {self.path}: {warning}", file=sys.stderr)
         self._lock = lock
         remove_temporary_files(self.path.rglob("*.tmp-*"))
 
@@ -1284,11 +1196,9 @@ class Run:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{file}: not readable ({error!r})") from error
         if number != FORMAT:
-            older = "train again, or use the version that made it"
-            advice = older if number < FORMAT else "update the program"
             raise RunError(
-                f"{file}: format {number}, this program reads {FORMAT}; "
-                f"{advice}"
+                f"{file}: format {number}, this program reads {FORMAT}; use "
+                "the version that made it"
             )
         run = cls(path, Settings(), info)
         run.settings, run._of_models = run._read(stored), stored
@@ -1327,10 +1237,8 @@ class Run:
     def discard(self):
         """Remove the folder again if nothing came of the run."""
         self.unlock()
-        if [entry.name for entry in self.path.iterdir()] == ["config.json"]:
-            self.config_path.unlink()
-            if self._is_new:
-                self.path.rmdir()
+        if list(self.path.iterdir()) == [self.config_path]:
+            shutil.rmtree(self.path)
 
     def update(self, **keys):
         """Add keys to `info` and rewrite `config.json` in one step."""
@@ -1546,7 +1454,6 @@ def peak_memory_mb():
 
 SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 FOREGROUND = 0.05  # intensity; the background of a slice is 0
 PSNR_CAP = 100.0  # dB, so that equal images have a finite value
 
@@ -1599,20 +1506,6 @@ def ssim_foreground(x, y):
     inside = tf.cast(mean > FOREGROUND, tf.float32)
     total = tf.reduce_sum(values * inside, axis=[1, 2])
     return total / tf.reduce_sum(inside, axis=[1, 2])
-
-
-def ms_ssim(x, y):
-    """Return the multi-scale SSIM (B,) over the scales that fit an image.
-
-    `tf.image.ssim_multiscale`; fewer weights are scaled to the sum of all.
-    """
-    scales, side = 0, min(x.shape[1:3])
-    while side >= SSIM_WINDOW and scales < len(MS_SSIM_WEIGHTS):
-        scales, side = scales + 1, (side + 1) // 2
-    weights = np.array(MS_SSIM_WEIGHTS[:scales])
-    weights *= sum(MS_SSIM_WEIGHTS) / weights.sum()
-    x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
-    return tf.image.ssim_multiscale(x, y, 1.0, weights.tolist())
 
 
 def psnr(x, y):
@@ -1701,14 +1594,9 @@ NEIGHBOURS = 5  # k of precision, recall, density and coverage
 PCA_SHARE = 8  # images of a set for each principal component
 MOST_COMPONENTS = 64
 HOG_ORIENTATIONS = 9
-HOG_CELLS = 12  # along the short side
+HOG_CELLS = 12  # along the short side; of 4 pixels or more
 HOG_CONTRAST = 1e-3  # mean gradient, intensity a pixel, of a block that fades
 TINY = 1e-12  # so that no ratio divides by 0
-
-
-def hog_cell(height, width):
-    """Return the side of a HOG cell: a 12th of the short side, 4 or more."""
-    return max(4, round(min(height, width) / HOG_CELLS))
 
 
 def hog_features(images):
@@ -1723,7 +1611,7 @@ def hog_features(images):
     """
     from skimage.feature import hog
 
-    side = hog_cell(*images.shape[1:])
+    side = max(4, round(min(images.shape[1:]) / HOG_CELLS))
     options = {"pixels_per_cell": (side, side), "cells_per_block": (2, 2)}
     options |= {"orientations": HOG_ORIENTATIONS, "block_norm": "L2"}
     # scikit-image adds (1e-5)^2 to the squared length that it divides by.
@@ -1755,17 +1643,6 @@ def inception_network():
 FEATURES = {"hog": hog_features, "inception": inception_features}
 
 
-def describe_features(name, image_size):
-    """Return a feature space in words, with its parameters."""
-    if name == "inception":
-        return "ImageNet Inception v3, average pool"
-    cell = size_text([hog_cell(*image_size)] * 2)
-    return (
-        f"HOG of {HOG_ORIENTATIONS} orientations, {cell}-pixel cells, 2x2-cell "
-        f"blocks above contrast {HOG_CONTRAST}"
-    )
-
-
 def principal_components(fit, n):
     """Return the projection to principal components of the features `fit`.
 
@@ -1795,43 +1672,6 @@ def frechet_distance(x, y):
     overlap = np.sqrt(np.maximum(shared, 0)).sum()
     traces = np.trace(cov_x) + np.trace(cov_y) - 2 * overlap
     return float(max(difference @ difference + traces, 0))
-
-
-def kernel_distance(x, y, subjects_x, subjects_y):
-    """Return the kernel distance (KID) of features (N, F) and (M, F).
-
-    The unbiased squared maximum mean discrepancy of the kernel
-    (a b / F + 1)^3: 0 on average, so at times below, for sets of one kind.
-    Images of a subject are alike, so within a set only pairs of different
-    subjects are compared; the interval resamples the subjects of both sets.
-    None if a set has fewer than two.
-
-    Reference: Binkowski et al., 2018, arXiv:1801.01401.
-    """
-    names_x, owner_x = np.unique(subjects_x, return_inverse=True)
-    names_y, owner_y = np.unique(subjects_y, return_inverse=True)
-    if min(len(names_x), len(names_y)) < 2:
-        return None
-    owner = np.concatenate([owner_x, owner_y + len(names_x)])
-    first = np.unique(owner, return_index=True)[1]
-    in_x = np.arange(len(first)) < len(names_x)
-    # Sums of the kernel, and numbers of pairs, for each pair of subjects.
-    one_hot = (owner == np.arange(len(first))[:, None]).astype(np.float64)
-    kernel = _measures.pairwise.polynomial_kernel(np.vstack([x, y]))
-    sums = one_hot @ kernel @ one_hot.T
-    pairs = np.outer(one_hot.sum(1), one_hot.sum(1))
-    np.fill_diagonal(sums, 0)
-    np.fill_diagonal(pairs, 0)
-
-    def mean(a, b):
-        number = a @ pairs @ b
-        return a @ sums @ b / number if number else math.nan
-
-    def distance(weights):
-        u, v = weights[first] * in_x, weights[first] * ~in_x
-        return mean(u, u) + mean(v, v) - 2 * mean(u, v)
-
-    return bootstrap(distance, owner)
 
 
 def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
@@ -1888,25 +1728,23 @@ def jackknife_ratio(ratio, subjects):
 
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
-# Which images of `compare_sets` show what an evaluation calls a stage.
-STAGES = {"rebuilt": "rebuilt", "upper_real": "upper_real"}
-STAGES["all_drawn"] = "generated"
 
 
-def compare_sets(sets, extract, name, train_subjects, test_subjects):
+def compare_sets(sets, space, train_subjects, test_subjects):
     """Compare generated and training images with test images.
 
     Args:
         sets: {name: images (N, H, W)}: `generated`, `train` and `test`,
             equally many; `fit`, other training images for the principal
             components; maybe `rebuilt`, `upper_real`: which stage limits?
-        extract: function of images to features (N, F); `name` says which.
+        space: name of the feature space, of `FEATURES`.
 
     Returns: dict for `evaluation.json`; None where images are too few.
     """
-    n = len(sets["generated"])
+    name = f"{space} of {size_text(sets['test'].shape[1:])} images"
+    n, extract = len(sets["generated"]), FEATURES[space]
     if n < 2 * PCA_SHARE:
-        names = ("frechet", "by_stage", "kid", *MANIFOLD)
+        names = ("frechet", "by_stage", *MANIFOLD)
         return {"features": name, **dict.fromkeys(names), "floor": {}}
     features = {key: extract(images) for key, images in sets.items()}
     fit = features.pop("fit")
@@ -1920,7 +1758,9 @@ def compare_sets(sets, extract, name, train_subjects, test_subjects):
     def ratio(kept=slice(None), key="generated"):
         return distance(key, kept) / distance("train", kept)
 
-    stages = {k: key for k, key in STAGES.items() if key in features}
+    # Which of the sets show what an evaluation calls a stage.
+    stages = {"rebuilt": "rebuilt", "upper_real": "upper_real"}
+    stages["all_drawn"] = "generated"
     components = f"{real.shape[1]} principal components"
     return {
         "features": f"{name}, {components} of {len(fit)} training images",
@@ -1930,7 +1770,11 @@ def compare_sets(sets, extract, name, train_subjects, test_subjects):
             "ratio": ratio(),
             "ratio_ci95": jackknife_ratio(ratio, subjects),
         },
-        "by_stage": {stage: ratio(key=key) for stage, key in stages.items()},
+        "by_stage": {
+            stage: ratio(key=key)
+            for stage, key in stages.items()
+            if key in features
+        },
         # Generated images are of no one: as many subjects as images.
         **_score_set(features["generated"], real, range(n), subjects),
         "floor": _score_set(features["train"], real, train_subjects, subjects),
@@ -1938,9 +1782,8 @@ def compare_sets(sets, extract, name, train_subjects, test_subjects):
 
 
 def _score_set(fake, real, *subjects):
-    """Return KID, precision, recall, density and coverage, with intervals."""
-    scores = {"kid": kernel_distance(fake, real, *subjects)}
-    values = manifold_scores(fake, real, *subjects)
+    """Return precision, recall, density and coverage, with intervals."""
+    values, scores = manifold_scores(fake, real, *subjects), {}
     for key in MANIFOLD:
         owners = subjects[key in ("recall", "coverage")]
         scores[key] = values and bootstrap(mean_of(values[key]), owners)
