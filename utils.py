@@ -699,15 +699,12 @@ class Settings:
 
 def check_image_size(size, multiple, name="--image-size"):
     """Raise `FlagError` unless both sides of `size` divide by `multiple`."""
-    if all(side % multiple == 0 for side in size):
-        return
-    smaller = [side // multiple * multiple for side in size]
-    larger = [-(-side // multiple) * multiple for side in size]
-    fits = [size_text(fit) for fit in (smaller, larger) if min(fit) >= 16]
-    raise FlagError(
-        f"{name}: {size_text(size)} is not a multiple of {multiple}; "
-        f"use {' or '.join(fits)}"
-    )
+    fit = tuple(math.ceil(side / multiple) * multiple for side in size)
+    if fit != tuple(size):
+        raise FlagError(
+            f"{name}: {size_text(size)} is not a multiple of {multiple}; "
+            f"use {size_text(fit)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -746,13 +743,11 @@ RECIPES = _read_recipes()
 
 def list_recipes():
     """Return the recipes as text: what each is, and its flags."""
-    rows, usual = [], flat(Settings())
+    rows = []
     for name, recipe in RECIPES.items():
-        chosen = flat(recipe.settings).items()
-        flags = [f"{k}={typed(v)}" for k, v in chosen if v != usual[k]]
         rows += [f"{name}: {recipe.description}", f"  {recipe.source}"]
         rows += [f"  figure of the original: {recipe.figure}"]
-        rows += [f"  {line}" for line in textwrap.wrap(" ".join(flags), 76)]
+        rows += [f"  {line}" for line in textwrap.wrap(recipe.flags, 76)]
     return "\n".join(rows)
 
 
@@ -764,8 +759,6 @@ def align(rows):
 
 
 # The command line is made from the settings by tyro.
-
-_LOOK = tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName
 
 
 def parse(cls, argv, description=None, default=None, prog=None):
@@ -780,7 +773,10 @@ def parse(cls, argv, description=None, default=None, prog=None):
             prog=prog or Path(sys.argv[0]).name,
             description=inspect.cleandoc(description or cls.__doc__),
             default=tyro.MISSING_NONPROP if default is None else default,
-            config=_LOOK,
+            config=(
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.PositionalMetavarFromFieldName,
+            ),
         )
 
 
@@ -789,8 +785,7 @@ def _refuse(flags, event):
     tokens = getattr(event, "tokens", getattr(event, "unrecognized_tokens", []))
     if tokens:
         name = tokens[0].split("=")[0]
-        near = [flag for flag in sorted(flags) if flag.startswith(name)]
-        near = near or difflib.get_close_matches(name, flags, 1)
+        near = difflib.get_close_matches(name, flags, 1)
         advice = f"did you mean {near[0]}?" if near else "see --help"
         raise FlagError(f"{name}: unknown argument; {advice}")
     if isinstance(event, tyro._errors.MissingArgs):
@@ -825,10 +820,8 @@ def parse_verbs(verbs, argv, description=None, default=None):
     is_path = os.path.sep in first or os.path.exists(first)
     if default and (first[:1] in ("", "-") or is_path):
         return default, parse(verbs[default], argv, prog=program)
-    near = difflib.get_close_matches(first, verbs, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     raise FlagError(
-        f"VERB: expected one of {', '.join(verbs)}, found {first!r}{hint}"
+        f"VERB: expected one of {', '.join(verbs)}, found {first!r}"
     )
 
 
@@ -926,18 +919,14 @@ def _check_together(chosen, is_new):
             f"--data-dir is required for --dataset {data.dataset}: the folder "
             "that holds its images (with --smoke they are simulated)"
         )
-    both = search.objective == "ssim+bits"
-    wrong = {
-        "--resume": run.resume,
-        "--stage prior": run.stage == "prior",
-        "--stage vqvae --objective ssim+bits": both and run.stage == "vqvae",
-        "--prior-level": run.prior_level,
-    }
-    for flags in filter(wrong.get, wrong if search.tune else ()):
+    bits = search.objective == "ssim+bits"
+    whole = run.stage == "all" or run.stage == "vqvae" and not bits
+    if search.tune and (run.resume or run.prior_level or not whole):
         raise FlagError(
-            f"--tune does not go with {flags}: a search trains every trial "
-            "from the beginning; to continue one, repeat its command with its "
-            "--run-dir"
+            "--tune does not go with --resume, --prior-level, --stage prior, or "
+            "--stage vqvae with --objective ssim+bits: a search trains every "
+            "trial from the beginning; to continue one, repeat its command "
+            "with its --run-dir"
         )
 
 
@@ -1339,20 +1328,16 @@ def choose_precision(precision="auto"):
     """Return (Keras policy, reason); bfloat16 where hardware computes it."""
     if precision != "auto":
         return precision, "asked for"
-    details = map(
-        tf.config.experimental.get_device_details,
-        tf.config.list_physical_devices("GPU"),
-    )
-    versions = [gpu.get("compute_capability", (0, 0)) for gpu in details]
-    if versions and min(versions) < (8, 0):
-        return "float32", "a GPU computes bfloat16 slowly"
-    if versions:
-        return "mixed_bfloat16", "the GPU computes bfloat16"
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text().split()
-        if {"avx512_bf16", "amx_bf16"} & set(flags):
-            return "mixed_bfloat16", "the CPU computes bfloat16"
-    return "float32", "the CPU does not compute bfloat16"
+    gpus = tf.config.list_physical_devices("GPU")
+    details = map(tf.config.experimental.get_device_details, gpus)
+    fast = [d.get("compute_capability", (0, 0)) >= (8, 0) for d in details]
+    if not gpus:
+        with contextlib.suppress(OSError):
+            flags = Path("/proc/cpuinfo").read_text().split()
+            fast = [not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)]
+    if fast and all(fast):
+        return "mixed_bfloat16", "the hardware computes bfloat16"
+    return "float32", "the hardware does not compute bfloat16"
 
 
 def describe_devices():
@@ -2151,15 +2136,12 @@ def plot_history(path, history):
     for panels, (stage, rows) in zip(axes, stages.items(), strict=True):
         curves = rows.set_index("epoch").dropna(axis=1, how="all")
         for ax, name in zip(panels, CURVES, strict=True):
-            ax.set_visible(name in curves)
-            for column, label in ((name, "train"), (f"val_{name}", "validate")):
-                if column in curves:
-                    ax.plot(curves[column].dropna(), ".-", label=label)
-                    ax.legend(fontsize=8)
-            ax.set_title(f"{stage}: {name.replace('_', ' ')}", fontsize=10)
-            ax.set_xlabel("epoch")
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.grid(alpha=0.3)
+            shown = curves.filter(regex=rf"^(val_)?{name}$")
+            ax.set_visible(not shown.empty)
+            if not shown.empty:
+                title = f"{stage}: {name.replace('_', ' ')}"
+                shown.interpolate().plot(ax=ax, style=".-", title=title)
+                ax.xaxis.get_major_locator().set_params(integer=True)
     _save_figure(figure, path)
 
 

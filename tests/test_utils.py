@@ -179,12 +179,12 @@ def test_the_environment_of_the_user_does_not_matter(tmp_path):
     --recipe x | one of quickstart, adni-vqvae-pixelcnn
     --image-size axb | H or HxW, both a whole number in [16, 4096], found 'axb'
     --image-size 8 | in [16, 4096], found 8x8
-    --image-size 30x32 | not a multiple of 4; use 28x32 or 32x32
+    --image-size 30x32 | not a multiple of 4; use 32x32
     --image-size 20 --downsampling 32 | use 32x32
     --condition slice,age | label,slice, found slice,age
     --data-dir d | also say its layout: --dataset oasis
     --dataset oasis | --data-dir is required for --dataset oasis
-    --tune 3 --prior-level 1 | does not go with --prior-level
+    --tune 3 --prior-level 1 | does not go with --resume, --prior-level
     --stage prior | needs --run-dir
     """
 )
@@ -313,7 +313,6 @@ def test_verbs_read_positionals_and_short_flags(tmp_path, capsys):
 
 @cases(r"""
     paint | ^VERB: expected one of generate, show, found 'paint'$
-    shaw | did you mean show
     generate | ^RUN: missing
     generate R -n 0 | ^--number: expected a whole number in \[1, .*, found 0
     generate R -n x | ^--number: expected a whole number in \[1, .*found 'x'
