@@ -923,7 +923,7 @@ def _check_together(chosen, is_new):
     whole = run.stage == "all" or run.stage == "vqvae" and not bits
     if search.tune and (run.resume or run.prior_level or not whole):
         raise FlagError(
-            "--tune does not go with --resume, --prior-level, --stage prior, or "
+            "--tune does not go with --resume, --prior-level, --stage prior or "
             "--stage vqvae with --objective ssim+bits: a search trains every "
             "trial from the beginning; to continue one, repeat its command "
             "with its --run-dir"
@@ -939,11 +939,10 @@ PACKAGES += "scikit-image scikit-learn scipy pillow"
 _HOST = re.sub(r"\W", "_", platform.node())
 
 
-def write_atomic(path, write, previous=None):
+def write_atomic(path, write):
     """Let `write(temporary_path)` make a file, then move it to `path`.
 
-    Whatever happens, `path` is either the old or the new complete file; or,
-    with `previous`, where the old one is moved first, at least that is. A
+    Whatever happens, `path` is either the old or the new complete file. A
     folder is written in the same way, if there is none yet or an empty one.
     """
     path = Path(path)
@@ -954,8 +953,6 @@ def write_atomic(path, write, previous=None):
         write(temporary)
         for written in (*temporary.rglob("*"), temporary):
             _sync(written)
-        if previous and path.exists():
-            os.replace(path, previous)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
@@ -1162,8 +1159,7 @@ class Run:
         """Note that `part` is in its file, and remove its checkpoint."""
         training = self.info["training"]
         self.update(training={**training, "done": [*training["done"], part]})
-        for path in checkpoint_generations(self.checkpoint_path / part):
-            path.unlink(missing_ok=True)
+        (self.checkpoint_path / f"{part}.npz").unlink(missing_ok=True)
 
     def complete(self):
         """Note that nothing is left to do."""
@@ -1236,19 +1232,6 @@ class Run:
         write_json(self.config_path, document)
 
 
-def checkpoint_generations(path):
-    """Return the files of a checkpoint, the newest first."""
-    ends = (".npz", ".previous.npz")
-    return [path.with_name(path.name + end) for end in ends]
-
-
-def write_checkpoint(path, state, arrays):
-    """Write a dict of JSON values and one of arrays; keep the one before."""
-    newest, previous = checkpoint_generations(path)
-    text = json.dumps(state, allow_nan=False)
-    write_atomic(newest, lambda p: np.savez(p, state=text, **arrays), previous)
-
-
 # What NumPy, pandas and json raise over a damaged file.
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
@@ -1259,24 +1242,24 @@ def _read_arrays(path):
         return dict(archive)
 
 
-def read_checkpoint(path):
-    """Return the newest undamaged checkpoint: state, arrays; or {}, {}.
+def write_checkpoint(path, state, arrays):
+    """Write a dict of JSON values and one of arrays to `path`.npz."""
+    text = json.dumps(state, allow_nan=False)
+    write_atomic(f"{path}.npz", lambda p: np.savez(p, state=text, **arrays))
 
-    `RunError` if there are files, but all are damaged.
-    """
-    damage = None
-    for file in filter(Path.exists, checkpoint_generations(path)):
-        try:
-            arrays = _read_arrays(file)
-            return json.loads(str(arrays.pop("state"))), arrays
-        except _DAMAGE as error:
-            damage = f"{file}: damaged ({error})"
-            print(f"warning: {damage}", file=sys.stderr)
-    if damage:
+
+def read_checkpoint(path):
+    """Return state and arrays of a checkpoint; {}, {} if there is none."""
+    path = Path(f"{path}.npz")
+    if not path.exists():
+        return {}, {}
+    try:
+        arrays = _read_arrays(path)
+        return json.loads(str(arrays.pop("state"))), arrays
+    except _DAMAGE as error:
         raise RunError(
-            f"{damage}; remove the folder {path.parent} to train that part anew"
-        )
-    return {}, {}
+            f"{path}: damaged ({error}); remove it to train that part anew"
+        ) from error
 
 
 def _read(path, read, **options):

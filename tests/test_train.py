@@ -457,16 +457,14 @@ def half_done(oasis_dir, tmp_path_factory):
 
 
 def test_damaged_checkpoints_are_refused(half_done, tmp_path, capsys):
-    """Both of them: one gives way to the one before, see test_utils.py."""
     run = copy_run(half_done, tmp_path)
     state, _ = utils.read_checkpoint(run.checkpoint_path / "vqvae")
     assert state["round"] == 3 and not run.lock_path.exists()
-    assert names_in(run.checkpoint_path) == {"vqvae.npz", "vqvae.previous.npz"}
-    for path in run.checkpoint_path.iterdir():
-        path.write_bytes(path.read_bytes()[:1000])
+    (path,) = run.checkpoint_path.iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
     assert run_main("--resume", run.path) == 4
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "vqvae.previous.npz" in error
+    assert error.startswith("error: ") and path.name in error
     assert not list(run.path.glob("*.keras"))
 
 

@@ -386,18 +386,14 @@ def test_json_is_sorted_plain_and_refuses_nan(tmp_path):
     assert path.read_text(encoding="utf-8") == text
 
 
-def test_checkpoints_keep_the_one_before(tmp_path, capsys):
+def test_checkpoints(tmp_path):
     path = tmp_path / "vqvae"
     assert utils.read_checkpoint(path) == ({}, {})
-    for step in (1, 2, 3):
+    for step in (1, 2):
         utils.write_checkpoint(path, {"step": step}, {"a": np.full(9, step)})
     state, arrays = utils.read_checkpoint(path)
-    assert state == {"step": 3} and arrays["a"].tolist() == [3] * 9
-    newest, previous = utils.checkpoint_generations(path)
-    newest.write_bytes(newest.read_bytes()[:-60])
-    assert utils.read_checkpoint(path)[0] == {"step": 2}
-    assert f"{newest}: damaged" in capsys.readouterr().err
-    previous.write_bytes(b"x")
+    assert state == {"step": 2} and arrays["a"].tolist() == [2] * 9
+    path.with_suffix(".npz").write_bytes(b"x")
     with pytest.raises(utils.RunError, match="to train that part anew"):
         utils.read_checkpoint(path)
 
