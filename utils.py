@@ -98,16 +98,9 @@ class ResourceError(UserError):
     exit_code = 6
 
 
-RESOURCE_ERRNOS = {
-    errno.ENOSPC: "free some disk space",
-    errno.EDQUOT: "free some disk space",
-    errno.EFBIG: "raise the file size limit",
-    errno.EACCES: "check its permissions or choose another folder",
-    errno.EPERM: "check its permissions or choose another folder",
-    errno.EROFS: "choose another folder",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.EIO: "check the disk",
-}
+# What is wrong with a disk or its permissions, not with the program.
+RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE}
+RESOURCE_ERRNOS |= {errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
 # Lines that TensorFlow writes at every start, before its log level is read.
 NOTICES = r"^WARNING: All log messages before|^[IW][0-9]{4} |cuInit"
 
@@ -169,9 +162,9 @@ def _as_user_error(error):
         return DataError(found[1])
     if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
         where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror}; {RESOURCE_ERRNOS[error.errno]}"
+        text = f"{where}{error.strerror}"
     elif "No space left on device" in text:  # so h5py and TensorFlow say it
-        text = "No space left on device; free some disk space"
+        text = "No space left on device"
     elif (
         kind in ("UnavailableError", "AbortedError")
         or "Collective ops is aborted" in text
@@ -245,10 +238,9 @@ def run_main(main, argv=None):
     """Call `main(argv)`; end with the exit codes of the README.
 
     A `UserError` becomes one line on stderr. Anything else is a defect and
-    keeps its traceback, as all do under `--debug` or `MRI_VQVAE_DEBUG=1`.
+    keeps its traceback, as everything does with `--debug`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in argv or os.environ.get("MRI_VQVAE_DEBUG") == "1"
     try:
         code = main(argv)
     except (Stopped, KeyboardInterrupt) as stopped:
@@ -259,7 +251,7 @@ def run_main(main, argv=None):
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         user_error = _as_user_error(error)
-        if debug or user_error is None:
+        if "--debug" in argv or user_error is None:
             raise
         # A data error may list files, a line each.
         end = "\n" if isinstance(user_error, DataError) else " "
@@ -802,7 +794,7 @@ def _refuse(flags, event):
     raise _refusal(name, argument.field.type, found)
 
 
-def parse_verbs(verbs, argv, description=None, default=None):
+def parse_verbs(verbs, argv, description, default=None):
     """Return (verb, settings) of a command line with verbs.
 
     Args:
@@ -813,7 +805,7 @@ def parse_verbs(verbs, argv, description=None, default=None):
     if first in ("-h", "--help") or not (first or default):
         rows = [(f"  {v}", c.__doc__.split("\n")[0]) for v, c in verbs.items()]
         print(f"usage: {program} VERB ... ({program} VERB --help)\n")
-        print(f"{(description or '').strip()}\n\n{align(rows)}")
+        print(f"{description.strip()}\n\n{align(rows)}")
         sys.exit(0)
     if first in verbs:
         return first, parse(verbs[first], argv[1:], prog=f"{program} {first}")
@@ -1333,9 +1325,7 @@ def describe_devices():
     why, drivers = "", ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
     if tf.test.is_built_with_cuda() and any(map(os.path.exists, drivers)):
         why = "; this machine has a GPU, but TensorFlow cannot use it: install "
-        why += '"tensorflow[and-cuda]"; TF_CPP_MIN_LOG_LEVEL=0 says more'
-        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-            why = "; CUDA_VISIBLE_DEVICES hides every GPU"
+        why += '"tensorflow[and-cuda]", or see what CUDA_VISIBLE_DEVICES hides'
     return f"devices: CPU, {os.cpu_count()} cores{why}"
 
 
@@ -1445,23 +1435,23 @@ def _blur(images):
     return tf.matmul(_gaussian_band(height), rows, transpose_a=True)
 
 
-def _ssim_and_mean(x, y, max_val=1.0):
+def _ssim_and_mean(x, y):
     """Return the maps of SSIM and of the mean of x, (B, H - 10, W - 10)."""
     x = tf.cast(x, tf.float32)[..., 0]  # (B, H, W)
     y = tf.cast(y, tf.float32)[..., 0]
     moments = tf.concat([x, y, x * y, x * x + y * y], axis=0)
     mean_x, mean_y, product, power = tf.split(_blur(moments), 4)
 
-    c1, c2 = (0.01 * max_val) ** 2, (0.03 * max_val) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     means, powers = mean_x * mean_y, mean_x**2 + mean_y**2
     luminance = (2 * means + c1) / (powers + c1)
     contrast = (2 * (product - means) + c2) / (power - powers + c2)
     return luminance * contrast, mean_x
 
 
-def ssim(x, y, max_val=1.0):
+def ssim(x, y):
     """Return the SSIM of each image pair, (B,), as `tf.image.ssim` does."""
-    return tf.reduce_mean(_ssim_and_mean(x, y, max_val)[0], axis=[1, 2])
+    return tf.reduce_mean(_ssim_and_mean(x, y)[0], axis=[1, 2])
 
 
 def ssim_foreground(x, y):
@@ -1520,20 +1510,9 @@ def mean_of(values):
     return mean
 
 
-def _count(indices, num_embeddings):
-    """Return how often each index in [0, K) occurs, (K,)."""
-    found = np.asarray(indices).ravel()
-    if found.size and not 0 <= found.min() <= found.max() < num_embeddings:
-        raise ValueError(
-            f"indices: expected 0 to {num_embeddings - 1}, found "
-            f"{found.min()} to {found.max()}"
-        )
-    return np.bincount(found, minlength=num_embeddings)
-
-
 def codebook_stats(indices, num_embeddings):
     """Return usage (0..1), perplexity, entropy and counts of the codes."""
-    counts = _count(indices, num_embeddings)
+    counts = np.bincount(np.ravel(indices), minlength=num_embeddings)
     used = counts[counts > 0]
     share = used / used.sum()
     entropy = float(-(share * np.log2(share)).sum()) + 0.0  # no "-0.0"
@@ -1551,13 +1530,17 @@ def unigram_bits(train_indices, test_indices, num_embeddings):
     What a prior that sees no neighbours would reach; every count is raised
     by one, so that a code new to the test set has a finite cost.
     """
-    train = _count(train_indices, num_embeddings) + 1
-    test = _count(test_indices, num_embeddings)
-    return float(test @ -np.log2(train / train.sum()) / test.sum())
+    train, test = (
+        np.bincount(np.ravel(indices), minlength=num_embeddings)
+        for indices in (train_indices, test_indices)
+    )
+    share = (train + 1) / (train + 1).sum()
+    return float(test @ -np.log2(share) / test.sum())
 
 
 # Sets of images are compared in a feature space: an image is a row of (N, F).
 
+MANIFOLD = ("precision", "recall", "density", "coverage")
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 PCA_SHARE = 8  # images of a set for each principal component
 MOST_COMPONENTS = 64
@@ -1643,7 +1626,7 @@ def frechet_distance(x, y):
 
 
 def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
-    """Return precision, recall, density and coverage, a value an image.
+    """Return precision, recall, density and coverage, with intervals.
 
     An image has a ball that reaches to its k-th neighbour in its own set, of
     other subjects: with slices of one's own the balls of real images would be
@@ -1651,8 +1634,7 @@ def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
     real one; density: in how many, over k. Recall: is a real image in the ball
     of a fake one; coverage: is a fake image in its own ball.
 
-    Returns: dict of (N,) of the fake for precision and density, (M,) of the
-        real for recall and coverage; None if an image has fewer than k others.
+    Returns: {name: as of `bootstrap`}; None with fewer than k others.
 
     Reference: Kynkaanniemi et al., 2019, arXiv:1904.06991; Naeem et al., 2020,
         arXiv:2002.09797.
@@ -1666,16 +1648,15 @@ def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
     real_radii = radii(real, real_subjects)
     fake_radii = radii(fake, fake_subjects)
     if np.isinf([*real_radii, *fake_radii]).any():
-        return None
+        return dict.fromkeys(MANIFOLD)
     apart = _measures.pairwise_distances(real, fake)  # (M, N)
     in_real, in_fake = apart <= real_radii[:, None], apart <= fake_radii
-    scores = {
-        "precision": in_real.any(0),
-        "recall": in_fake.any(1),
-        "density": in_real.sum(0) / k,
-        "coverage": in_real.any(1),
+    return {
+        "precision": bootstrap(mean_of(in_real.any(0)), fake_subjects),
+        "recall": bootstrap(mean_of(in_fake.any(1)), real_subjects),
+        "density": bootstrap(mean_of(in_real.sum(0) / k), fake_subjects),
+        "coverage": bootstrap(mean_of(in_real.any(1)), real_subjects),
     }
-    return {name: value.astype(np.float64) for name, value in scores.items()}
 
 
 def jackknife_ratio(ratio, subjects):
@@ -1693,9 +1674,6 @@ def jackknife_ratio(ratio, subjects):
     error = math.sqrt((len(names) - 1) * logs.var())
     middle = math.log(ratio(np.full(len(subjects), True)))
     return [math.exp(middle + side * 1.96 * error) for side in (-1, 1)]
-
-
-MANIFOLD = ("precision", "recall", "density", "coverage")
 
 
 def compare_sets(sets, space, train_subjects, test_subjects):
@@ -1744,18 +1722,11 @@ def compare_sets(sets, space, train_subjects, test_subjects):
             if key in features
         },
         # Generated images are of no one: as many subjects as images.
-        **_score_set(features["generated"], real, range(n), subjects),
-        "floor": _score_set(features["train"], real, train_subjects, subjects),
+        **manifold_scores(features["generated"], real, range(n), subjects),
+        "floor": manifold_scores(
+            features["train"], real, train_subjects, subjects
+        ),
     }
-
-
-def _score_set(fake, real, *subjects):
-    """Return precision, recall, density and coverage, with intervals."""
-    values, scores = manifold_scores(fake, real, *subjects), {}
-    for key in MANIFOLD:
-        owners = subjects[key in ("recall", "coverage")]
-        scores[key] = values and bootstrap(mean_of(values[key]), owners)
-    return scores
 
 
 TEXTURE_BINS = 24
@@ -1883,16 +1854,16 @@ def audit(generated, unseen, subjects, n=1000):
     Returns: dict for `evaluation.json`; mask (N,) of the copies, None with
         fewer than 100 unseen images.
     """
-    found, close = {}, {}
+    found = {}
     for name in SPACES:
         near, far = generated[name][1], unseen[name][1]
         found[name] = _compare_distances(near, far, subjects, n)
-        limit = found[name]["first_percentile"]
-        close[name] = near < (np.nan if limit is None else limit)
-    if any(part["first_percentile"] is None for part in found.values()):
+    limits = {name: found[name]["first_percentile"] for name in SPACES}
+    if None in limits.values():
         return {**found, "copies": None, "alarm": None}, None
+    close = [generated[name][1] < limit for name, limit in limits.items()]
     same = generated["pixels"][0] == generated["hog"][0]
-    copies = (close["pixels"] | close["hog"]) & same
+    copies = np.any(close, axis=0) & same
     alarm = bool(copies.sum() > max(1, MOST_COPIES * len(same)))
     return {**found, "copies": int(copies.sum()), "alarm": alarm}, copies
 
@@ -1903,24 +1874,21 @@ def _compare_distances(near, far, subjects, n):
     far, owners = far[kept], [f"generated {k}" for k in range(len(near))]
     owners += [f"unseen {subject}" for subject in np.asarray(subjects)[kept]]
 
-    def over_subjects(value, weights):
+    def ratio_of_medians(weights):
         a, b = map(np.repeat, (near, far), np.split(weights, [len(near)]))
-        return value(a, b) if len(a) * len(b) else math.nan
+        if not len(a) * len(b):
+            return math.nan
+        return np.median(a) / max(np.median(b), TINY)
 
-    values = {
-        "ratio_of_medians": lambda a, b: np.median(a) / max(np.median(b), TINY),
-        "share_closer": lambda a, b: np.mean(a < np.percentile(b, 1)),
-        "first_percentile": lambda a, b: np.percentile(b, 1),
+    ratio = bootstrap(ratio_of_medians, owners, n)
+    known = len(near) > 0 and len(far) >= LEAST_UNSEEN
+    limit = float(np.percentile(far, 1)) if known else None
+    return {
+        "ratio_of_medians": ratio["mean"],
+        "ratio_of_medians_ci95": ratio["ci95"],
+        "share_closer": float(np.mean(near < limit)) if known else None,
+        "first_percentile": limit,
     }
-    result = {}
-    for name, value in values.items():
-        statistic = functools.partial(over_subjects, value)
-        known = len(far) >= LEAST_UNSEEN or name == "ratio_of_medians"
-        scored = bootstrap(statistic, owners if known else [], n)
-        result[name] = scored["mean"]
-        if result[name] is not None:
-            result[f"{name}_ci95"] = scored["ci95"]
-    return result
 
 
 @functools.cache
@@ -1954,17 +1922,12 @@ def maps(planes, unit, high=None):
     return [Map(plane, high, unit=unit) for plane in planes]
 
 
-def _new_figure(width, height, **options):
-    """Return a figure, in inches, that needs no display."""
-    return _figures.Figure(figsize=(width, height), dpi=DPI, **options)
-
-
 def _save_figure(figure, path):
     """Write a figure as PNG, to a path or into an open file."""
     if hasattr(path, "write"):
         figure.savefig(path, format="png", dpi=SCREEN_DPI)
     else:
-        write_atomic(path, lambda p: figure.savefig(p, format="png"))
+        write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=DPI))
 
 
 def _planes(images):
@@ -1982,19 +1945,22 @@ def image_grid(path, rows, captions=None, titles=None, title=""):
         captions: for each row a list of what is below its cells, or None.
         titles: list of what is left of each row.
     """
+    rows = [
+        [x if isinstance(x, Map) else Map(x, cmap="gray") for x in row]
+        for row in rows
+    ]
     columns = max(map(len, rows))
     wide = min(1.6, 14 / columns)  # inches across an image
-    first = getattr(rows[0][0], "values", rows[0][0])
-    high = wide * np.divide(*first.shape)
+    high = wide * np.divide(*rows[0][0].values.shape)
     texts = [row or [""] * columns for row in captions or [[]] * len(rows)]
     lines = [max(t.count("\n") + bool(t) for t in row) for row in texts]
     downs = np.cumsum([0, *(high + 0.03 + LINE * n for n in lines)])
     left, top = (1.1 if titles else 0.1), 0.1 + 0.2 * len(title.splitlines())
-    scaled = any(isinstance(row[-1], Map) and row[-1].unit for row in rows)
+    scaled = any(row[-1].unit for row in rows)
     width = max(left + columns * (wide + 0.03) + (0.9 if scaled else 0.1), 4)
     height = top + downs[-1] + 0.1
 
-    figure = _new_figure(width, height, facecolor="black")
+    figure = _figures.Figure((width, height), facecolor="black")
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     ax.axis("off")
     write = functools.partial(ax.text, color="white", fontsize=8, va="top")
@@ -2005,24 +1971,17 @@ def image_grid(path, rows, captions=None, titles=None, title=""):
             write(left - 0.1, y + high / 2, titles[k], ha="right", va="center")
         for column, (cell, text) in enumerate(zip(row, texts[k], strict=False)):
             x = left + column * (wide + 0.03)
-            drawn = _draw_cell(ax, cell, (x, x + wide, y + high, y))
+            look = {"vmin": 0, "vmax": cell.high, "interpolation": "nearest"}
+            look |= {"extent": (x, x + wide, y + high, y), "aspect": "auto"}
+            drawn = ax.imshow(cell.values, cell.cmap, **look)
             write(x + wide / 2, y + high + 0.03, text, ha="center", fontsize=7)
-        if isinstance(cell, Map) and cell.unit:
+        if cell.unit:
             corner = (x + wide + 0.08) / width, 1 - (y + high) / height
             scale = figure.add_axes((*corner, 0.08 / width, high / height))
             scale.tick_params(colors="white", labelsize=7)
             bar = figure.colorbar(drawn, cax=scale)
             bar.set_label(cell.unit, color="white", fontsize=8)
     _save_figure(figure, path)
-
-
-def _draw_cell(ax, cell, extent):
-    """Draw an image or a map into a rectangle of the axes."""
-    cell = cell if isinstance(cell, Map) else Map(cell, cmap="gray")
-    look = {"vmin": 0, "vmax": cell.high, "interpolation": "nearest"}
-    return ax.imshow(
-        cell.values, cell.cmap, extent=extent, aspect="auto", **look
-    )
 
 
 def plot_samples(path, images, title, captions=None, columns=None):
@@ -2113,7 +2072,7 @@ def plot_history(path, history):
     """Draw the curves of `history.csv`, a row a stage, training and val."""
     stages = dict(list(history.groupby("stage", sort=False))) or {"": history}
     size = 4.2 * len(CURVES), 3 * len(stages)
-    figure = _new_figure(*size, layout="constrained")
+    figure = _figures.Figure(size, layout="constrained")
     figure.suptitle("Training")
     axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
     for panels, (stage, rows) in zip(axes, stages.items(), strict=True):
@@ -2131,7 +2090,7 @@ def plot_history(path, history):
 def plot_codebook(path, counts_per_level):
     """Draw how often each code vector is used, most used first."""
     levels = len(counts_per_level)
-    figure = _new_figure(5.5 * levels, 3.4, layout="constrained")
+    figure = _figures.Figure((5.5 * levels, 3.4), layout="constrained")
     axes = figure.subplots(1, levels, squeeze=False)[0]
     for k, counts in enumerate(counts_per_level):
         ax, counts = axes[k], np.sort(np.asarray(counts))[::-1]
