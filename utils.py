@@ -31,6 +31,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -143,7 +144,9 @@ def _start_tensorflow():
             os.close(saved)
 
 
+filelock = lazy_import("filelock")
 keras = lazy_import("keras")
+ndimage = lazy_import("scipy.ndimage")
 pd = lazy_import("pandas")
 tf = lazy_import("tensorflow")
 _figures = lazy_import("matplotlib.figure")
@@ -684,9 +687,19 @@ class Settings:
             key: min(value, most)
             for key, value in flat(self).items()
             for end, most in _SMOKE_LIMITS.items()
-            if key.endswith(end) and not _is_fixed(self.run.stage, key)
+            if key.endswith(end)
+            and not (self.run.stage == "prior" and key in OF_VQVAE)
         }
         return replace(self, **small)
+
+
+# Settings that the VQ-VAE of a run was trained with.
+OF_VQVAE = {"recipe", "epochs", "batch_size", "learning_rate"}
+OF_VQVAE |= {
+    key for key, (group, *_), _ in _walk(Settings) if group in ("data", "vqvae")
+} - {"data_dir", "skip_bad"}
+# Those that `--resume` may change.
+FREE_ON_RESUME = {"resume", "strategy", "force", "debug", "data_dir"}
 
 
 def check_image_size(size, multiple, name="--image-size"):
@@ -846,18 +859,19 @@ def parse_training(argv, description=None):
     name, stage = given.get("recipe") or "quickstart", given.get("stage")
     if name not in RECIPES:
         raise _refusal("--recipe", Literal[tuple(RECIPES)], repr(name))
-    default = RECIPES[name].settings
-    is_fixed = functools.partial(_is_fixed, stage)
+    default, fixed = RECIPES[name].settings, set()
     if given.get("resume"):
         default = Run.open(given["resume"]).training_settings
-        is_fixed = _is_fixed_on_resume
+        fixed = set(flat(default)) - FREE_ON_RESUME
     elif stage == "prior":
-        default = _settings_of_stage(stage, given.get("run_dir"))
+        default, fixed = _settings_for_prior(given.get("run_dir")), OF_VQVAE
     chosen = parse(Settings, argv, description, default)
-    _check_together(chosen, is_new=default is RECIPES[name].settings)
+    _check_together(chosen, is_new=not fixed)
     before = flat(default)
     for key, value in flat(chosen).items():
-        if value != before[key] and is_fixed(key, before[key], value):
+        longer = key.endswith("epochs") and value > before[key]
+        may_change = key not in fixed or longer and chosen.run.resume
+        if value != before[key] and not may_change:
             raise FlagError(
                 f"--{key.replace('_', '-')}: the run was trained with "
                 f"{typed(before[key])}, found {typed(value)}; leave the flag "
@@ -866,36 +880,18 @@ def parse_training(argv, description=None):
     return chosen
 
 
-def _settings_of_stage(stage, folder):
-    """Return the settings of the run that a later stage is trained for."""
+def _settings_for_prior(folder):
+    """Return the settings of the run whose VQ-VAE gets another prior."""
     if not folder:
         raise FlagError(
-            f"--stage {stage} needs --run-dir: the folder of a run that holds "
-            "a trained VQ-VAE"
+            "--stage prior needs --run-dir: the folder of a run that holds a "
+            "trained VQ-VAE"
         )
     run = Run.open(folder)
     once = {"prior_level": None, "smoke": False, "force": False}
     if size := run.info.get("image_size"):
         once["image_size"] = tuple(size)
     return replace(run.settings, **once, resume=None, strategy="auto")
-
-
-def _is_fixed_on_resume(key, old, new):
-    """Return whether `--resume` may not change a setting."""
-    if key in ("epochs", "prior_epochs"):  # train on
-        return new < old
-    return key not in ("resume", "strategy", "force", "debug", "data_dir")
-
-
-def _is_fixed(stage, key, *change):
-    """Return whether what `stage` starts from was trained with a setting."""
-    group = next(path[0] for other, path, _ in _walk(Settings) if other == key)
-    if stage != "prior":
-        return False
-    if group == "data":
-        return key not in ("data_dir", "skip_bad")
-    of_vqvae = ("recipe", "epochs", "batch_size", "learning_rate")
-    return group == "vqvae" or key in of_vqvae
 
 
 def _check_together(chosen, is_new):
@@ -1106,8 +1102,6 @@ class Run:
 
     def lock(self):
         """Keep other trainings out until `unlock`; `RunError` if one is in."""
-        import filelock
-
         lock = filelock.FileLock(self.lock_path, timeout=0)
         try:
             lock.acquire()
@@ -1401,8 +1395,6 @@ def wait_for_workers(strategy):
 
 def peak_memory_mb():
     """Return the most memory this process has held, in MB."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -1739,8 +1731,6 @@ def texture_features(images):
     The logarithm of the radial power spectrum, and the histogram of the
     Laplacian inside the head: too smooth or too grainy shows in both.
     """
-    from scipy import ndimage
-
     height, width = images.shape[1:]
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     ring = np.minimum(2 * TEXTURE_BINS * radius, TEXTURE_BINS).astype(int)
