@@ -302,10 +302,8 @@ class Real(Number):
 
 
 def _read_size(words):
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", words[0])
-    if not match:
-        raise ValueError(f"not a size: {words[0]!r}")
-    return int(match[1]), int(match[2] or match[1])
+    height, _, width = words[0].partition("x")
+    return int(height), int(width or height)
 
 
 def size_text(size):
@@ -353,9 +351,13 @@ def settings(cls):
         further(self)
 
     for name, hint in cls.__annotations__.items():
+        kind, _, bounds = _expected(hint).partition(" in ")
+        bounded = kind in ("a whole number", "a number")
+        look = {"metavar": bounds} if bounded and bounds else {}
         if getattr(cls, name, ...) is None:  # the help says what None means
-            note = arg(help_behavior_hint="")
-            cls.__annotations__[name] = Annotated[hint, note]
+            look["help_behavior_hint"] = ""
+        if look:
+            cls.__annotations__[name] = Annotated[hint, arg(**look)]
     cls.__post_init__ = check
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
@@ -1465,8 +1467,8 @@ def psnr(x, y):
 
 def mae(x, y):
     """Return the mean absolute error (B,), in intensity."""
-    error = tf.cast(x, tf.float32) - tf.cast(y, tf.float32)
-    return tf.reduce_mean(tf.abs(error), axis=[1, 2, 3])
+    x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
+    return tf.reduce_mean(tf.abs(x - y), axis=[1, 2, 3])
 
 
 def bootstrap(statistic, subjects, n=2000, seed=0):

@@ -175,7 +175,7 @@ def test_the_environment_of_the_user_does_not_matter(tmp_path):
     --prior-channels 9 --prior pixelsnail | expected a multiple of 8
     --recompute --prior-dropout 0.1 | does not go with --prior-dropout
     --recipe x | one of quickstart, adni-vqvae-pixelcnn
-    --image-size axb | H or HxW, both a whole number in [16, 4096], found 'axb'
+    --image-size axb | H or HxW, both a whole number in [16, 4096], found 'a'
     --image-size 8 | in [16, 4096], found 8x8
     --image-size 30x32 | not a multiple of 4; use 32x32
     --image-size 20 --downsampling 32 | use 32x32
@@ -196,13 +196,15 @@ def test_bad_flag_exits_2_in_one_line_naming_it(case, capsys):
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_every_flag_shows_help_and_default(capsys):
+def test_every_flag_shows_help_bounds_and_default(capsys):
     assert exit_of(utils.parse_training, ["--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     keys = utils.flat(utils.Settings())
     for part in (
         *(f"--{key.replace('_', '-')}" for key in keys),
-        "Feature channels. (default: 64)",
+        "--channels [1, 4096] Feature channels. (default: 64)",
+        "--top-p (0, 1] Probability that the codes sampled from hold (default:",
+        "--image-size {None}|H[xW] Multiple of the",
         "--crop, --no-crop",
         "{pixelcnn,gated,pixelsnail}",
         "Side of the first kernel, in latents. (default: 5)",
