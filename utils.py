@@ -13,7 +13,6 @@ and a mistyped flag answer at once; heavy packages are loaded on first use.
 
 import configparser
 import contextlib
-import csv
 import dataclasses
 import datetime
 import difflib
@@ -245,7 +244,7 @@ def run_main(main, argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = main(argv)
+        main(argv)
     except (Stopped, KeyboardInterrupt) as stopped:
         print(str(stopped) or "interrupted", file=sys.stderr)
         sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
@@ -262,8 +261,6 @@ def run_main(main, argv=None):
         text = end.join(" ".join(line.split()) for line in lines)
         print(f"error: {text}", file=sys.stderr)
         sys.exit(user_error.exit_code)
-    if code:
-        sys.exit(code)
 
 
 # -------------------------------------------------------------- 2. Settings
@@ -1887,8 +1884,8 @@ def _compare_distances(near, far, subjects, n):
 def metrics_table():
     """Return {key: {unit, meaning, good, bad}} in the order of display."""
     path = RESOURCES / "metrics.csv"
-    with open(path, encoding="utf-8", newline="") as file:
-        return {row.pop("key"): row for row in csv.DictReader(file)}
+    table = pd.read_csv(path, index_col="key", keep_default_na=False)
+    return table.to_dict("index")
 
 
 # --------------------------------------------------------------- 6. Figures

@@ -79,7 +79,6 @@ def test_user_errors_are_one_line_and_an_exit_code(capsys):
 
 def test_how_a_program_ends(capsys):
     assert utils.run_main(lambda argv: None, []) is None
-    assert exit_of(lambda argv: 3) == 3
     assert exit_of(raising(KeyboardInterrupt())) == 130
     assert exit_of(raising(utils.Stopped(signal.SIGTERM))) == 143
     assert capsys.readouterr().err == "interrupted\nstopped by SIGTERM\n"
