@@ -455,11 +455,13 @@ class DataSettings:
     data_dir: Folder = None
     """Folder of a real data set."""
     subject_pattern: str | None = None
-    """Of folder: regex, groups subject, slice, label (default: guessed)."""
+    """For --dataset folder: regular expression of file names with groups
+    named subject, slice, label (default: guessed)."""
     phantom_subjects: Number[3, 100_000] = 80
     """Simulated subjects."""
     image_size: ImageSize | None = None
-    """Multiple of the total downsampling (default: most common size)."""
+    """Height and width in pixels, a multiple of the total downsampling
+    (default: the most common size of the data)."""
     resize: bool = False
     """Resample images of another size."""
     crop: bool = True
@@ -551,7 +553,8 @@ class TrainingSettings:
     flips: bool = False
     """Mirror half of the images left to right, in every stage."""
     augment: Weight = 0.0
-    """Strength of random changes; 1: shifts of 3 pixels of 176, 7 %."""
+    """Strength of random changes of images for the VQ-VAE; 1: shifts up to 3
+    pixels of 176, 7 % in intensity."""
     prior_epochs: Count = 100
     """Passes of the prior over the training grids."""
     prior_batch_size: Count = 64
@@ -2071,7 +2074,8 @@ def plot_history(path, history):
             ax.set_visible(not shown.empty)
             if not shown.empty:
                 title = f"{stage}: {name.replace('_', ' ')}"
-                shown.interpolate().plot(ax=ax, style=".-", title=title)
+                shown = shown.interpolate(limit_area="inside")
+                shown.plot(ax=ax, style=".-", title=title)
                 ax.xaxis.get_major_locator().set_params(integer=True)
     _save_figure(figure, path)
 

@@ -203,7 +203,7 @@ def test_every_flag_shows_help_bounds_and_default(capsys):
         *(f"--{key.replace('_', '-')}" for key in keys),
         "--channels [1, 4096] Feature channels. (default: 64)",
         "--top-p (0, 1] Probability that the codes sampled from hold (default:",
-        "--image-size {None}|H[xW] Multiple of the",
+        "--image-size {None}|H[xW] Height and width in pixels",
         "--crop, --no-crop",
         "{pixelcnn,gated,pixelsnail}",
         "Side of the first kernel, in latents. (default: 5)",
