@@ -100,16 +100,11 @@ def test_closed_pipe_ends_quietly():
 def test_a_first_signal_is_noted_the_second_ends_at_once(name, capfd):
     number, done = signal.Signals[name], []
     for deferred, times in ((True, 1), (True, 2), (False, 1)):
-        with pytest.raises(utils.Stopped) as stopped:
-            with (
-                utils.StopSignals() as signals,
-                contextlib.ExitStack() as stack,
-            ):
-                if deferred:
-                    stack.enter_context(signals.deferred())
+        with pytest.raises(utils.Stopped) as stopped, utils.StopSignals() as s:
+            with s.deferred() if deferred else contextlib.nullcontext():
                 for _ in range(times):
                     os.kill(os.getpid(), number)
-                done.append((deferred, times, signals.received))
+                done.append((deferred, times, s.received))
         assert stopped.value.exit_code == 128 + number
     assert done == [(True, 1, number)]
     assert f"{name}: stopping soon" in capfd.readouterr().out
