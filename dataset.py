@@ -549,8 +549,7 @@ def _read_nifti(path, notes):
         codes = "".join(map(str, nibabel.aff2axcodes(image.affine)))
         if spacing is not None and codes != "RAS":
             notes.add(f"stored with axes to {codes}; turned to RAS")
-    sides = [n for n in voxels.shape if n > 1]
-    return voxels.reshape(sides if len(sides) == 2 else voxels.shape[:2])
+    return np.atleast_2d(voxels.squeeze())
 
 
 _UNREAD = {  # what is known of a file that cannot be read
@@ -1632,17 +1631,16 @@ def _simulate_subject(folder, options, number, subject, label, split):
     images = _simulate_brain(rng, label, size, BRAIN_PLANES[layout])
     first = int(rng.integers(60, 90))
     for k, image in enumerate(images):
-        image = Image.fromarray(np.rint(image * 255).astype(np.uint8))
+        name = f"case_{subject}_slice_{k}.nii.png"
         if layout == "adni":
-            image.save(parent / f"{subject}_{first + k}.jpeg", quality=95)
-        else:
-            image.save(parent / f"case_{subject}_slice_{k}.nii.png")
+            name = f"{subject}_{first + k}.jpeg"
+        Image.fromarray(utils.to_pixels(image)).save(parent / name, quality=95)
 
 
 # ---------------------------------------------------- 8. Slicing of volumes
 
 VOLUME_FILE = re.compile(
-    r"(?is)(.*/)?(?P<stem>[^./][^/]*?)\.(nii|nii\.gz|img|img\.gz|mgz|mgh|mnc)"
+    r"(?is)(.*/)?[^./][^/]*\.(nii|nii\.gz|img|img\.gz|mgz|mgh|mnc)"
 )
 # Where the planes of a stack, their rows and their columns go to (Superior,
 # Posterior, Right and so on), and how a picture says so.
@@ -1740,17 +1738,14 @@ def slice_volumes(options):
 
 def _find_volumes(source, options):
     """Return a table of the volumes: source, subject, number, scan."""
-    files, masks = {str(source): source.name}, []
+    files = [str(source)]
     if source.is_dir():
         files = sorted(filter(VOLUME_FILE.fullmatch, _walk(source, [])))
-        files = {f: os.path.relpath(f, source.parent) for f in files}
-        masks = [f for f in files if MASKS.fullmatch(_stem(f))]
-        files = {
-            f: name
-            for f, name in files.items()
-            if f not in masks and fnmatch.fnmatch(name, options.match)
-        }
-    if not files or not source.exists():
+    masks = [f for f in files if MASKS.fullmatch(_stem(f))]
+    names = {f: os.path.relpath(f, source.parent) for f in files}
+    fits = functools.partial(fnmatch.fnmatch, pat=options.match)
+    files = {f: n for f, n in names.items() if f not in masks and fits(n)}
+    if not files:
         raise DataError(
             f"{_show(source)}: found no volume that fits {options.match}, "
             "expected NIfTI, Analyze, MGZ or MINC files"
@@ -1775,8 +1770,7 @@ def _find_volumes(source, options):
 
 
 def _stem(path):
-    match = VOLUME_FILE.fullmatch(os.path.basename(path))
-    return match["stem"] if match else os.path.basename(path)
+    return os.path.basename(path).split(".")[0]
 
 
 def _subject_of(path, pattern=None):
