@@ -161,20 +161,16 @@ def _some(names, most=5):
 
 def detect_layout(root):
     """Return the name of the layout that lies under `root`."""
-    files = [f for f in _walk(root, []) if IMAGE_FILE.fullmatch(f)]
-    counts = {
-        name: len(_list_files(root, name, [])[1])
-        for name in ("oasis", "hipmri", "adni")
-    }
+    counts = {name: len(_list_files(root, name, [])[1]) for name in LAYOUTS}
     names = [name for name in ("oasis", "hipmri") if counts[name]]
-    if len(names) > 1 or not files:
+    if len(names) > 1 or not counts["folder"]:
         raise DataError(
             f"{_show(root)}: found the layouts {_some(names)}, expected one; "
             "looked for folders keras_png_slices_train, keras_slices_train, "
             "train, and for any PNG, JPEG or NIfTI files, found "
             f"{_some(sorted(os.listdir(root)))}; choose with --dataset"
         )
-    likely = "adni" if 2 * counts["adni"] > len(files) else "folder"
+    likely = "adni" if 2 * counts["adni"] > counts["folder"] else "folder"
     return names[0] if names else likely
 
 
@@ -241,53 +237,55 @@ def _list_files(root, dataset, ignored):
     without the folder that gives the split. Of "folder" all images are listed,
     of a layout the files that are named as its.
     """
-    layout, top = LAYOUTS[dataset], os.path.abspath(root)
-    files = [os.path.relpath(path, top) for path in _walk(top, ignored)]
-    names = pd.Series(files, dtype=object)
+    layout, top, lost = LAYOUTS[dataset], os.path.abspath(root), []
+    files = _walk(top, ignored, lost.append)
+    names = [os.path.relpath(path, top) for path in files]
+    names = pd.Series(names, dtype=object)
     splits = f"{layout.prefix}(?P<split>{'|'.join(SPLIT_NAMES)})"
     way = rf"(?is)^(?P<above>(?:[^/]+/)*?){splits}/(?P<stem>.*)$"
     table = names.str.extract(way).fillna("").assign(path=names)
     table["split"] = table["split"].str.casefold().replace(SPLIT_NAMES)
     if layout.pattern is None:
-        stem = (table["above"] + table["stem"]).where(
-            table["split"] != "", names
+        stem = (table["above"] + table["stem"]).mask(
+            table["split"] == "", names
         )
         table["stem"] = stem.str.replace(SUFFIX, "", regex=True)
-        fits = names.str.fullmatch(IMAGE_FILE).astype(bool)
-        ignored += [os.path.join(top, name) for name in names[~fits]]
-        return Path(top), table[fits].reset_index(drop=True)
-    fits = table["stem"].str.match(layout.pattern).astype(bool)
-    depths = table["above"].str.count("/")
-    fits &= depths == depths[fits].min()  # not what lies deeper
-    above = sorted(set(table["above"][fits])) or [""]
+        fits, above = names.str.fullmatch(IMAGE_FILE).astype(bool), [""]
+    else:
+        fits = table["stem"].str.match(layout.pattern).astype(bool)
+        depths = table["above"].str.count("/")
+        fits &= depths == depths[fits].min()  # not what lies deeper
+        above = sorted(set(table["above"][fits])) or [""]
     if len(above) > 1:
         raise DataError(
             f"{_show(root)}: found several data sets, expected one; name "
             f"one of {_some(above)}"
         )
     base = os.path.join(top, above[0])
+    for error in lost:
+        if os.path.join(error.filename, "").startswith(base):
+            _refuse_folder(error)
     ignored += [os.path.join(top, name) for name in names[~fits]]
     ignored[:] = [path for path in ignored if path.startswith(base)]
-    table["path"] = table["path"].str.removeprefix(above[0])
+    table["path"] = names.str.removeprefix(above[0])
     return Path(base), table[fits].reset_index(drop=True)
 
 
-def _walk(folder, ignored):
+def _refuse_folder(error):
+    raise DataError(
+        f"{_show(error.filename)}: cannot list the folder ({error.strerror})"
+    )
+
+
+def _walk(folder, ignored, onerror=_refuse_folder):
     """Yield the files below a folder, sorted; links are followed, but once.
 
     Masks, and folders seen before, are added to `ignored` instead.
     """
-
-    def refuse(error):
-        raise DataError(
-            f"{_show(error.filename)}: cannot list the folder "
-            f"({error.strerror})"
-        )
-
     seen, top = set(), os.fspath(folder)
     # Of macOS, or a simulation being written.
     hidden = re.compile(r"\.|__MACOSX$|.*\.tmp-")
-    for parent, names, files in os.walk(top, onerror=refuse, followlinks=True):
+    for parent, names, files in os.walk(top, True, onerror, followlinks=True):
         real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
         names[:] = sorted(n for n in names if not hidden.match(n))
         ours = {MARKER}.union(SLICED if SLICED.issubset(files) else ())
@@ -509,14 +507,13 @@ def _open_nifti(path):
             while stream.read(MOST_BYTES):
                 pass
     image = nibabel.load(path)
-    dtype, is_single = image.get_data_dtype(), nibabel.Nifti1Image
-    if dtype.kind not in "iuf":
+    if (dtype := image.get_data_dtype()).kind not in "iuf":
         raise _Unfit(f"found {dtype} voxels, expected real numbers")
     if min(image.shape, default=0) < 1:
         raise _Unfit(f"found shape {image.shape}, expected voxels")
-    first = image.header.sizeof_hdr if isinstance(image, is_single) else 0
-    if image.dataobj.offset < first:
-        raise _Unfit("found vox_offset inside the header")
+    if isinstance(image, nibabel.Nifti1Image):  # header and voxels in one
+        if image.dataobj.offset < image.header.sizeof_hdr:
+            raise _Unfit("found vox_offset inside the header")
     return image
 
 
