@@ -560,15 +560,14 @@ def choose_sampling(job, vqvae, priors):
     free = [name for name in SAMPLING if getattr(given, name) is None]
     wanted = free and priors and not given.smoke
     images = job.images_if_there() if wanted else {}
+    trained = predict.Trained.of(job.run, vqvae, priors)
 
     @functools.cache
     def distance(temperature, top_p):
         sampling = modules.Sampling(temperature=temperature, top_p=top_p)
         sets = images["train"], images["validate"]
-        levels, count = [sampling] * vqvae.levels, MOST_TO_CHOOSE
-        scores = predict.score_samples(
-            job.run, vqvae, priors, *sets, levels, count
-        )
+        asked = dataclasses.replace(trained, sampling=[sampling] * vqvae.levels)
+        scores = predict.score_samples(asked, *sets, MOST_TO_CHOOSE)
         return scores["frechet"]["generated_vs_test"]
 
     for name in free:
