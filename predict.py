@@ -658,7 +658,7 @@ def inspect(trained, options):
         print(json.dumps(facts, allow_nan=False, indent=2))
     else:
         facts["scores"] = summary_table(facts["evaluation"])
-        print(render("inspect.txt", facts))
+        print(render("inspect.txt", facts), end="")
 
 
 def export(trained, options):
@@ -1161,41 +1161,33 @@ WORDS = {
 def verdict(evaluation):
     """Fréchet ratio of the samples, what it means, and what limits them.
 
-    Returns: dict of `ratio`, None if unknown or of too few subjects for an
-        interval, of `words`, and of `limit`: the stage where the ratio rises
-        most, in words of the table of metrics; "" if it is not known.
+    The ratio is None if unknown or of too few subjects for an interval. What
+    limits the samples is the stage where the ratio rises most.
     """
     generation = evaluation.get("generation") or {}
     frechet = generation.get("frechet") or {}
     ratio = frechet.get("ratio") if frechet.get("ratio_ci95") else None
     words = [text for high, text in WORDS.items() if ratio and ratio <= high]
-    found = {"ratio": ratio, "words": words[0] if words else "", "limit": ""}
-    ratios = generation.get("by_stage") or {}
+    ratios, limit = generation.get("by_stage") or {}, ""
     ratios = {name: ratios[name] for name in STAGES if ratios.get(name)}
-    if "all_drawn" not in ratios:
-        return found
-    if ratios["all_drawn"] <= CLOSE:
-        return found | {"limit": "nothing much: little is left to gain"}
-    before = [1, *ratios.values()]
-    rise = {k: ratios[k] - b for k, b in zip(ratios, before, strict=False)}
-    limit = explain(max(rise, key=rise.get), "bad").partition(": ")[2]
-    return found | {"limit": limit}
+    if ratios.get("all_drawn", math.inf) <= CLOSE:
+        limit = "nothing much: little is left to gain"
+    elif "all_drawn" in ratios:
+        before = [1, *ratios.values()]
+        rise = {k: ratios[k] - b for k, b in zip(ratios, before, strict=False)}
+        limit = explain(max(rise, key=rise.get), "bad").partition(": ")[2]
+    return {"ratio": ratio, "words": "".join(words[:1]), "limit": limit}
 
 
 def print_summary(run, evaluation, output=None):
     """Print the few lines that matter at the end of a run."""
     facts = {"run": run, "evaluation": evaluation, "output": output or run}
-    print(render("summary.txt", facts | verdict(evaluation)))
+    print(render("summary.txt", facts | verdict(evaluation)), end="")
 
 
 def summary_table(evaluation):
     """Return `evaluation.json` as aligned text; parts may be missing."""
-    rows, last = [], ""
-    for section, key, text in summary_rows(evaluation):
-        heading = "" if section == last else section
-        rows.append((heading, key.replace("_", " "), text))
-        last = section
-    return utils.align(rows) if rows else "nothing evaluated yet"
+    return render("scores.txt", {"rows": summary_rows(evaluation)}).rstrip()
 
 
 def summary_rows(evaluation):
@@ -1284,21 +1276,17 @@ def run_facts(trained):
 
 def model_facts(model):
     """Type, precision, weights and layers of a model, named by attribute."""
-    names = {}
-    for name, value in vars(model).items():
-        if isinstance(value, list) and not name.startswith("_"):
-            names |= {id(v): f"{name}[{k}]" for k, v in enumerate(value)}
-        names.setdefault(id(value), name)
+    names = {id(value): name for name, value in vars(model).items()}
+
+    def about(part):
+        return {"type": type(part).__name__, "weights": part.count_params()}
+
     layers = [
-        {
-            "layer": names.get(id(layer), layer.name),
-            "type": type(layer).__name__,
-            "weights": layer.count_params(),
-        }
+        {"layer": names.get(id(layer), layer.name)} | about(layer)
         for layer in model.layers
     ]
-    about = {"type": type(model).__name__, "weights": model.count_params()}
-    return about | {"precision": model.dtype_policy.name, "layers": layers}
+    precision = model.dtype_policy.name
+    return about(model) | {"precision": precision, "layers": layers}
 
 
 def write_report(trained):
@@ -1329,6 +1317,7 @@ def render(template, facts):
         loader=jinja2.FileSystemLoader(utils.RESOURCES / "templates"),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
         lstrip_blocks=True,
         trim_blocks=True,
     )
