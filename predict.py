@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -376,7 +377,7 @@ def generate(trained, options):
     name, kind = sample_name(trained, options), options.format
     start, end = options.first, options.first + options.number
     edges = [start, *range(start // CHUNK * CHUNK + CHUNK, end, CHUNK), end]
-    chunks = list(zip(edges, np.diff(edges).tolist(), strict=False))
+    chunks = [(a, b - a) for a, b in itertools.pairwise(edges)]
     for first, count in utils.progress_bar("sampling", "chunk")(chunks):
         files = sample_files(folder / name, kind, first, count)
         if len(read_images(files)) < count:
