@@ -403,7 +403,7 @@ def test_nothing_of_the_removed_part_leaks(run, tmp_path):
         np.testing.assert_array_equal(values, expected[name])
 
 
-def test_kept_region_resembles_the_image(run, capsys):
+def test_kept_region_resembles_the_image(run):
     test = dataset.load_run(run, needed=("test",))["test"].take([0, 1])
     paths = [test.root / path for path in test.table["path"]]
     found = completions(run, *paths, "-n", "6", "--seed", "3")
@@ -416,8 +416,6 @@ def test_kept_region_resembles_the_image(run, capsys):
     rebuilt = modules.load_models(run)[0].reconstruct(test.read()).numpy()
     error = np.abs(found["images"] / 255 - rebuilt[:, None, ..., 0])
     assert error[:, :, :8].mean() < 0.5 * error[:, :, 16:].mean()
-    # The position of images of the run's own data is known.
-    assert "label unknown, slice position 0.00" in capsys.readouterr().out
     assert "completions" in figures(run.figures_path)
 
 
