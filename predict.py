@@ -641,13 +641,12 @@ def anomaly_table(table, found, healthy):
 
 def evaluate(trained, options):
     """Evaluate the run on its test images, or on other data."""
-    run, models = trained.run, (trained.vqvae, trained.priors)
-    if is_external(run, options):
+    if is_external(trained.run, options):
         evaluation = evaluate_external(trained, options)
     else:  # samples are compared with training images too
         needed = dataset.SPLITS if trained.priors else ("test",)
-        splits = dataset.load_run(run, options.data_dir, needed)
-        evaluation = evaluate_run(run, *models, splits, options)
+        splits = dataset.load_run(trained.run, options.data_dir, needed)
+        evaluation = evaluate_run(trained, splits, options)
         print(f"report: {trained.output.report_path}")
     print(summary_table(evaluation))
 
@@ -693,22 +692,22 @@ FAILURES = 5  # worst reconstructions, and least likely samples, in a figure
 METRICS = ("ssim", "ssim_foreground", "ms_ssim", "psnr", "mae")
 
 
-def evaluate_run(run, vqvae, priors, splits, options=None):
+def evaluate_run(trained, splits, options=None):
     """Evaluate a run on images that no training step saw; draw its figures.
 
     Args:
+        trained: `Trained`.
         splits: dict of `dataset.Slices`; without priors only `test` is needed.
         options: `Evaluate`.
 
     Returns: what is written to `evaluation.json`.
     """
     options = options or Evaluate()
-    trained = Trained.of(run, vqvae, priors, options)
-    output, test = trained.output, splits["test"]
+    output, priors, test = trained.output, trained.priors, splits["test"]
     if options.features == "inception" and priors:
         utils.inception_network()  # refused before anything is computed
-    evaluation, found = evaluate_vqvae(vqvae, test)
-    evaluation["data"] = about_data(run)
+    evaluation, found = evaluate_vqvae(trained.vqvae, test)
+    evaluation["data"] = about_data(trained.run)
     if priors:
         evaluation["prior"] = evaluate_prior(trained, splits, found)
         evaluation |= evaluate_samples(trained, splits, options)

@@ -584,7 +584,8 @@ def choose_sampling(job, vqvae, priors):
 def evaluate(job, vqvae, priors):
     """Evaluate on the test subjects, draw the figures, print the summary."""
     if images := job.images_if_there():
-        evaluation = predict.evaluate_run(job.run, vqvae, priors, images)
+        trained = predict.Trained.of(job.run, vqvae, priors)
+        evaluation = predict.evaluate_run(trained, images)
         predict.print_summary(job.run, evaluation)
     else:
         print(f"later: python predict.py evaluate {job.run.path}")
