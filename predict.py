@@ -13,9 +13,6 @@
 RUN is a folder that train.py made. Without it the newest run under runs/ is
 used or, if there is none, the trained model under resources/pretrained.
 Results go into the run folder, or into the folder given by --output.
-
-Below, in this order: the settings of the verbs; the verbs; evaluation, which
-train.py ends with too; the report, and results as text.
 """
 
 import base64
@@ -25,15 +22,13 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-import sys
 import time
 import typing
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,9 +46,6 @@ jinja2 = utils.lazy_import("jinja2")
 # Images sampled at a time, of an npz file, and in the grid. A multiple of
 # `sample_chunk`; a few MB, and seconds of work that a kill loses.
 CHUNK = 64
-# What Pillow and NumPy raise over a file that is missing or damaged.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, SyntaxError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error)
 CALIBRATION = 256  # validation images that anomalies are compared with
 ANOMALIES = 8  # images in the figure
 UNLIKELY = 95  # percentile of 3x3 indices there above which they are redrawn
@@ -63,8 +55,7 @@ UNLIKELY = 95  # percentile of 3x3 indices there above which they are redrawn
 RunFolder = Positional[Annotated[str | None, arg(metavar="RUN")]]
 GivenRun = Positional[Annotated[str, arg(metavar="RUN")]]
 Files = Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE")]]
-Directory = Annotated[str | None, arg(metavar="DIR")]
-Few = Annotated[int, utils.Between(1, 64)]
+Few = utils.Number[1, 64]
 
 
 @utils.settings
@@ -79,7 +70,7 @@ class RunArguments:
 class OutputArguments:
     """What every verb takes that writes files."""
 
-    output: Directory = None
+    output: utils.Folder = None
     """Folder for the results (default: the run folder)."""
 
 
@@ -87,7 +78,7 @@ class OutputArguments:
 class DataArguments(RunArguments, OutputArguments):
     """What every verb takes that reads images of the run."""
 
-    data_dir: Directory = None
+    data_dir: utils.Folder = None
     """Where the data of the run are now (default: where they were)."""
 
 
@@ -115,7 +106,7 @@ class SamplingArguments:
     (default: chosen for the run; 1 with --temperature)."""
     top_k: utils.Whole = 0
     """Sample from the k likeliest codes only; 0: all."""
-    guidance: Annotated[float, utils.Between(0, 100)] = 1.0
+    guidance: utils.Real[0, 100] = 1.0
     """Classifier-free guidance; above 1: more typical of the label."""
 
 
@@ -152,14 +143,6 @@ class Generate(RunArguments, SamplingArguments, OutputArguments):
     format: Literal["png", "npz"] = "png"
     """One PNG for each image, or one npz with indices for every 64."""
 
-    @property
-    def chunks(self):
-        """(first image, count) of each part of the request."""
-        end = self.first + self.number
-        inner = range(self.first // CHUNK * CHUNK + CHUNK, end, CHUNK)
-        edges = [self.first, *inner, end]
-        return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
-
 
 @utils.settings
 class Evaluate(SamplingArguments, DataArguments):
@@ -170,11 +153,9 @@ class Evaluate(SamplingArguments, DataArguments):
     generated, and results go to `evaluation-NAME.json` and `figures/NAME`.
     """
 
-    dataset: Literal["oasis", "adni", "hipmri", "folder"] | None = None
-    """Layout of another data set in --data-dir (default: found out)."""
     skip_bad: bool = False
     """Leave out bad files of another data set instead of stopping."""
-    num_samples: Annotated[int, utils.Between(1, 5000)] | None = None
+    num_samples: utils.Number[1, 5000] | None = None
     """Number of images generated, at most one for each test image (default:
     as in training)."""
     features: Literal["hog", "inception"] = "hog"
@@ -286,7 +267,7 @@ class Trained:
         return cls.of(run, vqvae, priors, options)
 
     @classmethod
-    def of(cls, run, vqvae, priors, options):
+    def of(cls, run, vqvae, priors, options=None):
         """What the options say of a run whose models are loaded.
 
         Sampling is as chosen for the run, unless they say a part of that.
@@ -330,8 +311,18 @@ class Trained:
 
     def sampling_values(self):
         """{setting: its value for each level, bottom first}."""
-        names = [field.name for field in dataclasses.fields(modules.Sampling)]
-        return {n: [getattr(s, n) for s in self.sampling] for n in names}
+        return utils.pd.DataFrame(self.sampling).to_dict("list")
+
+    def cut(self, *sets):
+        """Images (..., H, W) as figures show them: the box of the model.
+
+        Whole frames if there is content outside, as in images of others.
+        """
+        top, left, height, width = self.vqvae.box
+        box = np.s_[..., top : top + height, left : left + width]
+        content = [images > utils.FOREGROUND for images in sets]
+        whole = any(part.sum() > part[box].sum() for part in content)
+        return sets if whole else [images[box] for images in sets]
 
 
 def show(trained, options):
@@ -354,7 +345,7 @@ def reconstruct(trained, options):
     slices = chosen_images(trained.run, options)
     name = "reconstructed_images" if options.images else "reconstructions"
     path = trained.output.figures_path / f"{name}.png"
-    values = plot_reconstructions(path, trained.vqvae, slices.read())
+    values = plot_reconstructions(path, trained, slices.read())
     for file, value in zip(slices.table["path"], values, strict=True):
         print(f"SSIM {value:.4f}  {Path(file).name}")
     print(f"reconstructions: {path}")
@@ -384,25 +375,28 @@ def generate(trained, options):
     folder, drawn = sample_folder(trained), 0
     utils.remove_temporary_files(folder.glob("*.tmp-*"))
     name, kind = sample_name(trained, options), options.format
-    for first, count in utils.progress_bar("sampling", "chunk")(options.chunks):
-        files = sample_files(folder, name, kind, first, count)
+    start, end = options.first, options.first + options.number
+    edges = [start, *range(start // CHUNK * CHUNK + CHUNK, end, CHUNK), end]
+    chunks = [(a, b - a) for a, b in itertools.pairwise(edges)]
+    for first, count in utils.progress_bar("sampling", "chunk")(chunks):
+        files = sample_files(folder / name, kind, first, count)
         if len(read_images(files)) < count:
             write_chunk(files, sample_chunk(trained, options, first, count))
             drawn += count
     found = options.number - drawn
     print(f"{drawn} images sampled, {found} there already: {folder}")
-    first, count = options.chunks[0]
-    files = sample_files(folder, name, kind, first, count)
+    first, count = chunks[0]
+    files = sample_files(folder / name, kind, first, count)
     suffix = f"_{first:06d}" if first else ""
     path = trained.output.figures_path / f"samples{suffix}.png"
-    plot_samples(path, read_images(files)[:count] / 255, name)
+    plot_samples(path, trained, read_images(files)[:count], name)
     print(f"the first {count}: {path}")
 
 
-def plot_samples(path, images, name):
+def plot_samples(path, trained, images, name):
     """Draw generated images, all of them, in order."""
     title = f"Generated slices, uncurated: {name.replace('_', ', ')}"
-    utils.plot_samples(path, images, title, columns=min(8, len(images)))
+    utils.plot_samples(path, *trained.cut(images), title, None, 8)
 
 
 def check_conditions(trained, options):
@@ -457,20 +451,20 @@ def sample_name(trained, options):
     )
 
 
-def sample_files(folder, name, kind, first, count):
+def sample_files(path, kind, first, count):
     """Files of a chunk: one for each image, or one npz for all."""
     numbers = range(first, first + count, count if kind == "npz" else 1)
-    return [folder / f"{name}_{k:06d}.{kind}" for k in numbers]
+    return [Path(f"{path}_{k:06d}.{kind}") for k in numbers]
 
 
 def write_chunk(files, chunk):
     """Write what `sample_chunk` returns, each file whole or not at all."""
     if files[0].suffix == ".npz":
         write_arrays(files[0], chunk)
-        return
-    for path, pixels in zip(files, chunk["images"], strict=True):
-        write = functools.partial(utils.write_png, pixels=pixels)
-        utils.write_atomic(path, write)
+    else:
+        for path, pixels in zip(files, chunk["images"], strict=True):
+            write = functools.partial(utils.write_png, pixels=pixels)
+            utils.write_atomic(path, write)
 
 
 def write_arrays(path, arrays):
@@ -479,26 +473,20 @@ def write_arrays(path, arrays):
 
 
 def read_images(files):
-    """Images `(N, H, W)` of `sample_files`; none if a file is not whole.
-
-    An npz of a smaller request holds fewer than a chunk.
-    """
+    """Images `(N, H, W)` on [0, 1] of a chunk; an npz may hold fewer of it."""
     try:
         if files[0].suffix == ".png":
-            return np.stack([utils.read_png(path) for path in files])
-        with open(files[0], "rb") as opened, np.load(opened) as chunk:
-            return chunk["images"]
-    except UNREADABLE:
+            pixels = np.stack([utils.read_png(path) for path in files])
+        else:
+            with open(files[0], "rb") as opened, np.load(opened) as chunk:
+                pixels = chunk["images"]
+    except Exception:  # missing or damaged
         return ()
+    return pixels / np.float32(255)
 
 
 def sample_chunk(trained, options, first, count):
-    """Images `first` to `first + count` of a request, with what they are of.
-
-    Returns: dict of arrays: `images`, uint8, `number`, `indices_1`, ... of
-        each level, bottom first; `label` and `slice_position` of priors that
-        take them.
-    """
+    """Arrays of an npz file: images `first` to `first + count` of a request."""
     prior = trained.priors[0]
     labels = modules.alternate_labels(prior.labels, count, first)
     if options.label is not None:
@@ -531,28 +519,24 @@ def complete(trained, options):
         raise utils.FlagError("IMAGE: missing; see --help")
     cut, kept = kept_part(vqvae, options.keep_fraction)
     slices = dataset.read_files(options.images, trained.run)
-    images = slices.read()
+    images = slices.read()[..., 0]
     shown = images.copy()
     shown[:, cut:] = 0
-    [indices] = modules.encode_dataset(vqvae, [shown])
+    [indices] = modules.encode_dataset(vqvae, [shown[..., None]])
     known = np.where(kept[:, None], indices, -1)
     rows = np.repeat(np.arange(len(images)), options.number)
     table, known_here = slices.table.iloc[rows], [known[rows]]
     drawn, [grids], _ = trained.generate_like(table, known=known_here)
     shape = len(images), options.number
-    drawn = drawn.reshape(*shape, *drawn.shape[1:])
-    results = {"images": utils.to_pixels(drawn), "known_1": known}
-    results["indices_1"] = grids.reshape(*shape, *grids.shape[1:])
-    results["path"] = slices.table["path"].to_numpy(str)
+    drawn, grids = (a.reshape(*shape, *a.shape[1:]) for a in (drawn, grids))
+    results = {"images": utils.to_pixels(drawn), "indices_1": grids}
+    results |= {"known_1": known, "path": slices.table["path"].to_numpy(str)}
     path = output.path / "completions.npz"
     write_arrays(path, results)
-    for row in slices.table.itertuples():
-        at = "unknown" if np.isnan(row.position) else f"{row.position:.2f}"
-        label = row.label or "unknown"
-        print(f"{Path(row.path).name}: label {label}, slice position {at}")
     title = f"Top {100 * options.keep_fraction:g} % kept, seed {trained.seed}"
     figure = output.figures_path / "completions.png"
-    utils.plot_completions(figure, images, shown, drawn, title)
+    shown = trained.cut(images, shown, drawn)
+    utils.plot_completions(figure, *shown, title)
     print(f"completions: {path}, figure: {figure}")
 
 
@@ -562,7 +546,7 @@ def kept_part(vqvae, fraction):
     Cells lie wholly in what is kept and one cell or more above the cut:
     nearer ones have seen much of the black. `FlagError` if there is none.
     """
-    top, _, height, _ = vqvae.crop or (0, 0, *vqvae.image_size)
+    top, _, height, _ = vqvae.box
     cut = round(vqvae.image_size[0] * fraction)
     rows = vqvae.latent_grids[0][0]
     cell = height // rows
@@ -577,60 +561,45 @@ def kept_part(vqvae, fraction):
 
 def anomaly(trained, options):
     """Write `anomaly.csv` and `figures/anomaly.png`."""
-    run, output = trained.run, trained.output
+    run, output, times = trained.run, trained.output, options.restorations
     reference = some_of_split(run, options.data_dir, "validate", CALIBRATION)
     slices = chosen_images(run, options)
     # A label must not explain a finding away.
     unknown = {"label": ""}
     if slices.table["position"].isna().any():
         unknown["position"] = np.nan
-    limits, parts = None, []
-    for some in (reference, slices):
-        table, images = some.table.assign(**unknown), some.read()[..., 0]
-        found = find_anomalies(
-            trained, images, table, options.restorations, limits
-        )
-        limits = found["limits"]
-        parts.append(found)
-    healthy, found = parts
+    healthy = find_anomalies(trained, reference, unknown, times)
+    found = find_anomalies(trained, slices, unknown, times, healthy["limits"])
     table = anomaly_table(slices.table, found, healthy)
     path = output.path / "anomaly.csv"
     utils.write_csv(path, table)
+    captions = []
     for row in table.itertuples():
-        name = Path(row.path).name
-        print(f"{row.score:.4f}  percentile {row.percentile:5.1f}  {name}")
-    shown = utils.spread(len(table), ANOMALIES)
-    captions = [
-        f"score {row.score:.3f}\npercentile {row.percentile:.0f}"
-        for row in table.iloc[shown].itertuples()
-    ]
+        name, score, percentile = Path(row.path).name, row.score, row.percentile
+        print(f"{score:.4f}  percentile {percentile:5.1f}  {name}")
+        captions.append(f"score {score:.3f}\npercentile {percentile:.0f}")
+    some = utils.spread(len(table), ANOMALIES)
+    images, restored, residual = trained.cut(
+        *(found[name][some] for name in ("images", "restored", "residual"))
+    )
     figure = output.figures_path / "anomaly.png"
+    bits = [level[some] for level in found["bits"]]
+    captions = [captions[k] for k in some]
+    title = f"Percentiles are of {len(reference)} validation images"
     utils.plot_anomalies(
-        figure,
-        images[shown],
-        [bits[shown] for bits in found["bits"]],
-        found["restored"][shown],
-        found["residual"][shown],
-        captions,
-        f"Percentiles are of {len(reference)} validation images",
+        figure, images, bits, restored, residual, captions, title
     )
     print(f"table: {path}, figure: {figure}")
 
 
-def find_anomalies(trained, images, table, times, limits=None):
-    """Surprisal, restorations and residual maps of images.
+def find_anomalies(trained, slices, unknown, times, limits=None):
+    """Surprisal of indices, alone and near, restorations and residual maps.
 
-    Args:
-        images: `(N, H, W)` in [0, 1]; `table` has a row for each.
-        times: restorations of each image.
-        limits: mean surprisal of 3x3 indices, a number a level, above which
-            they are restored; by default that of these images.
-
-    Returns: dict of `bits` and `near`, the surprisal of each level and its
-        means over 3x3 indices `(N, h, w)`; `limits`; the first of the
-        `restored` images and the `residual`, `(N, H, W)`.
+    Indices whose mean surprisal over 3x3 exceeds the limit of their level are
+    restored. The limits are those given, or those of these images.
     """
-    batches = np.split(images[..., None], range(32, len(images), 32))
+    images, table = slices.read(), slices.table.assign(**unknown)
+    batches = dataset.ordered_batches(images)
     indices = modules.encode_dataset(trained.vqvae, batches)
     bits = [
         code_bits(prior, modules.prior_inputs(prior, indices, table))
@@ -645,23 +614,17 @@ def find_anomalies(trained, images, table, times, limits=None):
         np.where(level > limit, -1, grid)
         for level, limit, grid in zip(near, limits, indices, strict=True)
     ]
-    restored, residual, step = [], [], CHUNK // times
-    bar = utils.progress_bar("restoring", "chunk")
-    for k in bar(range(0, len(images), step)):
-        rows = np.repeat(np.arange(k, min(k + step, len(images))), times)
-        known_here = [grid[rows] for grid in known]
-        drawn, _, _ = trained.generate_like(
-            table.iloc[rows], first=k * times, known=known_here
+    images, residual = images[..., 0], 0.0
+    for k in range(times):
+        restored, _, _ = trained.generate_like(
+            table, first=k * len(images), known=known
         )
-        apart = np.abs(images[rows] - drawn)
-        apart = apart.reshape(-1, times, *images.shape[1:]).mean(axis=1)
-        # Thin edges, which any restoration blurs, go with the least pixels.
-        apart = ndimage.minimum_filter(apart, (1, 3, 3))
-        residual.append(ndimage.uniform_filter(apart, (1, 7, 7)))
-        restored.append(drawn[::times])
-    found = {"bits": bits, "near": near, "limits": limits}
-    found["restored"] = np.concatenate(restored)
-    return found | {"residual": np.concatenate(residual)}
+        residual += np.abs(images - restored) / times
+    # Thin edges, which any restoration blurs, go with the least pixels.
+    residual = ndimage.minimum_filter(residual, (1, 3, 3))
+    residual = ndimage.uniform_filter(residual, (1, 7, 7))
+    found = {"images": images, "restored": restored, "residual": residual}
+    return found | {"bits": bits, "near": near, "limits": limits}
 
 
 def anomaly_table(table, found, healthy):
@@ -683,8 +646,7 @@ def evaluate(trained, options):
     else:  # samples are compared with training images too
         needed = dataset.SPLITS if trained.priors else ("test",)
         splits = dataset.load_run(trained.run, options.data_dir, needed)
-        models = trained.vqvae, trained.priors
-        evaluation = evaluate_run(trained.run, *models, splits, options)
+        evaluation = evaluate_run(trained, splits, options)
         print(f"report: {trained.output.report_path}")
     print(summary_table(evaluation))
 
@@ -696,13 +658,13 @@ def inspect(trained, options):
         print(json.dumps(facts, allow_nan=False, indent=2))
     else:
         facts["scores"] = summary_table(facts["evaluation"])
-        print(render("inspect.txt", facts).strip())
+        print(render("inspect.txt", facts), end="")
 
 
 def export(trained, options):
     """Write the SavedModel, the whole folder or nothing."""
     dest = Path(options.dest)
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+    if dest.is_file() or dest.exists() and any(dest.iterdir()):
         raise utils.RunError(
             f"{dest}: exists and is not an empty folder; choose another"
         )
@@ -730,22 +692,22 @@ FAILURES = 5  # worst reconstructions, and least likely samples, in a figure
 METRICS = ("ssim", "ssim_foreground", "psnr", "mae")
 
 
-def evaluate_run(run, vqvae, priors, splits, options=None):
+def evaluate_run(trained, splits, options=None):
     """Evaluate a run on images that no training step saw; draw its figures.
 
     Args:
+        trained: `Trained`.
         splits: dict of `dataset.Slices`; without priors only `test` is needed.
         options: `Evaluate`.
 
     Returns: what is written to `evaluation.json`.
     """
     options = options or Evaluate()
-    trained = Trained.of(run, vqvae, priors, options)
-    output, test = trained.output, splits["test"]
+    output, priors, test = trained.output, trained.priors, splits["test"]
     if options.features == "inception" and priors:
         utils.inception_network()  # refused before anything is computed
-    evaluation, found = evaluate_vqvae(vqvae, test)
-    evaluation["data"] = about_data(run)
+    evaluation, found = evaluate_vqvae(trained.vqvae, test)
+    evaluation["data"] = about_data(trained.run)
     if priors:
         evaluation["prior"] = evaluate_prior(trained, splits, found)
         evaluation |= evaluate_samples(trained, splits, options)
@@ -753,7 +715,7 @@ def evaluate_run(run, vqvae, priors, splits, options=None):
             evaluation["labels"] = evaluate_labels(trained, test)
     evaluation["speed"] |= measure_speed(trained)
     utils.write_json(output.evaluation_path, evaluation)
-    plot_test_figures(output.figures_path, vqvae, test, found)
+    plot_test_figures(output.figures_path, trained, test, found)
     write_report(trained)
     return evaluation
 
@@ -764,14 +726,15 @@ def is_external(run, options):
     It is the run's own if the first file of its split table is somewhere there.
     """
     external = options.data_dir is not None
-    if external and not options.dataset and run.split_path.exists():
+    if external and run.split_path.exists():
         first = utils.read_split_table(run).iloc[0]
         names = Path(options.data_dir).rglob(glob.escape(first["path"]))
         hashes = (hashlib.sha256(name.read_bytes()) for name in names)
         external = first["sha256"] not in (part.hexdigest() for part in hashes)
-    if not external and (options.dataset or options.skip_bad):
+    if options.skip_bad and not external:
         raise utils.FlagError(
-            "--dataset, --skip-bad: need another data set in --data-dir"
+            "--skip-bad: expected another data set in --data-dir, found that "
+            f"of {run.path}"
         )
     return external
 
@@ -783,18 +746,20 @@ def evaluate_external(trained, options):
     look like the data of the run, not like these.
     """
     run, folder = trained.run, options.data_dir
-    layout = options.dataset or dataset.detect_layout(folder)
+    layout = dataset.detect_layout(folder)
     slices = dataset.load_external(folder, layout, run, options.skip_bad)
     print(f"all {len(slices)} images are test images; nothing is generated")
     evaluation, found = evaluate_vqvae(trained.vqvae, slices)
-    about = {"dataset": layout, "simulated": slices.simulated}
-    about["image_size"] = run.info["image_size"]
-    about["test"] = count_subjects(slices.subjects)
-    about["data_dir"] = os.path.abspath(folder)
-    evaluation["data"] = about
+    evaluation["data"] = about = {
+        "dataset": layout,
+        "simulated": slices.simulated,
+        "image_size": run.info["image_size"],
+        "data_dir": os.path.abspath(folder),
+        **count_subjects(slices.table),
+    }
     name = re.sub(r"[^\w.-]", "_", Path(folder).resolve().name)
     figures = trained.output.figures_path / name
-    plot_test_figures(figures, trained.vqvae, slices, found)
+    plot_test_figures(figures, trained, slices, found)
     if len(slices.rejected):
         utils.write_csv(figures / "rejected.csv", slices.rejected)
         print(f"files left out: {figures / 'rejected.csv'}")
@@ -804,8 +769,8 @@ def evaluate_external(trained, options):
         seen = int(slices.table["sha256"].isin(own).sum())
         about["images_seen_in_training"] = seen
         if seen:
-            text = f"warning: {seen} of {len(slices)} images were trained on"
-            print(f"{text}: the scores are too good", file=sys.stderr)
+            text = f"{seen} of {len(slices)} images were trained on"
+            utils.warn_once(f"{text}: the scores are too good")
     path = trained.output.path / f"evaluation-{name}.json"
     utils.write_json(path, evaluation)
     print(f"scores: {path}, figures: {figures}")
@@ -815,61 +780,60 @@ def evaluate_external(trained, options):
 def evaluate_vqvae(vqvae, test):
     """Scores of images that are encoded to indices and decoded from them.
 
-    Returns: parts of `evaluation.json`; dict of `indices` and `cells` (which
-        hold content), a list of `(N, h, w)` each, `ssim` `(N,)` and `pixels`,
-        how many have content.
+    Returns: parts of `evaluation.json`; dict of lists of `(N, h, w)`:
+        `indices`, `cells` with content; `ssim` `(N,)`, `pixels` with content.
     """
-    parts, found = collections.defaultdict(list), {"pixels": 0}
+    parts, seconds, pixels = collections.defaultdict(list), [], 0
     for batch in dataset.ordered_batches(test):
         started = time.perf_counter()
         indices = [level.numpy() for level in vqvae.encode(batch)]
-        parts["seconds"].append((time.perf_counter() - started) / len(batch))
+        seconds.append((time.perf_counter() - started) / len(batch))
         parts["indices"].append(indices)
         parts["cells"].append(vqvae.foreground_cells(batch))
-        found["pixels"] += int(np.sum(np.asarray(batch) > utils.FOREGROUND))
+        pixels += int(np.sum(np.asarray(batch) > utils.FOREGROUND))
         decoded = vqvae.decode_indices(indices)
         for name in METRICS:
-            parts[name].append(getattr(utils, name)(batch, decoded).numpy())
-    for name in "indices", "cells":
-        levels = zip(*parts[name], strict=True)
-        found[name] = [np.concatenate(level) for level in levels]
-    values = {name: np.concatenate(parts[name]) for name in METRICS}
-    # The median batch: the first one includes tracing.
-    speed = {"images_per_second_encoded": 1 / np.median(parts["seconds"])}
-    scores = {
-        name: utils.bootstrap(utils.mean_of(per_image), test.subjects)
-        for name, per_image in values.items()
+            parts[name].append([getattr(utils, name)(batch, decoded).numpy()])
+    found = {
+        name: [np.concatenate(rows) for rows in zip(*batches, strict=True)]
+        for name, batches in parts.items()
     }
-    codebook = evaluate_codebook(vqvae, found["indices"])
-    scores = {"reconstruction": scores, "codebook": codebook, "speed": speed}
-    return scores, found | {"ssim": values["ssim"]}
+    scores = {
+        "reconstruction": {
+            name: utils.bootstrap(utils.mean_of(found[name][0]), test.subjects)
+            for name in METRICS
+        },
+        "codebook": evaluate_codebook(vqvae, found["indices"]),
+        # The median batch: the first one includes tracing.
+        "speed": {"images_per_second_encoded": 1 / np.median(seconds)},
+    }
+    return scores, found | {"ssim": found["ssim"][0], "pixels": pixels}
 
 
 def evaluate_codebook(vqvae, indices):
     """Usage of each codebook over a whole split, bottom first."""
     size, entries = vqvae.num_embeddings, []
     for level, grid in enumerate(indices, start=1):
-        stats = utils.codebook_stats(grid, size)
-        del stats["counts"]
         about = {"level": level, "grid": list(grid.shape[1:])}
-        entries.append(about | {"num_embeddings": size} | stats)
+        entry = about | utils.codebook_stats(grid, size)
+        entries.append(entry | {"num_embeddings": size})
+        del entries[-1]["counts"]
     return entries
 
 
 def about_data(run):
-    """The `data` part of an evaluation; counts if the split table is there."""
+    """The `data` part of an evaluation."""
     about = {key: run.info[key] for key in ("simulated", "image_size")}
     about["dataset"] = run.settings.data.dataset
     if run.split_path.exists():
-        table = utils.read_split_table(run)
-        for split, rows in table.groupby("split"):
-            about[split] = count_subjects(rows["subject"])
+        about |= count_subjects(utils.read_split_table(run))
     return about
 
 
-def count_subjects(subjects):
-    """Number of subjects and images, from the subject of each image."""
-    return {"subjects": len(set(subjects)), "images": len(subjects)}
+def count_subjects(table):
+    """{split: numbers of subjects and images} of a table of slices."""
+    subjects = table.groupby("split")["subject"]
+    return subjects.agg(subjects="nunique", images="size").to_dict("index")
 
 
 def evaluate_prior(trained, splits, found):
@@ -878,24 +842,29 @@ def evaluate_prior(trained, splits, found):
     The training and validation figures are over as many images, spread
     evenly, as the test set has.
     """
-    test, size = splits["test"], trained.vqvae.num_embeddings
-    grids = stored_indices(trained, splits) | {"test": found["indices"]}
+    test, vqvae = splits["test"], trained.vqvae
+    tables, grids = {"test": test.table}, {"test": found["indices"]}
+    for name in "train", "validate":
+        if len(splits[name]):
+            rows = utils.spread(len(splits[name]), len(test))
+            some = splits[name].take(rows)
+            tables[name], batches = some.table, dataset.ordered_batches(some)
+            grids[name] = modules.encode_dataset(vqvae, batches)
     entries, per_image = [], 0.0
     for level, prior in enumerate(trained.priors):
-        bits = {}
-        for name, of_split in grids.items():
-            rows = utils.spread(len(splits[name]), len(test))
-            table = splits[name].table.iloc[rows]
-            some = [grid[rows] for grid in of_split]
-            inputs = modules.prior_inputs(prior, some, table)
-            bits[name] = code_bits(prior, inputs).astype("float64")
+        bits = {
+            name: code_bits(prior, modules.prior_inputs(prior, grids[name], of))
+            for name, of in tables.items()
+        }
         seen, unseen = grids["train"][level], grids["test"][level]
-        inside = bits["test"][found["cells"][level]]
+        size = vqvae.num_embeddings
         entries.append(
             {
                 "level": level + 1,
                 "bits_per_code": {k: float(v.mean()) for k, v in bits.items()},
-                "bits_per_foreground_code": _mean(inside),
+                "bits_per_foreground_code": mean_of_known(
+                    bits["test"][found["cells"][level]]
+                ),
                 "unigram_bits": utils.unigram_bits(seen, unseen, size),
                 "uniform_bits": math.log2(size),
             }
@@ -907,36 +876,20 @@ def evaluate_prior(trained, splits, found):
     return entries
 
 
-def stored_indices(trained, splits):
-    """Indices of the training and validation images, bottom first.
-
-    From `indices.npz` or, where that was not shared, from the images.
-    """
-    run, vqvae, found = trained.run, trained.vqvae, {}
-    stored = utils.read_indices(run) if run.indices_path.exists() else None
-    for name in "train", "validate":
-        if len(splits[name]) and stored is None:
-            batches = dataset.ordered_batches(splits[name])
-            found[name] = modules.encode_dataset(vqvae, batches)
-        elif len(splits[name]):
-            levels = range(1, vqvae.levels + 1)
-            found[name] = [stored[f"{name}_{level}"] for level in levels]
-    return found
-
-
 def code_bits(prior, inputs, codes=2**16):
-    """Surprisal in bits, -log2 p, of each code: `(N, h, w)` float32.
-
-    Args:
-        inputs: dict of arrays, as of `prior_inputs`.
-        codes: how many are taken at a time.
-    """
+    """Surprisal in bits, -log2 p, of each code: `(N, h, w)` float64."""
     indices, parts = inputs["indices"], []
     step = max(1, codes // indices[0].size)
     for k in range(0, len(indices), step):
         part = tf.nest.map_structure(lambda a, k=k: a[k : k + step], inputs)
         parts.append(prior.log_prob(**part).numpy())
-    return np.concatenate(parts) / -math.log(2)
+    return np.concatenate(parts, dtype="float64") / -math.log(2)
+
+
+def mean_of_known(values):
+    """Mean of what is not NaN; None of nothing."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
 
 
 def measure_speed(trained):
@@ -947,12 +900,11 @@ def measure_speed(trained):
         utils.plot_history(figures / "history.png", history)
         for stage, rows in history.groupby("stage"):
             # From the end of the first row on, which includes tracing.
-            done = rows[["images", "seconds"]].iloc[[0, -1]].to_numpy(float)
-            images, seconds = done[1] - done[0]
-            if seconds > 0:
-                rate = float(images / seconds)
+            first, last = rows.iloc[0], rows.iloc[-1]
+            speed[f"{stage}_minutes"] = last.seconds / 60
+            if (seconds := last.seconds - first.seconds) > 0:
+                rate = (last.images - first.images) / seconds
                 speed[f"{stage}_images_per_second_trained"] = rate
-            speed[f"{stage}_minutes"] = float(done[1, 1]) / 60
     if trained.priors:
         count = min(run.settings.run.num_samples, SHOWN_SAMPLES)
         trained.generate(1)  # the first call compiles
@@ -960,7 +912,8 @@ def measure_speed(trained):
         samples, _, _ = trained.generate(count)
         seconds = time.perf_counter() - started
         speed |= {"samples": count, "seconds_for_samples": seconds}
-        plot_samples(figures / "samples.png", samples, f"seed {trained.seed}")
+        path, name = figures / "samples.png", f"seed {trained.seed}"
+        plot_samples(path, trained, samples, name)
     return speed | {"peak_memory_mb": utils.peak_memory_mb()}
 
 
@@ -977,7 +930,7 @@ def evaluate_samples(trained, splits, options):
     n = options.num_samples or trained.run.settings.run.num_samples
     sets, like, bits = image_sets(trained, train, test, n)
     images = sets["generated"]
-    plot_least_likely(trained.output.figures_path, images, bits)
+    plot_least_likely(trained, images, bits)
     memorization, nearest = evaluate_memorization(trained, images, train, test)
     sets["rebuilt"] = rebuild(trained.vqvae, like["train"])
     if len(trained.priors) > 1:
@@ -1000,16 +953,14 @@ def evaluate_samples(trained, splits, options):
     return {"generation": about | scores, "memorization": memorization}
 
 
-def score_samples(run, vqvae, priors, train, real, sampling, n):
+def score_samples(trained, train, real, n):
     """Compare generated images with real ones; see `utils.compare_sets`.
 
     Args:
+        trained: `Trained`, with the sampling to be scored.
         train, real: `dataset.Slices`; `real` of subjects not trained on.
-        sampling: list of `modules.Sampling`, bottom first.
         n: number of images; no more than there are in either.
     """
-    trained = Trained.of(run, vqvae, priors, None)
-    trained = dataclasses.replace(trained, sampling=sampling)
     return compare(*image_sets(trained, train, real, n)[:2])
 
 
@@ -1059,9 +1010,8 @@ def match_images(test, train, prior, count, seed):
             unlike += 2 * (label != wanted.label)
         if prior.slice_condition:
             unlike += np.abs(position - wanted.position)
-        best = int(np.argmin(unlike))
-        cost[best] = np.inf
-        peers.append(order[best])
+        peers.append(order[np.argmin(unlike)])
+        cost[np.argmin(unlike)] = np.inf
     return rows, np.array(peers)
 
 
@@ -1082,49 +1032,45 @@ def evaluate_memorization(trained, images, train, test):
     """
     shown = np.random.default_rng(0).permutation(len(test))[:UNSEEN_IMAGES]
     test = test.take(np.sort(shown))
-    both = images, rebuild(trained.vqvae, test)
+    both = np.concatenate([images, rebuild(trained.vqvae, test)])
     bar = utils.progress_bar("looking for copies", "batch")
     batches = bar(dataset.ordered_batches(train))
-    found = utils.nearest_images(np.concatenate(both), batches, utils.SPACES)
-    n, result = len(images), []
+    found, n = utils.nearest_images(both, batches, utils.SPACES), len(images)
     new = {key: (row[:n], apart[:n]) for key, (row, apart) in found.items()}
     old = {key: (row[n:], apart[n:]) for key, (row, apart) in found.items()}
     audited, copies = utils.audit(new, old, test.subjects)
-    owners = np.arange(n), test.subjects
-    for some, pairs, subjects in zip(both, (new, old), owners, strict=True):
-        peers = train.take(pairs["pixels"][0])
-        batches = dataset.ordered_batches((some[..., None], peers))
-        values = [utils.ssim(*pair).numpy() for pair in batches]
-        mean = utils.mean_of(np.concatenate(values))
-        result.append(utils.bootstrap(mean, subjects))
-    path = trained.output.figures_path / "memorization.png"
-    plot_nearest(path, images, new, train, audited, copies)
+    peers = train.take(found["pixels"][0])
+    pairs = dataset.ordered_batches((both[..., None], peers))
+    ssim = np.concatenate([utils.ssim(*pair).numpy() for pair in pairs])
+    scores = [
+        utils.bootstrap(utils.mean_of(ssim[:n]), np.arange(n)),
+        utils.bootstrap(utils.mean_of(ssim[n:]), test.subjects),
+    ]
+    plot_nearest(trained, images, peers, new, audited, copies)
     about = {"n": n, "test_images": len(test), "train_images": len(train)}
-    return about | audited, result
+    return about | audited, scores
 
 
-def plot_nearest(path, images, found, train, audited, copies, count=8):
+def plot_nearest(trained, images, peers, found, audited, copies, count=8):
     """Draw the generated images nearest to a training image, copies first."""
-    distance = {key: apart for key, (_, apart) in found.items()}
-    order = np.argsort(distance["pixels"])  # NaN, of blank images, last
-    title = f"The nearest to training of {len(images)} generated images\n"
-    if copies is None:
+    distances = {key: apart for key, (_, apart) in found.items()}
+    if copies is None:  # too few unseen images to tell
         copies = np.zeros(len(images), bool)
-        title += "too few unseen images to tell copies"
-    else:
-        order = order[np.argsort(~copies[order], kind="stable")]
-        limits = [f"{k} {audited[k]['first_percentile']:.2f}" for k in distance]
-        alarm = "ALARM" if audited["alarm"] else "no alarm"
-        title += f"1 % of unseen images are nearer than {', '.join(limits)}\n"
-        title += f"{audited['copies']} copies: {alarm}"
-    order = order[:count]
+    # NaN, of blank images, comes last.
+    order = np.lexsort((distances["pixels"], ~copies))[:count]
     captions = [
-        "\n".join(f"{key} {apart[k]:.2f}" for key, apart in distance.items())
+        "\n".join(f"{key} {apart[k]:.2f}" for key, apart in distances.items())
         + "\ncopy" * int(copies[k])
         for k in order
     ]
-    nearest = train.read(found["pixels"][0][order])[..., 0]
-    utils.plot_memorization(path, images[order], nearest, captions, title)
+    limits = {key: audited[key]["first_percentile"] for key in distances}
+    title = f"The nearest to training of {len(images)} generated images\n"
+    title += f"1 % of unseen images are nearer than {show_value(limits)}\n"
+    title += f"copies {show_value(audited['copies'])}, "
+    title += f"alarm {show_value(audited['alarm'])}"
+    pairs = trained.cut(images[order], peers.read(order)[..., 0])
+    path = trained.output.figures_path / "memorization.png"
+    utils.plot_memorization(path, *pairs, captions, title)
 
 
 def evaluate_labels(trained, test):
@@ -1145,47 +1091,43 @@ def evaluate_labels(trained, test):
         own = (test.table["label"] == label).to_numpy()
         entry = {"label": label, "test_images": int(own.sum())}
         if len(positions):
-            asked = np.resize(positions, count)
-            drawn, *_ = trained.generate(
-                count, label=label, slice_position=asked
-            )
-            areas = dataset.ventricle_areas(drawn, asked)
-            areas = {"real": _mean(real[own]), "generated": _mean(areas)}
-            entry |= {"images_drawn": count, "ventricle_area": areas}
+            at = np.resize(positions, count)
+            drawn, *_ = trained.generate(count, label=label, slice_position=at)
+            entry["images_drawn"] = count
+            entry["ventricle_area"] = {
+                "real": mean_of_known(real[own]),
+                "generated": mean_of_known(dataset.ventricle_areas(drawn, at)),
+            }
         entries.append(entry)
     return entries
 
 
-def _mean(values):
-    """Mean of what is not NaN; None of nothing."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
-
-
-def plot_least_likely(folder, images, bits):
+def plot_least_likely(trained, images, bits):
     """Draw the generated images whose indices take the most bits."""
     least = np.argsort(-bits, kind="stable")[:FAILURES]
     title = f"The least likely of {len(images)} generated images\n"
     title += f"bits of their indices; on average {bits.mean():.0f}"
     captions = [f"{bits[k]:.0f} bits" for k in least]
-    path = folder / "failures_samples.png"
-    utils.plot_samples(path, images[least], title, captions, FAILURES)
+    path = trained.output.figures_path / "failures_samples.png"
+    [shown] = trained.cut(images[least])
+    utils.plot_samples(path, shown, title, captions, FAILURES)
 
 
-def plot_reconstructions(path, vqvae, images, **options):
+def plot_reconstructions(path, trained, images, **options):
     """Figure of images and their reconstructions; returns the SSIM."""
-    decoded = vqvae.reconstruct(images)
+    decoded = trained.vqvae.reconstruct(images).numpy()
     values = utils.ssim(images, decoded).numpy()
-    utils.plot_reconstructions(path, images, decoded.numpy(), values, **options)
+    pair = trained.cut(images[..., 0], decoded[..., 0])
+    utils.plot_reconstructions(path, *pair, values, **options)
     return values
 
 
-def plot_test_figures(folder, vqvae, test, found, count=8):
+def plot_test_figures(folder, trained, test, found):
     """Reconstructions, the worst of them, index maps and codebook usage."""
-    rows, size = utils.spread(len(test), count), vqvae.num_embeddings
+    rows, size = utils.spread(len(test), 8), trained.vqvae.num_embeddings
     worst = np.argsort(found["ssim"], kind="stable")[:FAILURES]
     shown, indices = test.read(rows), found["indices"]
-    plot_reconstructions(folder / "reconstructions.png", vqvae, shown)
+    plot_reconstructions(folder / "reconstructions.png", trained, shown)
     captions = [
         f"subject {row.subject[-12:]}, slice {row.slice}"
         for row in test.table.iloc[worst].itertuples()
@@ -1193,8 +1135,9 @@ def plot_test_figures(folder, vqvae, test, found, count=8):
     title = f"The worst reconstructions of {len(test)} test images"
     about = {"title": title, "captions": captions}
     path = folder / "failures.png"
-    plot_reconstructions(path, vqvae, test.read(worst), **about)
+    plot_reconstructions(path, trained, test.read(worst), **about)
     some = [grid[rows] for grid in indices]
+    [shown] = trained.cut(shown[..., 0])
     utils.plot_index_maps(folder / "indices.png", shown, some, size)
     counts = [utils.codebook_stats(grid, size)["counts"] for grid in indices]
     utils.plot_codebook(folder / "codebook.png", counts)
@@ -1214,64 +1157,36 @@ WORDS = {
 }
 
 
-def ratio_in_words(ratio):
-    """What a Fréchet ratio means, in a clause."""
-    return next(text for limit, text in WORDS.items() if ratio <= limit)
-
-
 def verdict(evaluation):
-    """Fréchet ratio of the samples and what limits them.
+    """Fréchet ratio of the samples, what it means, and what limits them.
 
     The ratio is None if unknown or of too few subjects for an interval. What
-    limits them is the stage where the ratio rises most, in words of the table
-    of metrics; "" if it is not known.
+    limits the samples is the stage where the ratio rises most.
     """
     generation = evaluation.get("generation") or {}
     frechet = generation.get("frechet") or {}
     ratio = frechet.get("ratio") if frechet.get("ratio_ci95") else None
-    ratios = generation.get("by_stage") or {}
+    words = [text for high, text in WORDS.items() if ratio and ratio <= high]
+    ratios, limit = generation.get("by_stage") or {}, ""
     ratios = {name: ratios[name] for name in STAGES if ratios.get(name)}
-    if "all_drawn" not in ratios:
-        return ratio, ""
-    if ratios["all_drawn"] <= CLOSE:
-        return ratio, "nothing much: little is left to gain"
-    before = [1, *ratios.values()]
-    rise = {k: ratios[k] - b for k, b in zip(ratios, before, strict=False)}
-    return ratio, explain(max(rise, key=rise.get), "bad").partition(": ")[2]
+    if ratios.get("all_drawn", math.inf) <= CLOSE:
+        limit = "nothing much: little is left to gain"
+    elif "all_drawn" in ratios:
+        before = [1, *ratios.values()]
+        rise = {k: ratios[k] - b for k, b in zip(ratios, before, strict=False)}
+        limit = explain(max(rise, key=rise.get), "bad").partition(": ")[2]
+    return {"ratio": ratio, "words": "".join(words[:1]), "limit": limit}
 
 
 def print_summary(run, evaluation, output=None):
     """Print the few lines that matter at the end of a run."""
-    output = output or run
-    rows = [("pictures", f"{output.figures_path}, {output.report_path}")]
-    if scores := evaluation.get("reconstruction"):
-        test, inside = evaluation["data"]["test"], scores["ssim_foreground"]
-        text = f"SSIM {show_value(scores['ssim']['mean'])} on {test['images']} "
-        text += f"slices of {test['subjects']} unseen subjects "
-        text += f"({show_value(inside['mean'])} inside the head)"
-        rows.append(("reconstructions", text))
-    ratio, limit = verdict(evaluation)
-    if ratio:
-        text = f"Fréchet ratio {ratio:.2f}: {ratio_in_words(ratio)}"
-        rows.append(("samples", text))
-    elif evaluation.get("generation"):
-        text = "too few unseen subjects for a score; look at the pictures"
-        rows.append(("samples", text))
-    if limit:
-        rows.append(("limited by", limit))
-    verb = "generate {} -n 64" if run.has_priors else "inspect {}"
-    rows.append(("next", f"python predict.py {verb.format(run.path)}"))
-    print(utils.align(rows))
+    facts = {"run": run, "evaluation": evaluation, "output": output or run}
+    print(render("summary.txt", facts | verdict(evaluation)), end="")
 
 
 def summary_table(evaluation):
     """Return `evaluation.json` as aligned text; parts may be missing."""
-    rows, last = [], ""
-    for section, key, text in summary_rows(evaluation):
-        heading = "" if section == last else section
-        rows.append((heading, key.replace("_", " "), text))
-        last = section
-    return utils.align(rows) if rows else "nothing evaluated yet"
+    return render("scores.txt", {"rows": summary_rows(evaluation)}).rstrip()
 
 
 def summary_rows(evaluation):
@@ -1336,54 +1251,41 @@ def run_facts(trained):
     What `config.json` says, and of the data, each level's codebook and each
     model; `evaluation` is empty without one.
     """
-    run, vqvae = trained.run, trained.vqvae
-    known = [trained.output, run]
-    known = [part for part in known if part.evaluation_path.exists()]
-    evaluation = utils.read_evaluation(known[0]) if known else {}
-    levels = evaluation.get("codebook")
-    if not levels and run.indices_path.exists():
-        stored, numbers = utils.read_indices(run), range(1, vqvae.levels + 1)
-        grids = [stored[f"test_{level}"] for level in numbers]
-        levels = evaluate_codebook(vqvae, grids)
-    elif not levels:
-        grids = enumerate(vqvae.latent_grids, start=1)
-        levels = [{"level": k, "grid": list(grid)} for k, grid in grids]
+    run, vqvae, evaluation = trained.run, trained.vqvae, {}
+    for known in run, trained.output:  # the newer one wins
+        if known.evaluation_path.exists():
+            evaluation = utils.read_evaluation(known)
+    grids = enumerate(vqvae.latent_grids, start=1)
+    levels = [{"level": k, "grid": list(grid)} for k, grid in grids]
     sizes = ("num_embeddings", "embedding_dim")
     sizes = {name: getattr(vqvae.settings, name) for name in sizes}
-    models = [vqvae, *trained.priors]
-    files = [run.vqvae_path, *run.prior_paths][: len(models)]
+    files = [run.vqvae_path, *run.prior_paths]
+    models = zip(files, [vqvae, *trained.priors], strict=False)
     return {
         **{key: run.info[key] for key in run.info if key != "training"},
         "settings": utils.flat(run.settings),
         "run": str(run.path),
         "complete": "training" not in run.info,
         "data": evaluation.get("data") or about_data(run),
-        "codebook": [entry | sizes for entry in levels],
-        "models": {
-            path.name: model_facts(model)
-            for path, model in zip(files, models, strict=True)
-        },
+        "codebook": [x | sizes for x in evaluation.get("codebook") or levels],
+        "models": {path.name: model_facts(model) for path, model in models},
         "evaluation": evaluation,
     }
 
 
 def model_facts(model):
     """Type, precision, weights and layers of a model, named by attribute."""
-    names = {}
-    for name, value in vars(model).items():
-        if isinstance(value, list) and not name.startswith("_"):
-            names |= {id(v): f"{name}[{k}]" for k, v in enumerate(value)}
-        names.setdefault(id(value), name)
+    names = {id(value): name for name, value in vars(model).items()}
+
+    def about(part):
+        return {"type": type(part).__name__, "weights": part.count_params()}
+
     layers = [
-        {
-            "layer": names.get(id(layer), layer.name),
-            "type": type(layer).__name__,
-            "weights": layer.count_params(),
-        }
+        {"layer": names.get(id(layer), layer.name)} | about(layer)
         for layer in model.layers
     ]
-    about = {"type": type(model).__name__, "weights": model.count_params()}
-    return about | {"precision": model.dtype_policy.name, "layers": layers}
+    precision = model.dtype_policy.name
+    return about(model) | {"precision": precision, "layers": layers}
 
 
 def write_report(trained):
@@ -1392,20 +1294,20 @@ def write_report(trained):
     The page holds the figures that are there: it needs no other file and no
     network.
     """
-    facts, output, figures = run_facts(trained), trained.output, {}
-    for folder in (trained.run.figures_path, output.figures_path):
-        for path in folder.glob("*.png"):
-            text = base64.b64encode(path.read_bytes()).decode("ascii")
-            figures[path.stem] = f"data:image/png;base64,{text}"
-    facts |= {"rows": summary_rows(facts["evaluation"]), "figures": figures}
-    facts["ratio"], facts["verdict"] = verdict(facts["evaluation"])
-    facts["stages"] = STAGES
+    facts, output = run_facts(trained), trained.output
+    facts["figures"] = {
+        path.stem: base64.b64encode(path.read_bytes()).decode()
+        for folder in (trained.run.figures_path, output.figures_path)
+        for path in folder.glob("*.png")
+    }
+    facts["rows"] = summary_rows(facts["evaluation"])
+    facts |= {"stages": STAGES} | verdict(facts["evaluation"])
     for template, path in (
         ("model_card.md", output.card_path),
         ("report.html", output.report_path),
     ):
-        text = render(template, facts).encode(errors="replace")
-        utils.write_atomic(path, lambda p, text=text: p.write_bytes(text))
+        data = render(template, facts).encode(errors="replace")
+        utils.write_atomic(path, lambda p, data=data: p.write_bytes(data))
 
 
 def render(template, facts):
@@ -1420,7 +1322,6 @@ def render(template, facts):
     )
     environment.filters |= {
         "explain": explain,
-        "in_words": ratio_in_words,
         "show": show_value,
         "size": utils.size_text,
         "typed": utils.typed,

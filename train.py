@@ -560,15 +560,14 @@ def choose_sampling(job, vqvae, priors):
     free = [name for name in SAMPLING if getattr(given, name) is None]
     wanted = free and priors and not given.smoke
     images = job.images_if_there() if wanted else {}
+    trained = predict.Trained.of(job.run, vqvae, priors)
 
     @functools.cache
     def distance(temperature, top_p):
         sampling = modules.Sampling(temperature=temperature, top_p=top_p)
         sets = images["train"], images["validate"]
-        levels, count = [sampling] * vqvae.levels, MOST_TO_CHOOSE
-        scores = predict.score_samples(
-            job.run, vqvae, priors, *sets, levels, count
-        )
+        asked = dataclasses.replace(trained, sampling=[sampling] * vqvae.levels)
+        scores = predict.score_samples(asked, *sets, MOST_TO_CHOOSE)
         return scores["frechet"]["generated_vs_test"]
 
     for name in free:
@@ -585,7 +584,8 @@ def choose_sampling(job, vqvae, priors):
 def evaluate(job, vqvae, priors):
     """Evaluate on the test subjects, draw the figures, print the summary."""
     if images := job.images_if_there():
-        evaluation = predict.evaluate_run(job.run, vqvae, priors, images)
+        trained = predict.Trained.of(job.run, vqvae, priors)
+        evaluation = predict.evaluate_run(trained, images)
         predict.print_summary(job.run, evaluation)
     else:
         print(f"later: python predict.py evaluate {job.run.path}")

@@ -339,9 +339,9 @@ def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
 def test_sampling_is_chosen_on_validation_images(
     tiny_run, tmp_path, monkeypatch
 ):
-    def score(run, vqvae, priors, train, real, sampling, n):
+    def score(trained, train, real, n):
         assert set(real.table["split"]) == {"validate"}
-        (only,) = sampling
+        (only,) = trained.sampling
         tried.append((only.temperature, only.top_p))
         distance = abs(only.temperature - 0.8) + abs(only.top_p - 0.95)
         return {"frechet": {"generated_vs_test": distance}}
