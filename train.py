@@ -21,19 +21,15 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import os
 import shlex
 import shutil
-import sqlite3
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
-import filelock
 import numpy as np
 
 import dataset
@@ -45,7 +41,6 @@ modules = utils.lazy_import("modules")
 optuna = utils.lazy_import("optuna")
 pd = utils.lazy_import("pandas")
 plt = utils.lazy_import("matplotlib.pyplot")
-sqlalchemy = utils.lazy_import("sqlalchemy")
 tf = utils.lazy_import("tensorflow")
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
@@ -55,8 +50,6 @@ PICTURES = 5  # times that they are shown
 SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
 SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
-# Relative times for an image, by which stages not yet begun are guessed.
-TIMES = {"vqvae": 2}  # a prior: 3
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
@@ -65,8 +58,7 @@ OBJECTIVES = {
     "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
 }
 # Flags of a search that the training of its best trial does not have.
-OF_SEARCH = ("tune", "objective", "run_dir", "smoke", "epochs", "prior_epochs")
-HEARTBEAT = 60  # seconds between signs of life of a trial
+OF_SEARCH = {"tune", "objective", "run_dir", "smoke", "epochs", "prior_epochs"}
 
 
 def main(argv):
@@ -76,15 +68,12 @@ def main(argv):
     strategy = utils.choose_strategy(
         settings.run.strategy, alone=settings.search.tune > 0
     )
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(utils.StopSignals())
+    with (
+        utils.StopSignals() as signals,
+        settings_of_worker(settings, strategy) as settings,
+    ):
         if settings.search.tune:
-            search(settings, argv, strategy, signals)
-            return
-        if settings.run.smoke and not settings.run.resume:
-            settings = settings.smoked()
-        if not utils.is_chief(strategy):
-            settings = stack.enter_context(silent_copy(settings))
+            return search(settings, argv, strategy, signals)
         utils.wait_for_workers(strategy)
         print(utils.describe_devices())
         job = start(settings, strategy, signals, argv)
@@ -98,21 +87,23 @@ def main(argv):
 
 
 @contextlib.contextmanager
-def silent_copy(settings):
-    """Settings of a worker that is not the chief, which writes the run.
+def settings_of_worker(settings, strategy):
+    """Settings of this process: the chief, which writes the run, or another.
 
-    It runs silently in a temporary copy of the run folder.
+    Others run silently in a temporary copy of the run folder.
     """
-    name = "resume" if settings.run.resume else "run_dir"
+    if utils.is_chief(strategy):
+        yield settings
+        return
+    run, name = settings.run, "resume" if settings.run.resume else "run_dir"
     with (
         tempfile.TemporaryDirectory() as folder,
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
         own = f"{folder}/run"
-        if settings.run.resume or settings.run.stage == "prior":
-            earlier = getattr(settings.run, name)
-            shutil.copytree(earlier, own, ignore=NOT_COPIED)
+        if run.resume or run.stage == "prior":
+            shutil.copytree(getattr(run, name), own, ignore=NOT_COPIED)
         yield utils.replace(settings, **{name: own})
 
 
@@ -141,14 +132,6 @@ class Job:
         images = dataset.load_run(self.run, self.data_dir)
         self.run.info["data_dir"] = str(images["train"].root)
         return images
-
-    def images_if_there(self):
-        """Images of each split; {}, with a warning, if they are gone."""
-        try:
-            return self.images
-        except utils.DataError as error:
-            print(f"warning: {error}", file=sys.stderr)
-            return {}
 
     @functools.cached_property
     def tables(self):
@@ -194,19 +177,22 @@ def option(settings, stage, name):
 
 def start(settings, strategy, signals, argv=()):
     """Return the `Job` of some settings; a refused start changes nothing."""
+    if settings.run.smoke and not settings.run.resume:
+        settings = settings.smoked()
+    given = utils.flags_given(argv)
     again = settings.run.stage == "prior" and not settings.run.resume
     folder = settings.run.run_dir if again else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
-    moved = "data_dir" in utils.flags_given(argv)
-    job = Job(run, strategy, signals, settings.data.data_dir if moved else None)
+    moved = settings.data.data_dir if "data_dir" in given else None
+    job = Job(run, strategy, signals, moved)
     try:
         if folder:
             run.lock()
         if again:
             begin_stage(job, earlier)
         elif not run.split_path.exists():  # new, or stopped before that
-            load_images(job, "condition" in utils.flags_given(argv))
+            load_images(job, "condition" in given)
         else:
             resume(job, earlier)
     except BaseException:
@@ -224,12 +210,13 @@ def begin_stage(job, earlier):
     names = run.prior_names
     parts = {"sampling", *(names[level - 1 : level] if level else names)}
     before, now = earlier.prior.condition, job.settings.prior.condition
-    for name, path in zip(names, run.prior_paths, strict=True):
-        if name not in parts and path.exists() and before != now:
-            raise utils.FlagError(
-                f"--condition: {path} was trained with {before}, found {now}; "
-                "use the same, or train all levels, without --prior-level"
-            )
+    paths = zip(names, run.prior_paths, strict=True)
+    kept = [path for name, path in paths if name not in parts and path.exists()]
+    if kept and before != now:
+        raise utils.FlagError(
+            f"--condition: {kept[0]} was trained with {before}, found {now}; "
+            "use the same, or train all levels, without --prior-level"
+        )
     if not run.indices_path.exists():
         parts.add("indices")
     job.begin(parts)
@@ -241,22 +228,21 @@ def resume(job, earlier):
     run, under_way = job.run, "training" in job.run.info
     priors = run.prior_names * run.has_priors
     parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
-    longer = {
-        part
-        for part in {"vqvae", *priors} - parts
-        if option(job.settings, part, "epochs")
-        > option(earlier, part, "epochs")
-    }
-    if not longer and not under_way:
-        raise utils.FlagError(
-            f"--resume: the training of {run.path} is complete; train on with "
-            "more --epochs or --prior-epochs than before, or another prior "
-            "with --stage prior --run-dir"
-        )
-    if not longer:
+    more, before = (
+        {part: option(settings, part, "epochs") for part in ["vqvae", *priors]}
+        for settings in (job.settings, earlier)
+    )
+    longer = {p for p in more.keys() - parts if more[p] > before[p]}
+    if not longer and under_way:
         now = {"settings": utils.flat(job.settings)}
         run.update(training=run.info["training"] | now)
         return
+    if not longer:
+        raise utils.FlagError(
+            f"--resume: the training of {run.path} is complete; train on with "
+            "more --epochs or --prior-epochs, or another prior with --stage "
+            "prior --run-dir"
+        )
     parts |= longer | {"sampling"}
     if "vqvae" in longer:  # other codes need other indices and priors
         longer = {"vqvae"}
@@ -266,17 +252,14 @@ def resume(job, earlier):
 
 
 def load_images(job, asked):
-    """Read the images of a new run, and note in it what they are.
-
-    Without labels the prior does without, unless the user asked for them.
-    """
+    """Read the images of a new run, and note in it what they are."""
     run, data = job.run, job.settings.data
     if data.dataset != "phantom" and not data.data_dir:  # with --smoke
         side = -(-max(32, *(data.image_size or (128,))) // 16) * 16
         made = utils.SMOKE_SUBJECTS, data.dataset, side
-        run.settings = utils.replace(run.settings, resize=True)
-        folder = str(dataset.simulated_folder(*made))
-        data = dataclasses.replace(run.settings.data, data_dir=folder)
+        changes = {"data_dir": str(dataset.simulated_folder(*made))}
+        run.settings = utils.replace(run.settings, resize=True, **changes)
+        data = run.settings.data
     slices = dataset.load(data)
     if job.settings.run.smoke:
         splits = slices.table.groupby("split").indices.values()
@@ -284,11 +267,6 @@ def load_images(job, asked):
         slices = slices.take(np.sort(np.concatenate(few)))
     job.images = {name: slices.split(name) for name in dataset.SPLITS}
     job.tables = {name: part.table for name, part in job.images.items()}
-    names = job.settings.conditions
-    if "label" in names and not asked and not any(slices.table["label"]):
-        print("no image has a class label: the prior is trained without")
-        rest = "slice" if "slice" in names else "none"
-        run.settings = utils.replace(run.settings, condition=rest)
     run.info |= {
         "image_size": list(slices.size),
         "crop": choose_crop(job),
@@ -296,7 +274,7 @@ def load_images(job, asked):
         "intensity": slices.intensity,
         "dataset": data.dataset,
         "data_dir": str(slices.root),
-        **conditions(job, slices.root),
+        **conditions(job, slices.root, asked),
     }
     check_batches(job)
     if len(slices.rejected):
@@ -326,18 +304,23 @@ def choose_crop(job):
     return box
 
 
-def conditions(job, source):
+def conditions(job, source, asked=True):
     """What a prior can be conditioned on: labels and slice numbers.
 
-    `DataError` if the images have no labels, which were asked for.
+    Images without labels are a `DataError` if the user asked for them, else
+    the prior does without.
     """
-    table = job.tables["train"]
+    table, wanted = job.tables["train"], job.settings.conditions
     names = sorted(set(table["label"]) - {""})
-    if "label" in job.settings.conditions and not names:
-        raise utils.DataError(
-            f"{source}: no image has a class label; leave label out of "
-            "--condition"
-        )
+    if "label" in wanted and not names:
+        if asked:
+            raise utils.DataError(
+                f"{source}: no image has a class label; leave label out of "
+                "--condition"
+            )
+        print("no image has a class label: the prior is trained without")
+        rest = "slice" if "slice" in wanted else "none"
+        job.run.settings = utils.replace(job.settings, condition=rest)
     return {
         "labels": {name: number for number, name in enumerate(names)},
         "slice_range": [int(table["slice"].min()), int(table["slice"].max())],
@@ -376,10 +359,18 @@ def train(job):
     """Make what is left to do of a run: models, sampling, evaluation."""
     vqvae, priors, _ = train_models(job)
     if utils.is_chief(job.strategy):
+        try:
+            images = job.images
+        except utils.DataError as error:
+            later = f"evaluate later: python predict.py evaluate {job.run.path}"
+            print(f"warning: {error}; {later}", file=sys.stderr)
+            images = {}
         if not job.run.is_done("sampling"):
-            choose_sampling(job, vqvae, priors)
-        if job.settings.run.evaluate:
-            evaluate(job, vqvae, priors)
+            choose_sampling(job, vqvae, priors, images)
+        if job.settings.run.evaluate and images:
+            trained = predict.Trained.of(job.run, vqvae, priors)
+            evaluation = predict.evaluate_run(trained, images)
+            predict.print_summary(job.run, evaluation)
     utils.wait_for_workers(job.strategy)  # the chief takes one gone for dead
     job.run.complete()
 
@@ -425,7 +416,11 @@ def train_vqvae(job, callbacks=()):
     job.run.update(latent_grids=model.latent_grids)
     grids = ", ".join(map(utils.size_text, model.latent_grids))
     print(f"VQ-VAE: {model.count_params():,} weights, grids {grids}")
-    fit = Fit(job, "vqvae", model, *image_sources(job))
+    options = job.settings.training
+    vary = functools.partial(varied, job, strength=options.augment)
+    vary = vary if options.flips or options.augment else None
+    sources = job.images["train"], job.images["validate"], vary
+    fit = Fit(job, "vqvae", model, *sources)
     fit.run(vqvae_pictures(job, model), callbacks)
     job.finish("vqvae", model, path)
 
@@ -443,14 +438,6 @@ def new_vqvae(job):
         seed=job.settings.run.seed,
         **dataclasses.asdict(job.settings.vqvae),
     )
-
-
-def image_sources(job):
-    """Images to train and to validate on; function that varies a batch."""
-    options = job.settings.training
-    vary = functools.partial(varied, job, strength=options.augment)
-    vary = vary if options.flips or options.augment else None
-    return job.images["train"], job.images["validate"], vary
 
 
 def varied(job, images, epoch, rows, strength):
@@ -475,15 +462,17 @@ def encode_splits(job, vqvae):
 
 def collapsed_levels(vqvae, indices):
     """Say which codebooks are hardly used, with a warning; "" if none is."""
-    found, total = [], vqvae.num_embeddings
-    for level in range(1, vqvae.levels + 1):
-        used = np.unique(indices[f"train_{level}"]).size
-        text = f"level {level} has collapsed: {used} of {total} code vectors"
-        if used < LEAST_USAGE * total or used == 1:
-            found.append(f"{text} in use")
-    if found:
-        print(f"warning: {', '.join(found)}", file=sys.stderr)
-    return ", ".join(found)
+    total = vqvae.num_embeddings
+    levels = range(1, vqvae.levels + 1)
+    used = {k: np.unique(indices[f"train_{k}"]).size for k in levels}
+    text = ", ".join(
+        f"level {k} has collapsed: {count} of {total} code vectors in use"
+        for k, count in used.items()
+        if count < max(LEAST_USAGE * total, 2)
+    )
+    if text:
+        print(f"warning: {text}", file=sys.stderr)
+    return text
 
 
 def train_prior(job, vqvae, indices, level):
@@ -550,16 +539,14 @@ def encoding(job, level):
     return encode
 
 
-def choose_sampling(job, vqvae, priors):
+def choose_sampling(job, vqvae, priors, images):
     """Choose the temperature, then top-p, that suit validation images best.
 
     Unless flags give them. The run keeps them for predict.py.
     """
     given = job.settings.run
     best = {name: getattr(given, name) or 1.0 for name in SAMPLING}
-    free = [name for name in SAMPLING if getattr(given, name) is None]
-    wanted = free and priors and not given.smoke
-    images = job.images_if_there() if wanted else {}
+    enough = len(images.get("validate", ())) >= LEAST_TO_CHOOSE
     trained = predict.Trained.of(job.run, vqvae, priors)
 
     @functools.cache
@@ -570,25 +557,14 @@ def choose_sampling(job, vqvae, priors):
         scores = predict.score_samples(asked, *sets, MOST_TO_CHOOSE)
         return scores["frechet"]["generated_vs_test"]
 
-    for name in free:
-        if len(images.get("validate", ())) < LEAST_TO_CHOOSE:
-            break
-        tried = [{**best, name: value} for value in SAMPLING[name]]
-        best = min(tried, key=lambda values: distance(**values))
-        print(f"sampling: {name} {best[name]:g} suits validation images best")
+    for name in SAMPLING if enough and priors and not given.smoke else ():
+        if getattr(given, name) is None:
+            tried = [{**best, name: value} for value in SAMPLING[name]]
+            best = min(tried, key=lambda values: distance(**values))
+            print(f"sampling: {name} {best[name]:g} suits validation images")
     sampling = {name: [best[name]] * vqvae.levels for name in SAMPLING}
     job.run.update(sampling=sampling)
     job.run.note_done("sampling")
-
-
-def evaluate(job, vqvae, priors):
-    """Evaluate on the test subjects, draw the figures, print the summary."""
-    if images := job.images_if_there():
-        trained = predict.Trained.of(job.run, vqvae, priors)
-        evaluation = predict.evaluate_run(trained, images)
-        predict.print_summary(job.run, evaluation)
-    else:
-        print(f"later: python predict.py evaluate {job.run.path}")
 
 
 # === Fit ===
@@ -612,7 +588,6 @@ class Fit:
         self.training, self.validation = training, validation
         self.transform, self.options = transform, job.settings.training
         self.option = functools.partial(option, job.settings, stage)
-        self.done, self.started, self.shown = 0, 0.0, 0.0
         self.epochs = self.option("epochs")
         count = len(job.tables["train"])
         self.batch_size = min(self.option("batch_size"), count)
@@ -621,14 +596,23 @@ class Fit:
             steps = min(steps, utils.SMOKE_STEPS)
         self.rounds = -(-steps // self.options.round_steps)  # of an epoch
         self.steps = -(-steps // self.rounds)  # of a round
-        self.stopping = self._early_stopping()
+        self.stopping = None
+        if stage != "vqvae" and len(job.tables["validate"]):
+            # It looks at every round, most of which have no validation.
+            warnings.filterwarnings("ignore", "Early stopping conditioned")
+            self.stopping = keras.callbacks.EarlyStopping(
+                "val_bits_per_code",
+                mode="min",
+                patience=self.options.patience,
+                restore_best_weights=True,
+            )
         self.checkpoint = modules.RoundCheckpoint(
             job.run.checkpoint_path / stage, self.stopping, job.signals
         )
-        before = job.epochs_before(stage) * self.rounds
-        self.first = max(self.checkpoint.round, before)
+        self.before = job.epochs_before(stage)
+        self.first = max(self.checkpoint.round, self.before * self.rounds)
         self.last = self.epochs * self.rounds
-        self._compile((self.last - before) * self.steps)
+        self._compile((self.last - self.before * self.rounds) * self.steps)
 
     def run(self, pictures=None, callbacks=()):
         """Train from the last checkpoint to the end.
@@ -636,19 +620,20 @@ class Fit:
         Args:
             pictures: function that shows pictures of the model, or None.
         """
-        steps = self.rounds * self.steps
-        done = f", {self.first * self.steps} done" if self.first else ""
-        print(f"{self.stage}: {self.epochs} epochs of {steps} steps{done}")
+        steps, done = self.rounds * self.steps, self.first * self.steps
+        print(f"{self.stage}: {self.epochs} epochs of {steps} steps")
         batches = functools.partial(
             dataset.training_batches,
             self.training,
             self.batch_size,
             steps,
             self.job.settings.run.seed,
-            self.first * self.steps,
+            done,
             transform=self.transform,
         )
-        with self.job.signals.deferred():
+        bar = utils.progress_bar(self.stage, "step")
+        self.bar = bar(total=self.last * self.steps, initial=done)
+        with self.job.signals.deferred(), self.bar:
             self.model.fit(
                 dataset.distributed(self.job.strategy, batches),
                 initial_epoch=self.first,
@@ -683,20 +668,6 @@ class Fit:
             self.model.compile(optimizer=optimizer, jit_compile=jit)
         self.model.accumulation_steps = self.options.accumulation_steps
 
-    def _early_stopping(self):
-        """Callback that also restores the best weights of a prior."""
-        validated = len(self.job.tables["validate"])
-        if not validated or self.stage == "vqvae":
-            return None
-        # It looks at every round, most of which have no validation.
-        warnings.filterwarnings("ignore", "Early stopping conditioned")
-        return keras.callbacks.EarlyStopping(
-            "val_bits_per_code",
-            mode="min",
-            patience=self.options.patience,
-            restore_best_weights=True,
-        )
-
     def _validation(self):
         """Arguments of `fit` for the validation; none without images."""
         strategy = self.job.strategy
@@ -724,7 +695,7 @@ class Fit:
         callbacks += [
             modules.FiniteCheck(self.stage),
             keras.callbacks.LambdaCallback(
-                on_train_batch_end=self._after_step,
+                on_train_batch_end=lambda batch, logs: self.bar.update(),
                 on_epoch_end=self._after_round,
             ),
         ]
@@ -740,28 +711,24 @@ class Fit:
                 callbacks.append(modules.Pictures(folder, pictures, rounds))
         return callbacks
 
-    def _after_step(self, step, logs):
-        now = time.monotonic()
-        if not self.done:
-            self.started = self.shown = now  # the first step compiles
-        self.done += 1
-        if sys.stdout.isatty() and now > self.shown + 1:
-            self.shown = now
-            self._show(logs, "\r")
-
     def _after_round(self, number, logs):
         """After an epoch add a row to `history.csv`, and print a line."""
         epoch, rest = divmod(number + 1, self.rounds)
         if rest:
             return
-        self._show(logs, "\n")
-        path = self.job.run.history_path
+        seconds, path = self.checkpoint.seconds, self.job.run.history_path
+        share = (self.epochs - epoch) / (epoch - self.before)
+        scores = in_words({key: logs[key] for key in SHOWN if key in logs})
+        line = f"{self.stage}: epoch {epoch}/{self.epochs}, {scores}"
+        with self.bar.external_write_mode():
+            left = math.ceil(seconds * share / 60)
+            print(f"{line}, about {left} min left", flush=True)
         row = {
             "stage": self.stage,
             "epoch": epoch,
             "step": (number + 1) * self.steps,
             "images": (number + 1) * self.steps * self.batch_size,
-            "seconds": round(self.checkpoint.seconds, 3),
+            "seconds": round(seconds, 3),
         }
         history = pd.DataFrame([row | logs])
         if path.exists():
@@ -769,31 +736,6 @@ class Fit:
             kept = (old["stage"] != self.stage) | (old["epoch"] < epoch)
             history = pd.concat([old[kept], history], ignore_index=True)
         utils.write_csv(path, history)
-
-    def _show(self, logs, end):
-        """Print a line: epoch, scores, time left of all stages."""
-        epoch = (self.first + (self.done - 1) // self.steps) // self.rounds
-        print(
-            f"{self.stage}: epoch {epoch + 1}/{self.epochs}",
-            *(f"{key} {float(logs[key]):.4g}" for key in SHOWN if key in logs),
-            f"about {self._minutes_left()} min of training left",
-            sep=", ",
-            end="\033[K" + end if sys.stdout.isatty() else end,
-            flush=True,
-        )
-
-    def _minutes_left(self):
-        """Of this stage by its pace so far, of later ones by `TIMES`."""
-        job, images = self.job, len(self.job.tables["train"])
-        pace = (time.monotonic() - self.started) / max(self.done - 1, 1)
-        unit = pace / self.batch_size / TIMES.get(self.stage, 3)
-        left = pace * ((self.last - self.first) * self.steps - self.done)
-        for stage in ("vqvae", *job.run.prior_names):
-            if stage != self.stage and not job.run.is_done(stage):
-                epochs = option(job.settings, stage, "epochs")
-                epochs -= job.epochs_before(stage)
-                left += unit * TIMES.get(stage, 3) * epochs * images
-        return math.ceil(left / 60)
 
 
 # === Pictures ===
@@ -850,7 +792,7 @@ def prior_pictures(job, vqvae, prior, level):
 def search(settings, argv, strategy, signals):
     """Add trials to a search until it has as many as asked for.
 
-    The search is a folder: `study.db` of Optuna, which hands out the trials
+    The search is a folder: `study.log` of Optuna, which hands out the trials
     also to several processes; `trials.csv`, figures, and in `trials` the run
     folder of each trial. Test images have no part in it.
     """
@@ -869,13 +811,12 @@ def search(settings, argv, strategy, signals):
     attempt = functools.partial(
         try_settings, settings, space, strategy, signals
     )
-    states = optuna.trial.TrialState
-    ended = {"deepcopy": False, "states": (states.COMPLETE, states.PRUNED)}
+    ended = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is experimental
         study = open_study(folder, settings, space)
         try:
-            while len(study.get_trials(**ended)) < settings.search.tune:
+            while len(study.get_trials(states=ended)) < settings.search.tune:
                 study.optimize(attempt, n_trials=1)
                 report_trials(study, folder)
         except utils.Stopped:
@@ -887,57 +828,41 @@ def search(settings, argv, strategy, signals):
 def open_study(folder, settings, space):
     """The Optuna study of a search, new or as it was left."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock, database = folder / "study.lock", folder / "study.db"
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with filelock.FileLock(lock):
-        begun = {path.name for path in folder.iterdir()} - {lock.name}
-        if begun and database.name not in begun:
-            lock.unlink()
-            raise utils.RunError(
-                f"{folder}: neither empty nor the folder of a search; "
-                "choose another with --run-dir"
-            )
-        # Not by an address: the path may hold what that must not.
-        connect = functools.partial(sqlite3.connect, database, HEARTBEAT)
-        retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(
-                "sqlite://",
-                {"creator": connect, "poolclass": sqlalchemy.pool.NullPool},
-                heartbeat_interval=HEARTBEAT,
-                # What a stopped or killed process tried is tried again.
-                heartbeat_stale_trial_callback=retry,
-            ),
-            # Processes that share a search must not try the same.
-            sampler=optuna.samplers.TPESampler(
-                seed=None if begun else settings.run.seed
-            ),
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
-            study_name="search",
-            directions=OBJECTIVES[settings.search.objective].values(),
-            load_if_exists=True,
+    path, storages = folder / "study.log", optuna.storages
+    if any(folder.iterdir()) and not path.exists():
+        raise utils.RunError(
+            f"{folder}: neither empty nor the folder of a search; choose "
+            "another with --run-dir"
         )
-        begin_study(study, settings, space)
-    return study
-
-
-def begin_study(study, settings, space):
-    """Note in a new study what it searches; refuse to search another thing."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    file = storages.journal.JournalFileBackend(str(path))
+    storage = storages.JournalStorage(file)
+    # A study is called by what it searches, so that nothing else gets into it.
     now = utils.flat(settings)
-    apart = {"tune", "strategy", "force", "debug", "run_dir", *space}
-    about = {key: value for key, value in now.items() if key not in apart}
-    about = json.loads(json.dumps({**about, "space": space}))
-    if "about" not in study.user_attrs:
-        study.set_user_attr("about", about)
+    free = {"tune", "strategy", "force", "debug", "run_dir", *space}
+    about = {key: value for key, value in now.items() if key not in free}
+    name, begun = repr((about, space)), optuna.get_all_study_names(storage)
+    if begun and name not in begun:
+        raise utils.FlagError(
+            f"--run-dir: {folder} holds a search with other flags; repeat its "
+            "command, or choose another folder"
+        )
+    study = optuna.create_study(
+        storage=storage,
+        # Processes that share a search must not try the same.
+        sampler=optuna.samplers.TPESampler(
+            seed=None if begun else settings.run.seed
+        ),
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
+        study_name=name,
+        directions=OBJECTIVES[settings.search.objective].values(),
+        load_if_exists=True,
+    )
+    if not begun:
         study.set_metric_names(list(OBJECTIVES[settings.search.objective]))
-        study.enqueue_trial({key: now[key] for key in space})  # the recipe
-    for key, earlier in study.user_attrs["about"].items():
-        if about.get(key) != earlier:
-            raise utils.FlagError(
-                f"--{key.replace('_', '-')}: the search in {now['run_dir']} "
-                f"has {earlier}, found {about.get(key)}; search in another "
-                "--run-dir"
-            )
+        recipe = {key: now[key] for key in space}
+        study.enqueue_trial(recipe, skip_if_exists=True)
+    return study
 
 
 def try_settings(settings, space, strategy, signals, trial):
@@ -958,8 +883,6 @@ def try_settings(settings, space, strategy, signals, trial):
     values |= {"tune": 0, "stage": "vqvae" if only_ssim else "all"}
     try:
         settings = utils.replace(settings, **values)
-        if settings.run.smoke:
-            settings = settings.smoked()
         return train_trial(settings, strategy, signals, trial)
     except (
         optuna.TrialPruned,
@@ -981,12 +904,10 @@ def train_trial(settings, strategy, signals, trial):
     best epoch of each prior.
     """
     job = start(settings, strategy, signals)
-    run, bits = job.run, settings.search.objective == "ssim+bits"
+    run, bits = job.run, settings.run.stage == "all"
     try:
         if not len(job.images["validate"]):
-            raise utils.DataError(
-                "--tune: there are no validation images to choose by"
-            )
+            raise utils.DataError("--tune: no validation images to choose by")
         del job.images["test"]
         _, _, collapsed = train_models(job, *[] if bits else [pruning(trial)])
         if collapsed:
@@ -1010,16 +931,13 @@ def pruning(trial):
         if "val_ssim" in logs:
             trial.report(logs["val_ssim"], number + 1)
             if trial.should_prune():
-                raise optuna.TrialPruned(
-                    f"validation SSIM {logs['val_ssim']:.4f} is below the "
-                    "median of earlier trials"
-                )
+                raise optuna.TrialPruned("below the median of earlier trials")
 
     return keras.callbacks.LambdaCallback(on_epoch_end=report)
 
 
 def report_trials(study, folder):
-    """Write `trials.csv` and the figures of a search."""
+    """Write `trials.csv` and the figure of a search."""
     table = study.trials_dataframe(
         ("number", "state", "value", "params", "user_attrs", "duration")
     )
@@ -1029,16 +947,15 @@ def report_trials(study, folder):
     best = {trial.number for trial in study.best_trials}
     table["best"] = table["number"].isin(best)
     utils.write_csv(folder / "trials.csv", table)
+    if not best:
+        return
     plots = optuna.visualization.matplotlib
-    figures = {"pareto": plots.plot_pareto_front}
-    if len(study.directions) == 1:
-        figures = {"history": plots.plot_optimization_history}
-        figures["slices"] = plots.plot_slice
-    for name, plot in figures.items() if best else ():
-        figure = np.ravel(plot(study))[0].figure
-        path = folder / "figures" / f"tuning_{name}.png"
-        utils.write_atomic(path, figure.savefig)
-        plt.close(figure)
+    one = len(study.directions) == 1
+    axes = (plots.plot_slice if one else plots.plot_pareto_front)(study)
+    figure, name = np.ravel(axes)[0].figure, "slices" if one else "pareto"
+    path = folder / "figures" / f"tuning_{name}.png"
+    utils.write_atomic(path, figure.savefig)
+    plt.close(figure)
 
 
 def print_best(study, folder, argv):
@@ -1049,11 +966,11 @@ def print_best(study, folder, argv):
             f"{folder}: no trial came to its end; see the column note of "
             "trials.csv there"
         )
-    words, key = ["python", "train.py"], ""
+    words, kept = ["python", "train.py"], True
     for word in argv:
         if word.startswith("--"):
-            key = word.split("=")[0].removeprefix("--").replace("-", "_")
-        words += [word] * (key not in OF_SEARCH)
+            kept = not OF_SEARCH & utils.flags_given([word]).keys()
+        words += [word] * kept
     print(f"search in {folder}; in full, as long as the recipe says, with:")
     for trial in best:
         scores = dict(zip(study.metric_names, trial.values, strict=True))
@@ -1067,8 +984,8 @@ def print_best(study, folder, argv):
 
 def in_words(values):
     """Numbers by name as a person would write them."""
-    named = values.items()
-    return ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in named)
+    named = ((name.replace("_", " "), value) for name, value in values.items())
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in named)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,10 @@ def test_config_tells_how_to_repeat_the_run(tiny_run, oasis_dir):
         "sampling": {"temperature": [1.0], "top_p": [1.0]},
     }
     assert expected.items() <= document.items()
-    versions, settings = document["versions"], document["settings"]
-    assert versions["tensorflow"] == tf.__version__
-    # Those that decide the scores as well.
-    assert {"scikit-image", "scikit-learn", "scipy", "pillow"} <= set(versions)
-    assert set(settings) == set(utils.flat(utils.Settings()))
-    assert settings["num_embeddings"] == 16 and settings["prior_blocks"] == 1
+    # Also those that decide the scores.
+    packages = {"tensorflow", "scikit-image", "scikit-learn", "scipy", "pillow"}
+    assert packages <= set(document["versions"])
+    assert set(document["settings"]) == set(utils.flat(utils.Settings()))
     assert "training" not in document
 
 
@@ -122,14 +120,13 @@ def test_history_has_a_row_an_epoch_of_both_stages(tiny_run):
     assert list(history["epoch"]) == [1, 2, 1, 2]
     assert list(history["step"]) == [4, 8, 2, 4]
     assert list(history["images"]) == [16, 32, 16, 32]
-    vqvae, prior = history[:2], history[2:]
     for rows, names in (
-        (vqvae, ["loss", "reconstruction_loss", "commitment_loss", "ssim"]),
-        (prior, ["loss", "bits_per_code"]),
+        (history[:2], ["loss", "reconstruction_loss", "ssim"]),
+        (history[2:], ["loss", "bits_per_code"]),
     ):
-        for name in names:
-            assert np.isfinite(rows[[name, f"val_{name}"]]).all(axis=None)
-        assert rows["loss"].iloc[1] < rows["loss"].iloc[0]
+        names += [f"val_{name}" for name in names]
+        assert np.isfinite(rows[names]).all(axis=None)
+        assert rows["loss"].is_monotonic_decreasing
         assert rows["seconds"].is_monotonic_increasing
 
 
@@ -150,14 +147,11 @@ def test_the_prior_of_the_best_epoch_is_kept(levels_run):
 def test_two_levels_have_a_prior_each(levels_run):
     assert levels_run.info["latent_grids"] == [[8, 8], [4, 4]]
     assert levels_run.info["labels"] == {"AD": 0, "NC": 1}
-    vqvae, (bottom, top) = modules.load_models(levels_run)
-    for level, prior in enumerate((bottom, top), start=1):
-        assert type(prior).__name__ == "PixelSNAIL"
-        assert prior.labels == ("AD", "NC") and prior.slice_condition
-        assert prior.latent_grid == (SIZE // 2 ** (level + 1),) * 2
-        assert prior.codebook_sha256 == modules.codebook_sha256(vqvae, level)
-    assert (bottom.upper_grids, top.upper_grids) == (((4, 4),), ())
-    assert (bottom.attention, top.attention) == (False, True)
+    _, priors = modules.load_models(levels_run)
+    for prior, attends in zip(priors, (False, True), strict=True):
+        assert isinstance(prior, modules.PixelSNAIL) and prior.slice_condition
+        assert prior.labels == ("AD", "NC") and prior.attention == attends
+    assert [len(prior.upper_grids) for prior in priors] == [1, 0]
     stages = utils.read_history(levels_run)["stage"]
     assert list(stages[::2]) == ["vqvae", "prior_bottom", "prior_top"]
 
@@ -190,12 +184,10 @@ def tags_shown(folder):
 def test_smoke_connects_everything_on_simulated_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--smoke"])
-    run = utils.Run.newest(tmp_path / "runs")
+    (run,) = map(utils.Run.open, (tmp_path / "runs").glob("quickstart-*"))
     assert names_in(tmp_path) == {"data", "runs"}
-    assert run.path.name.startswith("quickstart-")
     assert names_in(run.path) == FILES | {"prior.keras"}
-    data = utils.read_evaluation(run)["data"]
-    assert data["simulated"] and data["image_size"] == [128, 112]
+    assert run.info["simulated"] and run.info["image_size"] == [128, 112]
     # A few images of each split, spread over its subjects and their slices.
     rows = utils.read_split_table(run)
     assert set(rows["split"].value_counts()) <= set(range(4, 9))
@@ -239,8 +231,7 @@ def test_models_see_the_box_that_holds_content(oasis_dir, tmp_path, capsys):
             image[0, 5] = 255
         Image.fromarray(image).save(path)
     job = start(oasis_flags(data, "--run-dir", tmp_path / "run"))
-    top, left, height, width = job.run.info["crop"]
-    assert (top, left, height, width) == (8, 4, SIZE - 16, SIZE - 8)
+    assert job.run.info["crop"] == [8, 4, SIZE - 16, SIZE - 8]
     assert job.run.info["image_size"] == [SIZE, SIZE]
     printed = capsys.readouterr().out
     assert "1 images of test reach beyond it: " in printed
@@ -287,7 +278,7 @@ def test_stage_prior_needs_no_image(
     flags = "--prior gated --prior-channels 4 --condition none --seed 1".split()
     stage = ["--stage", "prior", "--run-dir", str(run.path)]
     train.main([*stage, *flags])
-    assert "predict.py evaluate" in capsys.readouterr().out
+    assert "predict.py evaluate" in capsys.readouterr().err
     after = contents(run.path)
     for name in ("vqvae.keras", "split.csv", "indices.npz"):
         assert after[name] == before[name]
@@ -299,41 +290,27 @@ def test_stage_prior_needs_no_image(
     assert utils.Run.open(run.path).info["data_dir"] == str(oasis_dir)
 
 
-def test_levels_of_other_conditions_are_refused_before_training(
-    levels_run, tmp_path, capsys
-):
-    run = copy_run(levels_run, tmp_path)
-    before = contents(run.path)
-    stage = ["--stage", "prior", "--run-dir", run.path, "--prior-level", "1"]
-    error = refused(2, capsys, *stage, "--condition", "slice")
-    assert "--condition" in error and "prior_top.keras" in error
-    assert contents(run.path) == before
-
-
 def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
     """By their row numbers, less from epoch to epoch."""
-    seen = {}
+    seen, rows = [], [0, 5]
 
     def augment(images, seed, rows, strength, flips, epoch, mirror_axis):
-        seen.update(strength=float(strength), flips=flips, rows=rows)
-        seen.update(epoch=int(epoch))
+        seen.append((float(strength), flips, rows, int(epoch)))
         return images
 
     monkeypatch.setattr(dataset, "augment", augment)
     job = train.Job(levels_run, tf.distribute.get_strategy(), None)
-    images = dataset.load_run(levels_run)["train"].read([0, 5])
-    grids = utils.read_indices(levels_run)
-    batch = {"images": images, "inputs": {"indices": 0, "upper": 0, "label": 7}}
+    grids, images = utils.read_indices(levels_run), job.images["train"]
+    inputs = {"indices": 0, "upper": 0, "label": 7}
+    batch = {"images": images.read(rows), "inputs": inputs}
     encode = train.encoding(job, 1)
-    for epoch, left in ((0, 1.0), (1, 0.5)):
-        inputs = encode(batch, tf.constant(epoch), [0, 5])
-        strength = left * levels_run.settings.training.prior_augment
-        expected = {"strength": strength, "flips": True, "rows": [0, 5]}
-        assert seen == {**expected, "epoch": epoch}
-        lower, (upper,) = inputs["indices"], inputs["upper"]
-        np.testing.assert_array_equal(lower, grids["train_1"][[0, 5]])
-        np.testing.assert_array_equal(upper, grids["train_2"][[0, 5]])
+    for epoch in range(2):
+        inputs = encode(batch, tf.constant(epoch), rows)
+        found = inputs["indices"], inputs["upper"][0]
+        for level, indices in enumerate(found, start=1):
+            assert np.array_equal(indices, grids[f"train_{level}"][rows])
         assert inputs["label"] == 7
+    assert seen == [(0.5, True, rows, 0), (0.25, True, rows, 1)]
 
 
 def test_sampling_is_chosen_on_validation_images(
@@ -342,14 +319,13 @@ def test_sampling_is_chosen_on_validation_images(
     def score(trained, train, real, n):
         assert set(real.table["split"]) == {"validate"}
         (only,) = trained.sampling
-        tried.append((only.temperature, only.top_p))
         distance = abs(only.temperature - 0.8) + abs(only.top_p - 0.95)
         return {"frechet": {"generated_vs_test": distance}}
 
     monkeypatch.setattr(predict, "score_samples", score)
     monkeypatch.setattr(train, "LEAST_TO_CHOOSE", SLICES)
-    run, tried = copy_run(tiny_run, tmp_path), []
-    models = modules.load_models(run)
+    run = copy_run(tiny_run, tmp_path)
+    models, images = modules.load_models(run), dataset.load_run(run)
     for given, temperature, top_p in (
         ({}, 0.8, 0.95),
         ({"temperature": 0.9}, 0.9, 0.95),
@@ -358,13 +334,11 @@ def test_sampling_is_chosen_on_validation_images(
     ):
         free = {"temperature": None, "top_p": None, "smoke": False}
         run.settings = utils.replace(run.settings, **{**free, **given})
-        tried.clear()
         job = train.Job(run, None, None)
         job.begin({"sampling"})
-        train.choose_sampling(job, *models)
+        train.choose_sampling(job, *models, images)
         found = utils.Run.open(run.path).info["sampling"]
         assert found == {"temperature": [temperature], "top_p": [top_p]}
-        assert len(set(tried)) == len(tried) and run.is_done("sampling")
 
 
 def test_no_prior_over_a_collapsed_codebook_unless_forced(
@@ -376,10 +350,9 @@ def test_no_prior_over_a_collapsed_codebook_unless_forced(
     np.savez(run.indices_path, **indices)
     argv = ["--stage", "prior", "--run-dir", str(run.path)]
     assert run_main(*argv) == 4
-    warning, error = capsys.readouterr().err.splitlines()
-    text = "level 1 has collapsed: 1 of 16 code vectors in use"
-    assert warning == f"warning: {text}"
-    assert text in error and "--force" in error and not run.has_priors
+    for line in capsys.readouterr().err.splitlines():
+        assert "level 1 has collapsed: 1 of 16 code vectors in use" in line
+    assert "--force" in line and not run.has_priors
     train.main([*argv, "--force"])
     assert run.has_priors
 
@@ -393,15 +366,15 @@ FLAGS = (
 ).split()
 
 
-def stop_after(batches, monkeypatch, number=signal.SIGTERM):
-    """Send this process a signal after so many batches."""
+def stop_after(batches, monkeypatch):
+    """Send this process SIGTERM after so many batches."""
     left = [batches]
     on_train_batch_end = modules.RoundCheckpoint.on_train_batch_end
 
     def count(self, batch, logs=None):
         left[0] -= 1
         if left[0] == 0:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
         on_train_batch_end(self, batch, logs)
 
     monkeypatch.setattr(modules.RoundCheckpoint, "on_train_batch_end", count)
@@ -415,12 +388,12 @@ def test_stopped_again_and_again_gives_the_same_bits(
     alone = train_tiny(tmp_path / "alone", *FLAGS, data=oasis_dir)
     stopped, codes = tmp_path / "stopped", []
     arguments = [*oasis_flags(oasis_dir, *FLAGS), "--run-dir", stopped]
-    while set(codes) <= {128 + signal.SIGTERM}:
+    while set(codes) <= {143}:
         with monkeypatch.context() as patch:
-            stop_after(7, patch)
+            stop_after(5, patch)
             codes.append(run_main(*arguments))
         arguments = ["--resume", stopped]
-    assert codes[-1] == 0 and len(codes) > 3
+    assert codes[-1] == 0 and len(codes) > 2
     assert kill_and_resume.differences(alone.path, stopped) == []
     assert not (stopped / "checkpoint").exists()
     assert "training" not in utils.Run.open(stopped).info
@@ -449,10 +422,9 @@ def half_done(oasis_dir, tmp_path_factory):
     """A run stopped after three rounds of its VQ-VAE. Copy it."""
     path = tmp_path_factory.mktemp("half") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(3, patch, signal.SIGINT)
-        with pytest.raises(utils.Stopped) as stopped:
+        stop_after(3, patch)
+        with pytest.raises(utils.Stopped):
             train_tiny(path, "--round-steps", "1", data=oasis_dir)
-    assert stopped.value.exit_code == 130
     return utils.Run.open(path)
 
 
@@ -491,7 +463,6 @@ def test_a_complete_run_is_trained_on(tiny_run, tmp_path, capsys, plain):
     assert history["loss"].iloc[2] < history["loss"].iloc[1]
     modules.load_models(run)  # belong to each other
     assert utils.Run.open(run.path).settings.training.epochs == 3
-    assert "complete" in refused(2, capsys, *resume)
 
 
 def test_training_on_resumes_as_well(
@@ -502,9 +473,9 @@ def test_training_on_resumes_as_well(
         shutil.copytree(vqvae_run.path, path)
     train.main(["--resume", str(paths[0]), "--epochs", "4"])
     with monkeypatch.context() as patch:
-        stop_after(3, patch, signal.SIGHUP)
-        assert run_main("--resume", paths[1], "--epochs", 4) == 129
-    assert capsys.readouterr().err.endswith("stopped by SIGHUP\n")
+        stop_after(3, patch)
+        assert run_main("--resume", paths[1], "--epochs", 4) == 143
+    assert capsys.readouterr().err.endswith("stopped by SIGTERM\n")
     assert not (paths[1] / "run.lock").exists()
     train.main(["--resume", str(paths[1])])
     assert kill_and_resume.differences(*paths) == []
@@ -514,7 +485,7 @@ def test_a_stopped_run_may_get_more_epochs(half_done, tmp_path, plain):
     run = copy_run(half_done, tmp_path)
     train.main(["--resume", str(run.path), "--epochs", "3"])
     epochs = utils.read_history(run).groupby("stage")["epoch"].max()
-    assert epochs["vqvae"] == 3
+    assert dict(epochs) == {"vqvae": 3, "prior": 2}
     assert utils.Run.open(run.path).settings.training.epochs == 3
 
 
@@ -545,8 +516,13 @@ def test_an_exploding_training_is_not_saved(
     )
     flags = oasis_flags(oasis_dir, "--run-dir", tmp_path / "run")
     error = refused(5, capsys, *flags)
-    assert "vqvae: not finite in step 1" in error and "parameter_norm" in error
-    assert " --learning-rate" in error and not list(tmp_path.rglob("*.keras"))
+    for text in (
+        "vqvae: not finite in step 1",
+        "parameter_norm",
+        " --learning",
+    ):
+        assert text in error
+    assert not list(tmp_path.rglob("*.keras"))
     run = copy_run(tiny_run, tmp_path)
     before = contents(run.path)
     error = refused(5, capsys, "--stage", "prior", "--run-dir", run.path)
@@ -561,31 +537,38 @@ def test_an_exploding_training_is_not_saved(
 # === Refused starts: one line, and no trace ===
 
 
-@pytest.mark.parametrize("existing", [True, False])
-def test_unfit_data_leave_no_folder(existing, oasis_dir, tmp_path, capsys):
+def test_unfit_data_leave_no_folder(oasis_dir, tmp_path, capsys):
     root = shutil.copytree(oasis_dir, tmp_path / "data")
     path = root / "keras_png_slices_train" / "case_002_slice_1.nii.png"
     path.write_bytes(path.read_bytes()[:-20])
     run_dir = tmp_path / "runs" / "new"
-    if existing:
-        run_dir.mkdir(parents=True)
-    assert run_main(*oasis_flags(root, "--run-dir", run_dir)) == 3
-    assert path.name in capsys.readouterr().err
-    assert run_dir.exists() == existing and not list(tmp_path.rglob("runs/*/*"))
+    for existing in (False, True):
+        assert run_main(*oasis_flags(root, "--run-dir", run_dir)) == 3
+        assert path.name in capsys.readouterr().err
+        assert list(tmp_path.glob("runs/*")) == [run_dir] * existing
+        assert not list(tmp_path.rglob("runs/*/*"))
+        run_dir.mkdir(parents=True, exist_ok=True)
 
 
-def test_a_run_is_left_as_it_was(tiny_run, oasis_dir, tmp_path, capsys):
+def test_a_run_is_left_as_it_was(
+    tiny_run, levels_run, oasis_dir, tmp_path, capsys
+):
     """Which flags contradict a run is tested in test_utils.py."""
-    run = copy_run(tiny_run, tmp_path)
-    stage = ["--stage", "prior", "--run-dir", run.path]
 
     def check(code, text, *flags):
-        before = contents(run.path)
+        before = contents(tmp_path)
         assert text in refused(code, capsys, *flags)
-        assert contents(run.path) == before
+        assert contents(tmp_path) == before
 
+    (tmp_path / "two").mkdir()
+    two = copy_run(levels_run, tmp_path / "two").path
+    level = ["--prior-level", 1, "--condition", "slice"]
+    check(2, "prior_top", "--stage", "prior", "--run-dir", two, *level)
+    run = copy_run(tiny_run, tmp_path)
+    stage = ["--stage", "prior", "--run-dir", run.path]
     new = oasis_flags(oasis_dir, "--run-dir", run.path)
     check(4, "the folder is not empty", *new)
+    check(2, "complete", "--resume", run.path)
     check(2, "found 9", "--resume", run.path, "--channels", 9)
     check(2, "found adni", *stage, "--dataset", "adni")
     run.lock()
