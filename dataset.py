@@ -161,7 +161,7 @@ def _some(names, most=5):
 
 def detect_layout(root):
     """Return the name of the layout that lies under `root`."""
-    counts = {name: len(_list_files(root, name, [])[1]) for name in LAYOUTS}
+    counts = {name: len(_list_files(root, name, [], [])[1]) for name in LAYOUTS}
     names = [name for name in ("oasis", "hipmri") if counts[name]]
     if len(names) > 1 or not counts["folder"]:
         raise DataError(
@@ -194,7 +194,7 @@ def scan(root, dataset, pattern=None, split=None):
     """
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
     ignored, notes = [], []
-    base, files = _list_files(root, dataset, ignored)
+    base, files = _list_files(root, dataset, ignored, notes)
     known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
     rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
@@ -230,7 +230,7 @@ def scan(root, dataset, pattern=None, split=None):
     return Index(base, table, ignored, notes)
 
 
-def _list_files(root, dataset, ignored):
+def _list_files(root, dataset, ignored, notes):
     """Return the folder of the split folders and a table of what is in them.
 
     Columns: path, relative to that folder; split, "" for none; stem, the path
@@ -244,7 +244,8 @@ def _list_files(root, dataset, ignored):
     splits = f"{layout.prefix}(?P<split>{'|'.join(SPLIT_NAMES)})"
     way = rf"(?is)^(?P<above>(?:[^/]+/)*?){splits}/(?P<stem>.*)$"
     table = names.str.extract(way).fillna("").assign(path=names)
-    table["split"] = table["split"].str.casefold().replace(SPLIT_NAMES)
+    named = table["split"].str.casefold()
+    table["split"] = named.replace(SPLIT_NAMES)
     if layout.pattern is None:
         stem = (table["above"] + table["stem"]).mask(
             table["split"] == "", names
@@ -267,6 +268,10 @@ def _list_files(root, dataset, ignored):
             _refuse_folder(error)
     ignored += [os.path.join(top, name) for name in names[~fits]]
     ignored[:] = [path for path in ignored if path.startswith(base)]
+    for name in sorted(set(named[fits & (named != table["split"])])):
+        notes.append(
+            f"folder {layout.prefix}{name} is read as {SPLIT_NAMES[name]}"
+        )
     table["path"] = names.str.removeprefix(above[0])
     return Path(base), table[fits].reset_index(drop=True)
 
@@ -485,7 +490,9 @@ def _read_picture(data, notes):
             )
         image.verify()  # checksums of a PNG, which reading the pixels skips
         image = Image.open(**options)
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ImageOps.ExifTags.Base.Orientation, 1) != 1:
+            notes.add("turned upright as their EXIF orientation says")
+            image = ImageOps.exif_transpose(image)
         if image.mode == "CMYK":
             raise _Unfit("found a CMYK image, expected grey; convert it")
         if image.mode.startswith("I"):
@@ -1031,7 +1038,7 @@ def _root_of_run(run, data_dir):
     if data.dataset == "phantom" and not root.is_dir():
         root = simulated_folder(data.phantom_subjects)
     if data_dir and data.dataset not in ("phantom", "folder"):
-        root, _ = _list_files(root, data.dataset, [])
+        root, _ = _list_files(root, data.dataset, [], [])
     return root.absolute()
 
 

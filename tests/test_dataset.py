@@ -274,6 +274,7 @@ def test_folders_give_splits_and_classes(tmp_path, capsys):
     splits = slices.table.groupby("split")["subject"].nunique()
     assert splits.to_dict() == {"train": 9, "validate": 1, "test": 2}
     output = capsys.readouterr().out
+    assert "folder testing is read as test" in output
     assert "other: 6 files ignored: p20_0.png" in output
     assert "train/masks: 6 files ignored" in output
 
@@ -883,19 +884,30 @@ def resampled(image):
     return resample_to_output(image, (0.8, 1.0, 1.2), order=1)
 
 
-def wrapped(kind, change=lambda voxels: voxels):
-    return lambda image: kind(change(np.asarray(image.dataobj)), image.affine)
+def wrapped(kind, change=lambda voxels: voxels, **options):
+    def make(image):
+        voxels = change(np.asarray(image.dataobj))
+        return kind(voxels, image.affine, **options)
+
+    return make
 
 
 NIFTI = nibabel.Nifti1Image
 VOLUMES = {  # file -> how it is made of the brain
     "lps.nii": lambda image: turned(image, "LPS"),
+    "las.nii": lambda image: turned(image, "LAS"),
     "pir.nii": lambda image: turned(image, "PIR"),
     "anisotropic.nii.gz": resampled,
     "four.nii": wrapped(NIFTI, lambda v: np.stack([v, v * 0], -1)),
+    "two.nii": wrapped(nibabel.Nifti2Image),
     "pair.img": wrapped(nibabel.Spm99AnalyzeImage),
     "free.mgz": wrapped(nibabel.MGHImage, lambda v: v.astype(np.int32)),
+    "scaled.nii": wrapped(NIFTI, lambda v: v * 0.37 + 5, dtype=np.int16),
+    "negative.nii": wrapped(NIFTI, lambda v: v - np.int16(1000)),
     "nan.nii": wrapped(NIFTI, lambda v: np.where(v > 0, v, np.nan)),
+    "big.nii": lambda image: NIFTI(
+        image.dataobj, None, image.header.as_byteswapped(">")
+    ),
 }
 
 
@@ -907,7 +919,7 @@ def test_one_anatomy_gives_the_same_slices_however_it_is_stored(
     nibabel.save(brain, tmp_path / "ras.nii")
     expected, notes = dataset.cut_volume(str(tmp_path / "ras.nii"), options)
     assert notes == [] and len(expected) == 8
-    few = dict(list(VOLUMES.items())[1:3])
+    few = dict(list(VOLUMES.items())[2:4])
     for name, make in (VOLUMES if plane == "axial" else few).items():
         nibabel.save(make(brain), tmp_path / name)
         images, notes = dataset.cut_volume(str(tmp_path / name), options)
@@ -1009,7 +1021,7 @@ def test_unfit_volumes_are_named(brain, tmp_path, capsys):
     assert all(name in str(caught.value) for name in broken)
     assert not (tmp_path / "out").exists()
     dataset.main([*arguments, "--skip-bad", "--slices", "2"])
-    assert "slices of 12 volumes" in capsys.readouterr().out
+    assert "24 slices of 12 volumes" in capsys.readouterr().out
 
 
 def test_thick_planes_are_taken_as_they_are(tmp_path):
@@ -1026,7 +1038,32 @@ def test_thick_planes_are_taken_as_they_are(tmp_path):
             assert np.allclose(middle, np.arange(1, 7) / 6, atol=0.01)
 
 
+def test_names_of_volumes():
+    names = {
+        "a/sub-07/ses-2/anat/sub-07_ses-2_T1w.nii.gz": "07",
+        "ADNI_002_S_0295_MR_MPR_I118671.nii": "002S0295",
+        "disc1/OAS1_0001_MR1/RAW/OAS1_0001_MR1_mpr-1_anon.img": "OAS10001",
+        "heads/Anna B.nii": "AnnaB",
+    }
+    for path, subject in names.items():
+        assert dataset._subject_of(path) == subject
+    assert dataset._subject_of("x/p7_b.nii", r"p(?P<subject>\d+)") == "7"
+
+
 # ------------------------------------------------------------- command line
+
+
+def test_work_grows_as_the_number_of_files(monkeypatch, tmp_path):
+    def seconds(count):
+        names = [
+            f"{tmp_path}/a{k}_{n}.png" for k in range(count) for n in (1, 2)
+        ]
+        monkeypatch.setattr(dataset, "_walk", lambda *_: names)
+        started = time.process_time()
+        assert len(dataset.scan(tmp_path, "folder").table) == 2 * count
+        return time.process_time() - started
+
+    assert seconds(20_000) < 9 * seconds(4000) + 0.2
 
 
 def test_check(oasis, tmp_path, capsys):
