@@ -689,7 +689,7 @@ SHOWN_SAMPLES = 64  # in samples.png, and of each label
 FIT_IMAGES = 512  # training images that principal components are fitted to
 UNSEEN_IMAGES = 512  # test images that are searched for copies, at most
 FAILURES = 5  # worst reconstructions, and least likely samples, in a figure
-METRICS = ("ssim", "ssim_foreground", "psnr", "mae")
+METRICS = ("ssim", "ssim_foreground", "ms_ssim", "psnr", "mae")
 
 
 def evaluate_run(trained, splits, options=None):

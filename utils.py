@@ -121,7 +121,17 @@ class lazy_import:
             raise AttributeError(attribute)
         if self._name in ("tensorflow", "keras", "modules"):
             _start_tensorflow()
-        return getattr(importlib.import_module(self._name), attribute)
+        module = importlib.import_module(self._name)
+        configure_keras()
+        return getattr(module, attribute)
+
+
+def configure_keras():
+    """Undo what `~/.keras/keras.json` may say, if Keras is imported."""
+    if config := getattr(sys.modules.get("keras"), "config", None):
+        config.set_image_data_format("channels_last")
+        config.set_floatx("float32")
+        config.set_epsilon(1e-7)
 
 
 @functools.cache
@@ -1011,6 +1021,16 @@ def array_sha256(array):
     return hashlib.sha256(header + array.tobytes()).hexdigest()
 
 
+def _new_folder(path):
+    """Make a folder; with a number, as trainings may start in one second."""
+    for number in itertools.count(2):
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            path = path.with_name(f"{path.stem}.{number}")
+
+
 class Run:
     """A run folder: settings, split, models, tables and figures.
 
@@ -1084,7 +1104,10 @@ class Run:
         folder = settings.run.run_dir or f"runs/{settings.recipe}-{now}"
         run = cls(folder, settings, info)
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
+            if settings.run.run_dir:
+                run.path.mkdir(parents=True, exist_ok=True)
+            else:
+                run.path = _new_folder(run.path)
             run.lock()
             if {entry.name for entry in run.path.iterdir()} - {"run.lock"}:
                 raise RunError(
@@ -1321,7 +1344,9 @@ def describe_devices():
     why, drivers = "", ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
     if tf.test.is_built_with_cuda() and any(map(os.path.exists, drivers)):
         why = "; this machine has a GPU, but TensorFlow cannot use it: install "
-        why += '"tensorflow[and-cuda]", or see what CUDA_VISIBLE_DEVICES hides'
+        why += '"tensorflow[and-cuda]"'
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            why = "; CUDA_VISIBLE_DEVICES hides every GPU"
     return f"devices: CPU, {os.cpu_count()} cores{why}"
 
 
@@ -1407,6 +1432,7 @@ def peak_memory_mb():
 SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 FOREGROUND = 0.05  # intensity; the background of a slice is 0
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 PSNR_CAP = 100.0  # dB, so that equal images have a finite value
 
 
@@ -1458,6 +1484,20 @@ def ssim_foreground(x, y):
     inside = tf.cast(mean > FOREGROUND, tf.float32)
     total = tf.reduce_sum(values * inside, axis=[1, 2])
     return total / tf.reduce_sum(inside, axis=[1, 2])
+
+
+def ms_ssim(x, y):
+    """Return the multi-scale SSIM (B,) over the scales that fit an image.
+
+    `tf.image.ssim_multiscale`; fewer weights are scaled to the sum of all.
+    """
+    scales, side = 0, min(x.shape[1:3])
+    while side >= SSIM_WINDOW and scales < len(MS_SSIM_WEIGHTS):
+        scales, side = scales + 1, (side + 1) // 2
+    weights = np.array(MS_SSIM_WEIGHTS[:scales])
+    weights *= sum(MS_SSIM_WEIGHTS) / weights.sum()
+    x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
+    return tf.image.ssim_multiscale(x, y, 1.0, weights.tolist())
 
 
 def psnr(x, y):
@@ -1619,6 +1659,43 @@ def frechet_distance(x, y):
     return float(max(difference @ difference + traces, 0))
 
 
+def kernel_distance(x, y, subjects_x, subjects_y):
+    """Return the kernel distance (KID) of features (N, F) and (M, F).
+
+    The unbiased squared maximum mean discrepancy of the kernel
+    (a b / F + 1)^3: 0 on average, so at times below, for sets of one kind.
+    Images of a subject are alike, so within a set only pairs of different
+    subjects are compared; the interval resamples the subjects of both sets.
+    None if a set has fewer than two.
+
+    Reference: Binkowski et al., 2018, arXiv:1801.01401.
+    """
+    names_x, owner_x = np.unique(subjects_x, return_inverse=True)
+    names_y, owner_y = np.unique(subjects_y, return_inverse=True)
+    if min(len(names_x), len(names_y)) < 2:
+        return None
+    owner = np.concatenate([owner_x, owner_y + len(names_x)])
+    first = np.unique(owner, return_index=True)[1]
+    in_x = np.arange(len(first)) < len(names_x)
+    # Sums of the kernel, and numbers of pairs, for each pair of subjects.
+    one_hot = (owner == np.arange(len(first))[:, None]).astype(np.float64)
+    kernel = _measures.pairwise.polynomial_kernel(np.vstack([x, y]))
+    sums = one_hot @ kernel @ one_hot.T
+    pairs = np.outer(one_hot.sum(1), one_hot.sum(1))
+    np.fill_diagonal(sums, 0)
+    np.fill_diagonal(pairs, 0)
+
+    def mean(a, b):
+        number = a @ pairs @ b
+        return a @ sums @ b / number if number else math.nan
+
+    def distance(weights):
+        u, v = weights[first] * in_x, weights[first] * ~in_x
+        return mean(u, u) + mean(v, v) - 2 * mean(u, v)
+
+    return bootstrap(distance, owner)
+
+
 def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
     """Return precision, recall, density and coverage, with intervals.
 
@@ -1653,6 +1730,12 @@ def manifold_scores(fake, real, fake_subjects, real_subjects, k=NEIGHBOURS):
     }
 
 
+def set_scores(fake, real, *subjects):
+    """Return the kernel distance and the `manifold_scores` of two sets."""
+    kid = kernel_distance(fake, real, *subjects)
+    return {"kid": kid, **manifold_scores(fake, real, *subjects)}
+
+
 def jackknife_ratio(ratio, subjects):
     """Return the 95 % interval of a positive ratio over subjects.
 
@@ -1684,7 +1767,7 @@ def compare_sets(sets, space, train_subjects, test_subjects):
     name = f"{space} of {size_text(sets['test'].shape[1:])} images"
     n, extract = len(sets["generated"]), FEATURES[space]
     if n < 2 * PCA_SHARE:
-        names = ("frechet", "by_stage", *MANIFOLD)
+        names = ("frechet", "by_stage", "kid", *MANIFOLD)
         return {"features": name, **dict.fromkeys(names), "floor": {}}
     features = {key: extract(images) for key, images in sets.items()}
     fit = features.pop("fit")
@@ -1716,10 +1799,8 @@ def compare_sets(sets, space, train_subjects, test_subjects):
             if key in features
         },
         # Generated images are of no one: as many subjects as images.
-        **manifold_scores(features["generated"], real, range(n), subjects),
-        "floor": manifold_scores(
-            features["train"], real, train_subjects, subjects
-        ),
+        **set_scores(features["generated"], real, range(n), subjects),
+        "floor": set_scores(features["train"], real, train_subjects, subjects),
     }
 
 

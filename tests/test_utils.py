@@ -127,14 +127,18 @@ def test_help_needs_no_heavy_package():
 
 
 def test_the_environment_of_the_user_does_not_matter(tmp_path):
+    settings = {"image_data_format": "channels_first", "floatx": "float16"}
+    (tmp_path / "keras.json").write_text(json.dumps(settings))
     done = run_python(
         "import utils, sys; from matplotlib import pyplot\n"
-        "print(utils.keras.config.backend())\n"
+        "k = utils.keras.config\n"
+        "print(k.backend(), k.image_data_format(), k.floatx())\n"
         "print('heard', file=sys.stderr); pyplot.figure()",
+        KERAS_HOME=str(tmp_path),
         KERAS_BACKEND="jax",
         MPLBACKEND="module://gone",
     )
-    assert done.stdout == "tensorflow\n"
+    assert done.stdout == "tensorflow channels_last float32\n"
     # Errors show, the notices of TensorFlow's start do not.
     assert done.stderr == "heard\n"
     # So do the last words of a fatal start.
@@ -383,12 +387,14 @@ def test_create_refuses_what_is_there_or_in_use(run, tmp_path, monkeypatch):
     with pytest.raises(utils.RunError, match="not empty"):
         create(run.path)
     monkeypatch.chdir(tmp_path)
-    run = utils.Run.create(utils.Settings())
-    assert run.path.match("runs/quickstart-*-*")
-    with pytest.raises(utils.RunError, match="in use by another process"):
-        create(run.path)
-    run.discard()
-    assert not run.path.exists()
+    runs = [utils.Run.create(utils.Settings()) for _ in range(3)]  # at once
+    assert len({run.path for run in runs}) == 3
+    for run in runs:
+        assert run.path.match("runs/quickstart-*-*")
+        with pytest.raises(utils.RunError, match="in use by another process"):
+            create(run.path)
+        run.discard()
+        assert not run.path.exists()
 
 
 def test_create_needs_a_folder_it_can_write(tmp_path, monkeypatch):
@@ -517,7 +523,9 @@ def test_devices(monkeypatch):
     assert 10 < utils.peak_memory_mb() < 1e6
     monkeypatch.setattr(os.path, "exists", lambda path: True)  # a driver
     monkeypatch.setattr(utils.tf.test, "is_built_with_cuda", lambda: True)
-    assert "TensorFlow cannot use it" in utils.describe_devices()
+    for visible, text in (("-1", "hides every GPU"), ("0", "cannot use it")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert text in utils.describe_devices()
     strategy = utils.choose_strategy("none")
     assert utils.is_chief(strategy) and not utils.is_multi_worker(strategy)
     assert utils.any_worker(strategy, [True, False]) == [True, False]
@@ -562,6 +570,8 @@ def test_ssim_and_its_gradient_equal_tensorflows(size):
 
 def test_other_scores_of_pairs():
     x, y = image_pair(180, 176, batch=2)
+    expected = utils.tf.image.ssim_multiscale(x, y, 1.0)
+    np.testing.assert_allclose(utils.ms_ssim(x, y), expected, atol=1e-5)
     expected = utils.tf.image.psnr(x, y, 1.0)
     np.testing.assert_allclose(utils.psnr(x, y), expected, rtol=1e-5)
     np.testing.assert_allclose(utils.psnr(x, x), 100.0, rtol=1e-6)
@@ -571,6 +581,21 @@ def test_other_scores_of_pairs():
     x[1], y[1] = 0, 0
     value = utils.ssim_foreground(x, y).numpy()
     assert value[0] < utils.ssim(x, y).numpy()[0] and np.isnan(value[1])
+
+
+def test_kernel_distance_by_hand_and_its_interval():
+    x, y = np.array([[0.0], [1.0], [5.0]]), np.array([[2.0], [3.0]])
+    found = utils.kernel_distance(x, y, ["a", "b", "b"], ["c", "d"])
+    within_x = ((0 * 1 + 1) ** 3 + (0 * 5 + 1) ** 3) / 2  # not 1 with 5
+    within_y = (2 * 3 + 1) ** 3
+    between = np.mean([(a * b + 1) ** 3 for a in (0, 1, 5) for b in (2, 3)])
+    assert found["mean"] == pytest.approx(within_x + within_y - 2 * between)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 2)), rng.normal(1, size=(40, 2))
+    found = utils.kernel_distance(x, y, np.arange(40), np.arange(40))
+    low, high = found["ci95"]
+    assert 0 < low < found["mean"] < high
+    assert utils.kernel_distance(x, y, np.arange(40), ["one"] * 40) is None
 
 
 def test_bootstrap_resamples_subjects_and_leaves_nan_out():
