@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import typing
 from pathlib import Path
@@ -769,8 +770,8 @@ def evaluate_external(trained, options):
         seen = int(slices.table["sha256"].isin(own).sum())
         about["images_seen_in_training"] = seen
         if seen:
-            text = f"{seen} of {len(slices)} images were trained on"
-            utils.warn_once(f"{text}: the scores are too good")
+            text = f"warning: {seen} of {len(slices)} images were trained on"
+            print(f"{text}: the scores are too good", file=sys.stderr)
     path = trained.output.path / f"evaluation-{name}.json"
     utils.write_json(path, evaluation)
     print(f"scores: {path}, figures: {figures}")
