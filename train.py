@@ -21,19 +21,15 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import os
 import shlex
 import shutil
-import sqlite3
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
-import filelock
 import numpy as np
 
 import dataset
@@ -45,7 +41,6 @@ modules = utils.lazy_import("modules")
 optuna = utils.lazy_import("optuna")
 pd = utils.lazy_import("pandas")
 plt = utils.lazy_import("matplotlib.pyplot")
-sqlalchemy = utils.lazy_import("sqlalchemy")
 tf = utils.lazy_import("tensorflow")
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
@@ -55,8 +50,6 @@ PICTURES = 5  # times that they are shown
 SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
 SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
-# Relative times for an image, by which stages not yet begun are guessed.
-TIMES = {"vqvae": 2}  # a prior: 3
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
@@ -65,8 +58,7 @@ OBJECTIVES = {
     "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
 }
 # Flags of a search that the training of its best trial does not have.
-OF_SEARCH = ("tune", "objective", "run_dir", "smoke", "epochs", "prior_epochs")
-HEARTBEAT = 60  # seconds between signs of life of a trial
+OF_SEARCH = {"tune", "objective", "run_dir", "smoke", "epochs", "prior_epochs"}
 
 
 def main(argv):
@@ -81,8 +73,6 @@ def main(argv):
         if settings.search.tune:
             search(settings, argv, strategy, signals)
             return
-        if settings.run.smoke and not settings.run.resume:
-            settings = settings.smoked()
         if not utils.is_chief(strategy):
             settings = stack.enter_context(silent_copy(settings))
         utils.wait_for_workers(strategy)
@@ -194,19 +184,22 @@ def option(settings, stage, name):
 
 def start(settings, strategy, signals, argv=()):
     """Return the `Job` of some settings; a refused start changes nothing."""
+    if settings.run.smoke and not settings.run.resume:
+        settings = settings.smoked()
+    given = utils.flags_given(argv)
     again = settings.run.stage == "prior" and not settings.run.resume
     folder = settings.run.run_dir if again else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
-    moved = "data_dir" in utils.flags_given(argv)
-    job = Job(run, strategy, signals, settings.data.data_dir if moved else None)
+    moved = settings.data.data_dir if "data_dir" in given else None
+    job = Job(run, strategy, signals, moved)
     try:
         if folder:
             run.lock()
         if again:
             begin_stage(job, earlier)
         elif not run.split_path.exists():  # new, or stopped before that
-            load_images(job, "condition" in utils.flags_given(argv))
+            load_images(job, "condition" in given)
         else:
             resume(job, earlier)
     except BaseException:
@@ -274,9 +267,9 @@ def load_images(job, asked):
     if data.dataset != "phantom" and not data.data_dir:  # with --smoke
         side = -(-max(32, *(data.image_size or (128,))) // 16) * 16
         made = utils.SMOKE_SUBJECTS, data.dataset, side
-        run.settings = utils.replace(run.settings, resize=True)
-        folder = str(dataset.simulated_folder(*made))
-        data = dataclasses.replace(run.settings.data, data_dir=folder)
+        changes = {"data_dir": str(dataset.simulated_folder(*made))}
+        run.settings = utils.replace(run.settings, resize=True, **changes)
+        data = run.settings.data
     slices = dataset.load(data)
     if job.settings.run.smoke:
         splits = slices.table.groupby("split").indices.values()
@@ -475,15 +468,17 @@ def encode_splits(job, vqvae):
 
 def collapsed_levels(vqvae, indices):
     """Say which codebooks are hardly used, with a warning; "" if none is."""
-    found, total = [], vqvae.num_embeddings
-    for level in range(1, vqvae.levels + 1):
-        used = np.unique(indices[f"train_{level}"]).size
-        text = f"level {level} has collapsed: {used} of {total} code vectors"
-        if used < LEAST_USAGE * total or used == 1:
-            found.append(f"{text} in use")
-    if found:
-        print(f"warning: {', '.join(found)}", file=sys.stderr)
-    return ", ".join(found)
+    total = vqvae.num_embeddings
+    levels = range(1, vqvae.levels + 1)
+    used = {k: np.unique(indices[f"train_{k}"]).size for k in levels}
+    text = ", ".join(
+        f"level {k} has collapsed: {count} of {total} code vectors in use"
+        for k, count in used.items()
+        if count < max(LEAST_USAGE * total, 2)
+    )
+    if text:
+        print(f"warning: {text}", file=sys.stderr)
+    return text
 
 
 def train_prior(job, vqvae, indices, level):
@@ -612,7 +607,6 @@ class Fit:
         self.training, self.validation = training, validation
         self.transform, self.options = transform, job.settings.training
         self.option = functools.partial(option, job.settings, stage)
-        self.done, self.started, self.shown = 0, 0.0, 0.0
         self.epochs = self.option("epochs")
         count = len(job.tables["train"])
         self.batch_size = min(self.option("batch_size"), count)
@@ -625,10 +619,10 @@ class Fit:
         self.checkpoint = modules.RoundCheckpoint(
             job.run.checkpoint_path / stage, self.stopping, job.signals
         )
-        before = job.epochs_before(stage) * self.rounds
-        self.first = max(self.checkpoint.round, before)
+        self.before = job.epochs_before(stage)
+        self.first = max(self.checkpoint.round, self.before * self.rounds)
         self.last = self.epochs * self.rounds
-        self._compile((self.last - before) * self.steps)
+        self._compile((self.epochs - self.before) * self.rounds * self.steps)
 
     def run(self, pictures=None, callbacks=()):
         """Train from the last checkpoint to the end.
@@ -648,7 +642,12 @@ class Fit:
             self.first * self.steps,
             transform=self.transform,
         )
-        with self.job.signals.deferred():
+        bar = utils.progress_bar(self.stage, "step")
+        total, done = self.last * self.steps, self.first * self.steps
+        with (
+            self.job.signals.deferred(),
+            bar(total=total, initial=done) as self.bar,
+        ):
             self.model.fit(
                 dataset.distributed(self.job.strategy, batches),
                 initial_epoch=self.first,
@@ -724,7 +723,7 @@ class Fit:
         callbacks += [
             modules.FiniteCheck(self.stage),
             keras.callbacks.LambdaCallback(
-                on_train_batch_end=self._after_step,
+                on_train_batch_end=lambda *_: self.bar.update(),
                 on_epoch_end=self._after_round,
             ),
         ]
@@ -740,28 +739,23 @@ class Fit:
                 callbacks.append(modules.Pictures(folder, pictures, rounds))
         return callbacks
 
-    def _after_step(self, step, logs):
-        now = time.monotonic()
-        if not self.done:
-            self.started = self.shown = now  # the first step compiles
-        self.done += 1
-        if sys.stdout.isatty() and now > self.shown + 1:
-            self.shown = now
-            self._show(logs, "\r")
-
     def _after_round(self, number, logs):
         """After an epoch add a row to `history.csv`, and print a line."""
         epoch, rest = divmod(number + 1, self.rounds)
         if rest:
             return
-        self._show(logs, "\n")
-        path = self.job.run.history_path
+        seconds, path = self.checkpoint.seconds, self.job.run.history_path
+        pace = seconds / (epoch - self.before)
+        scores = [f"{k} {float(logs[k]):.4g}" for k in SHOWN if k in logs]
+        minutes = math.ceil(pace * (self.epochs - epoch) / 60)
+        parts = [f"{self.stage}: epoch {epoch}/{self.epochs}", *scores]
+        self.bar.write(f"{', '.join(parts)}, about {minutes} min left")
         row = {
             "stage": self.stage,
             "epoch": epoch,
             "step": (number + 1) * self.steps,
             "images": (number + 1) * self.steps * self.batch_size,
-            "seconds": round(self.checkpoint.seconds, 3),
+            "seconds": round(seconds, 3),
         }
         history = pd.DataFrame([row | logs])
         if path.exists():
@@ -769,31 +763,6 @@ class Fit:
             kept = (old["stage"] != self.stage) | (old["epoch"] < epoch)
             history = pd.concat([old[kept], history], ignore_index=True)
         utils.write_csv(path, history)
-
-    def _show(self, logs, end):
-        """Print a line: epoch, scores, time left of all stages."""
-        epoch = (self.first + (self.done - 1) // self.steps) // self.rounds
-        print(
-            f"{self.stage}: epoch {epoch + 1}/{self.epochs}",
-            *(f"{key} {float(logs[key]):.4g}" for key in SHOWN if key in logs),
-            f"about {self._minutes_left()} min of training left",
-            sep=", ",
-            end="\033[K" + end if sys.stdout.isatty() else end,
-            flush=True,
-        )
-
-    def _minutes_left(self):
-        """Of this stage by its pace so far, of later ones by `TIMES`."""
-        job, images = self.job, len(self.job.tables["train"])
-        pace = (time.monotonic() - self.started) / max(self.done - 1, 1)
-        unit = pace / self.batch_size / TIMES.get(self.stage, 3)
-        left = pace * ((self.last - self.first) * self.steps - self.done)
-        for stage in ("vqvae", *job.run.prior_names):
-            if stage != self.stage and not job.run.is_done(stage):
-                epochs = option(job.settings, stage, "epochs")
-                epochs -= job.epochs_before(stage)
-                left += unit * TIMES.get(stage, 3) * epochs * images
-        return math.ceil(left / 60)
 
 
 # === Pictures ===
@@ -850,7 +819,7 @@ def prior_pictures(job, vqvae, prior, level):
 def search(settings, argv, strategy, signals):
     """Add trials to a search until it has as many as asked for.
 
-    The search is a folder: `study.db` of Optuna, which hands out the trials
+    The search is a folder: `study.log` of Optuna, which hands out the trials
     also to several processes; `trials.csv`, figures, and in `trials` the run
     folder of each trial. Test images have no part in it.
     """
@@ -866,67 +835,52 @@ def search(settings, argv, strategy, signals):
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(settings.run.run_dir or f"runs/{settings.recipe}-tune-{now}")
     settings = utils.replace(settings, run_dir=str(folder))
+    study = open_study(folder, settings, space)
     attempt = functools.partial(
         try_settings, settings, space, strategy, signals
     )
-    states = optuna.trial.TrialState
-    ended = {"deepcopy": False, "states": (states.COMPLETE, states.PRUNED)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is experimental
-        study = open_study(folder, settings, space)
-        try:
-            while len(study.get_trials(**ended)) < settings.search.tune:
-                study.optimize(attempt, n_trials=1)
-                report_trials(study, folder)
-        except utils.Stopped:
-            print(f"continue with the same command and --run-dir {folder}")
-            raise
+    ended = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
+    try:
+        while len(study.get_trials(states=ended)) < settings.search.tune:
+            study.optimize(attempt, n_trials=1)
+            report_trials(study, folder)
+    except utils.Stopped:
+        print(f"continue with the same command and --run-dir {folder}")
+        raise
     print_best(study, folder, argv)
 
 
 def open_study(folder, settings, space):
-    """The Optuna study of a search, new or as it was left."""
+    """The Optuna study of a search, new or as it was left.
+
+    `FlagError` if what it searches was another thing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lock, database = folder / "study.lock", folder / "study.db"
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with filelock.FileLock(lock):
-        begun = {path.name for path in folder.iterdir()} - {lock.name}
-        if begun and database.name not in begun:
-            lock.unlink()
-            raise utils.RunError(
-                f"{folder}: neither empty nor the folder of a search; "
-                "choose another with --run-dir"
-            )
-        # Not by an address: the path may hold what that must not.
-        connect = functools.partial(sqlite3.connect, database, HEARTBEAT)
-        retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(
-                "sqlite://",
-                {"creator": connect, "poolclass": sqlalchemy.pool.NullPool},
-                heartbeat_interval=HEARTBEAT,
-                # What a stopped or killed process tried is tried again.
-                heartbeat_stale_trial_callback=retry,
-            ),
-            # Processes that share a search must not try the same.
-            sampler=optuna.samplers.TPESampler(
-                seed=None if begun else settings.run.seed
-            ),
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
-            study_name="search",
-            directions=OBJECTIVES[settings.search.objective].values(),
-            load_if_exists=True,
+    names, journal = os.listdir(folder), optuna.storages.journal
+    if names and "study.log" not in names:
+        raise utils.RunError(
+            f"{folder}: neither empty nor the folder of a search; choose "
+            "another with --run-dir"
         )
-        begin_study(study, settings, space)
-    return study
-
-
-def begin_study(study, settings, space):
-    """Note in a new study what it searches; refuse to search another thing."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    experimental = optuna.exceptions.ExperimentalWarning
+    warnings.filterwarnings("ignore", category=experimental)
+    file = journal.JournalFileBackend(str(folder / "study.log"))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(file),
+        # Processes that share a search must not try the same.
+        sampler=optuna.samplers.TPESampler(
+            seed=None if names else settings.run.seed
+        ),
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
+        study_name="search",
+        directions=OBJECTIVES[settings.search.objective].values(),
+        load_if_exists=True,
+    )
     now = utils.flat(settings)
-    apart = {"tune", "strategy", "force", "debug", "run_dir", *space}
-    about = {key: value for key, value in now.items() if key not in apart}
-    about = json.loads(json.dumps({**about, "space": space}))
+    free = {"tune", "strategy", "force", "debug", "run_dir", *space}
+    about = {key: str(now[key]) for key in now.keys() - free}
+    about["space"] = str(space)
     if "about" not in study.user_attrs:
         study.set_user_attr("about", about)
         study.set_metric_names(list(OBJECTIVES[settings.search.objective]))
@@ -934,10 +888,11 @@ def begin_study(study, settings, space):
     for key, earlier in study.user_attrs["about"].items():
         if about.get(key) != earlier:
             raise utils.FlagError(
-                f"--{key.replace('_', '-')}: the search in {now['run_dir']} "
-                f"has {earlier}, found {about.get(key)}; search in another "
+                f"--{key.replace('_', '-')}: the search in {folder} has "
+                f"{earlier}, found {about.get(key)}; search in another "
                 "--run-dir"
             )
+    return study
 
 
 def try_settings(settings, space, strategy, signals, trial):
@@ -958,8 +913,6 @@ def try_settings(settings, space, strategy, signals, trial):
     values |= {"tune": 0, "stage": "vqvae" if only_ssim else "all"}
     try:
         settings = utils.replace(settings, **values)
-        if settings.run.smoke:
-            settings = settings.smoked()
         return train_trial(settings, strategy, signals, trial)
     except (
         optuna.TrialPruned,
@@ -984,9 +937,7 @@ def train_trial(settings, strategy, signals, trial):
     run, bits = job.run, settings.search.objective == "ssim+bits"
     try:
         if not len(job.images["validate"]):
-            raise utils.DataError(
-                "--tune: there are no validation images to choose by"
-            )
+            raise utils.DataError("--tune: no validation images to choose by")
         del job.images["test"]
         _, _, collapsed = train_models(job, *[] if bits else [pruning(trial)])
         if collapsed:
@@ -1010,10 +961,7 @@ def pruning(trial):
         if "val_ssim" in logs:
             trial.report(logs["val_ssim"], number + 1)
             if trial.should_prune():
-                raise optuna.TrialPruned(
-                    f"validation SSIM {logs['val_ssim']:.4f} is below the "
-                    "median of earlier trials"
-                )
+                raise optuna.TrialPruned("below the median of earlier trials")
 
     return keras.callbacks.LambdaCallback(on_epoch_end=report)
 
@@ -1049,11 +997,11 @@ def print_best(study, folder, argv):
             f"{folder}: no trial came to its end; see the column note of "
             "trials.csv there"
         )
-    words, key = ["python", "train.py"], ""
+    words, kept = ["python", "train.py"], True
     for word in argv:
         if word.startswith("--"):
-            key = word.split("=")[0].removeprefix("--").replace("-", "_")
-        words += [word] * (key not in OF_SEARCH)
+            kept = not OF_SEARCH & utils.flags_given([word]).keys()
+        words += [word] * kept
     print(f"search in {folder}; in full, as long as the recipe says, with:")
     for trial in best:
         scores = dict(zip(study.metric_names, trial.values, strict=True))
