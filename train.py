@@ -68,13 +68,12 @@ def main(argv):
     strategy = utils.choose_strategy(
         settings.run.strategy, alone=settings.search.tune > 0
     )
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(utils.StopSignals())
+    with (
+        utils.StopSignals() as signals,
+        settings_of_worker(settings, strategy) as settings,
+    ):
         if settings.search.tune:
-            search(settings, argv, strategy, signals)
-            return
-        if not utils.is_chief(strategy):
-            settings = stack.enter_context(silent_copy(settings))
+            return search(settings, argv, strategy, signals)
         utils.wait_for_workers(strategy)
         print(utils.describe_devices())
         job = start(settings, strategy, signals, argv)
@@ -88,11 +87,14 @@ def main(argv):
 
 
 @contextlib.contextmanager
-def silent_copy(settings):
-    """Settings of a worker that is not the chief, which writes the run.
+def settings_of_worker(settings, strategy):
+    """Settings of this process: the chief, which writes the run, or another.
 
-    It runs silently in a temporary copy of the run folder.
+    Others run silently in a temporary copy of the run folder.
     """
+    if utils.is_chief(strategy):
+        yield settings
+        return
     name = "resume" if settings.run.resume else "run_dir"
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -131,14 +133,6 @@ class Job:
         images = dataset.load_run(self.run, self.data_dir)
         self.run.info["data_dir"] = str(images["train"].root)
         return images
-
-    def images_if_there(self):
-        """Images of each split; {}, with a warning, if they are gone."""
-        try:
-            return self.images
-        except utils.DataError as error:
-            print(f"warning: {error}", file=sys.stderr)
-            return {}
 
     @functools.cached_property
     def tables(self):
@@ -240,16 +234,14 @@ def resume(job, earlier):
         if option(job.settings, part, "epochs")
         > option(earlier, part, "epochs")
     }
-    if not longer and not under_way:
+    if not longer and under_way:
+        return
+    if not longer:
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
             "more --epochs or --prior-epochs than before, or another prior "
             "with --stage prior --run-dir"
         )
-    if not longer:
-        now = {"settings": utils.flat(job.settings)}
-        run.update(training=run.info["training"] | now)
-        return
     parts |= longer | {"sampling"}
     if "vqvae" in longer:  # other codes need other indices and priors
         longer = {"vqvae"}
@@ -259,10 +251,7 @@ def resume(job, earlier):
 
 
 def load_images(job, asked):
-    """Read the images of a new run, and note in it what they are.
-
-    Without labels the prior does without, unless the user asked for them.
-    """
+    """Read the images of a new run, and note in it what they are."""
     run, data = job.run, job.settings.data
     if data.dataset != "phantom" and not data.data_dir:  # with --smoke
         side = -(-max(32, *(data.image_size or (128,))) // 16) * 16
@@ -277,11 +266,6 @@ def load_images(job, asked):
         slices = slices.take(np.sort(np.concatenate(few)))
     job.images = {name: slices.split(name) for name in dataset.SPLITS}
     job.tables = {name: part.table for name, part in job.images.items()}
-    names = job.settings.conditions
-    if "label" in names and not asked and not any(slices.table["label"]):
-        print("no image has a class label: the prior is trained without")
-        rest = "slice" if "slice" in names else "none"
-        run.settings = utils.replace(run.settings, condition=rest)
     run.info |= {
         "image_size": list(slices.size),
         "crop": choose_crop(job),
@@ -289,7 +273,7 @@ def load_images(job, asked):
         "intensity": slices.intensity,
         "dataset": data.dataset,
         "data_dir": str(slices.root),
-        **conditions(job, slices.root),
+        **conditions(job, slices.root, asked),
     }
     check_batches(job)
     if len(slices.rejected):
@@ -319,18 +303,23 @@ def choose_crop(job):
     return box
 
 
-def conditions(job, source):
+def conditions(job, source, asked=True):
     """What a prior can be conditioned on: labels and slice numbers.
 
-    `DataError` if the images have no labels, which were asked for.
+    Images without labels are a `DataError` if the user asked for them, else
+    the prior does without.
     """
-    table = job.tables["train"]
+    table, wanted = job.tables["train"], job.settings.conditions
     names = sorted(set(table["label"]) - {""})
-    if "label" in job.settings.conditions and not names:
-        raise utils.DataError(
-            f"{source}: no image has a class label; leave label out of "
-            "--condition"
-        )
+    if "label" in wanted and not names:
+        if asked:
+            raise utils.DataError(
+                f"{source}: no image has a class label; leave label out of "
+                "--condition"
+            )
+        print("no image has a class label: the prior is trained without")
+        rest = "slice" if "slice" in wanted else "none"
+        job.run.settings = utils.replace(job.settings, condition=rest)
     return {
         "labels": {name: number for number, name in enumerate(names)},
         "slice_range": [int(table["slice"].min()), int(table["slice"].max())],
@@ -369,10 +358,17 @@ def train(job):
     """Make what is left to do of a run: models, sampling, evaluation."""
     vqvae, priors, _ = train_models(job)
     if utils.is_chief(job.strategy):
+        try:
+            images = job.images
+        except utils.DataError as error:
+            later = f"evaluate later: python predict.py evaluate {job.run.path}"
+            print(f"warning: {error}; {later}", file=sys.stderr)
+            images = {}
         if not job.run.is_done("sampling"):
-            choose_sampling(job, vqvae, priors)
-        if job.settings.run.evaluate:
-            evaluate(job, vqvae, priors)
+            choose_sampling(job, vqvae, priors, images)
+        if job.settings.run.evaluate and images:
+            evaluation = predict.evaluate_run(job.run, vqvae, priors, images)
+            predict.print_summary(job.run, evaluation)
     utils.wait_for_workers(job.strategy)  # the chief takes one gone for dead
     job.run.complete()
 
@@ -545,16 +541,14 @@ def encoding(job, level):
     return encode
 
 
-def choose_sampling(job, vqvae, priors):
+def choose_sampling(job, vqvae, priors, images):
     """Choose the temperature, then top-p, that suit validation images best.
 
     Unless flags give them. The run keeps them for predict.py.
     """
     given = job.settings.run
     best = {name: getattr(given, name) or 1.0 for name in SAMPLING}
-    free = [name for name in SAMPLING if getattr(given, name) is None]
-    wanted = free and priors and not given.smoke
-    images = job.images_if_there() if wanted else {}
+    enough = len(images.get("validate", ())) >= LEAST_TO_CHOOSE
 
     @functools.cache
     def distance(temperature, top_p):
@@ -566,24 +560,14 @@ def choose_sampling(job, vqvae, priors):
         )
         return scores["frechet"]["generated_vs_test"]
 
-    for name in free:
-        if len(images.get("validate", ())) < LEAST_TO_CHOOSE:
-            break
-        tried = [{**best, name: value} for value in SAMPLING[name]]
-        best = min(tried, key=lambda values: distance(**values))
-        print(f"sampling: {name} {best[name]:g} suits validation images best")
+    for name in SAMPLING if enough and priors and not given.smoke else ():
+        if getattr(given, name) is None:
+            tried = [{**best, name: value} for value in SAMPLING[name]]
+            best = min(tried, key=lambda values: distance(**values))
+            print(f"sampling: {name} {best[name]:g} suits validation images")
     sampling = {name: [best[name]] * vqvae.levels for name in SAMPLING}
     job.run.update(sampling=sampling)
     job.run.note_done("sampling")
-
-
-def evaluate(job, vqvae, priors):
-    """Evaluate on the test subjects, draw the figures, print the summary."""
-    if images := job.images_if_there():
-        evaluation = predict.evaluate_run(job.run, vqvae, priors, images)
-        predict.print_summary(job.run, evaluation)
-    else:
-        print(f"later: python predict.py evaluate {job.run.path}")
 
 
 # === Fit ===
@@ -622,7 +606,7 @@ class Fit:
         self.before = job.epochs_before(stage)
         self.first = max(self.checkpoint.round, self.before * self.rounds)
         self.last = self.epochs * self.rounds
-        self._compile((self.epochs - self.before) * self.rounds * self.steps)
+        self._compile((self.last - self.before * self.rounds) * self.steps)
 
     def run(self, pictures=None, callbacks=()):
         """Train from the last checkpoint to the end.
@@ -630,24 +614,20 @@ class Fit:
         Args:
             pictures: function that shows pictures of the model, or None.
         """
-        steps = self.rounds * self.steps
-        done = f", {self.first * self.steps} done" if self.first else ""
-        print(f"{self.stage}: {self.epochs} epochs of {steps} steps{done}")
+        steps, done = self.rounds * self.steps, self.first * self.steps
+        print(f"{self.stage}: {self.epochs} epochs of {steps} steps")
         batches = functools.partial(
             dataset.training_batches,
             self.training,
             self.batch_size,
             steps,
             self.job.settings.run.seed,
-            self.first * self.steps,
+            done,
             transform=self.transform,
         )
         bar = utils.progress_bar(self.stage, "step")
-        total, done = self.last * self.steps, self.first * self.steps
-        with (
-            self.job.signals.deferred(),
-            bar(total=total, initial=done) as self.bar,
-        ):
+        self.bar = bar(total=self.last * self.steps, initial=done)
+        with self.job.signals.deferred(), self.bar:
             self.model.fit(
                 dataset.distributed(self.job.strategy, batches),
                 initial_epoch=self.first,
@@ -723,7 +703,7 @@ class Fit:
         callbacks += [
             modules.FiniteCheck(self.stage),
             keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda *_: self.bar.update(),
+                on_train_batch_end=lambda batch, logs: self.bar.update(),
                 on_epoch_end=self._after_round,
             ),
         ]
@@ -835,18 +815,20 @@ def search(settings, argv, strategy, signals):
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(settings.run.run_dir or f"runs/{settings.recipe}-tune-{now}")
     settings = utils.replace(settings, run_dir=str(folder))
-    study = open_study(folder, settings, space)
     attempt = functools.partial(
         try_settings, settings, space, strategy, signals
     )
     ended = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
-    try:
-        while len(study.get_trials(states=ended)) < settings.search.tune:
-            study.optimize(attempt, n_trials=1)
-            report_trials(study, folder)
-    except utils.Stopped:
-        print(f"continue with the same command and --run-dir {folder}")
-        raise
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is experimental
+        study = open_study(folder, settings, space)
+        try:
+            while len(study.get_trials(states=ended)) < settings.search.tune:
+                study.optimize(attempt, n_trials=1)
+                report_trials(study, folder)
+        except utils.Stopped:
+            print(f"continue with the same command and --run-dir {folder}")
+            raise
     print_best(study, folder, argv)
 
 
@@ -863,8 +845,6 @@ def open_study(folder, settings, space):
             "another with --run-dir"
         )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    experimental = optuna.exceptions.ExperimentalWarning
-    warnings.filterwarnings("ignore", category=experimental)
     file = journal.JournalFileBackend(str(folder / "study.log"))
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(file),
@@ -879,18 +859,21 @@ def open_study(folder, settings, space):
     )
     now = utils.flat(settings)
     free = {"tune", "strategy", "force", "debug", "run_dir", *space}
-    about = {key: str(now[key]) for key in now.keys() - free}
-    about["space"] = str(space)
+    about = {
+        f"--{key.replace('_', '-')}": str(value)
+        for key, value in now.items()
+        if key not in free
+    }
+    about["--tune"] = str(space)
     if "about" not in study.user_attrs:
         study.set_user_attr("about", about)
         study.set_metric_names(list(OBJECTIVES[settings.search.objective]))
         study.enqueue_trial({key: now[key] for key in space})  # the recipe
-    for key, earlier in study.user_attrs["about"].items():
-        if about.get(key) != earlier:
+    for flag, earlier in study.user_attrs["about"].items():
+        if about.get(flag) != earlier:
             raise utils.FlagError(
-                f"--{key.replace('_', '-')}: the search in {folder} has "
-                f"{earlier}, found {about.get(key)}; search in another "
-                "--run-dir"
+                f"{flag}: the search in {folder} has {earlier}, found "
+                f"{about.get(flag)}; search in another --run-dir"
             )
     return study
 
@@ -967,7 +950,7 @@ def pruning(trial):
 
 
 def report_trials(study, folder):
-    """Write `trials.csv` and the figures of a search."""
+    """Write `trials.csv` and the figure of a search."""
     table = study.trials_dataframe(
         ("number", "state", "value", "params", "user_attrs", "duration")
     )
@@ -977,16 +960,15 @@ def report_trials(study, folder):
     best = {trial.number for trial in study.best_trials}
     table["best"] = table["number"].isin(best)
     utils.write_csv(folder / "trials.csv", table)
+    if not best:
+        return
     plots = optuna.visualization.matplotlib
-    figures = {"pareto": plots.plot_pareto_front}
-    if len(study.directions) == 1:
-        figures = {"history": plots.plot_optimization_history}
-        figures["slices"] = plots.plot_slice
-    for name, plot in figures.items() if best else ():
-        figure = np.ravel(plot(study))[0].figure
-        path = folder / "figures" / f"tuning_{name}.png"
-        utils.write_atomic(path, figure.savefig)
-        plt.close(figure)
+    one = len(study.directions) == 1
+    axes = (plots.plot_slice if one else plots.plot_pareto_front)(study)
+    figure, name = np.ravel(axes)[0].figure, "slices" if one else "pareto"
+    path = folder / "figures" / f"tuning_{name}.png"
+    utils.write_atomic(path, figure.savefig)
+    plt.close(figure)
 
 
 def print_best(study, folder, argv):
