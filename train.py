@@ -95,16 +95,15 @@ def settings_of_worker(settings, strategy):
     if utils.is_chief(strategy):
         yield settings
         return
-    name = "resume" if settings.run.resume else "run_dir"
+    run, name = settings.run, "resume" if settings.run.resume else "run_dir"
     with (
         tempfile.TemporaryDirectory() as folder,
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
         own = f"{folder}/run"
-        if settings.run.resume or settings.run.stage == "prior":
-            earlier = getattr(settings.run, name)
-            shutil.copytree(earlier, own, ignore=NOT_COPIED)
+        if run.resume or run.stage == "prior":
+            shutil.copytree(getattr(run, name), own, ignore=NOT_COPIED)
         yield utils.replace(settings, **{name: own})
 
 
@@ -228,19 +227,18 @@ def resume(job, earlier):
     run, under_way = job.run, "training" in job.run.info
     priors = run.prior_names * run.has_priors
     parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
-    longer = {
-        part
-        for part in {"vqvae", *priors} - parts
-        if option(job.settings, part, "epochs")
-        > option(earlier, part, "epochs")
-    }
+    more, before = (
+        {part: option(settings, part, "epochs") for part in ["vqvae", *priors]}
+        for settings in (job.settings, earlier)
+    )
+    longer = {p for p in more.keys() - parts if more[p] > before[p]}
     if not longer and under_way:
         return
     if not longer:
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
-            "more --epochs or --prior-epochs than before, or another prior "
-            "with --stage prior --run-dir"
+            "more --epochs or --prior-epochs, or another prior with --stage "
+            "prior --run-dir"
         )
     parts |= longer | {"sampling"}
     if "vqvae" in longer:  # other codes need other indices and priors
@@ -414,7 +412,11 @@ def train_vqvae(job, callbacks=()):
     job.run.update(latent_grids=model.latent_grids)
     grids = ", ".join(map(utils.size_text, model.latent_grids))
     print(f"VQ-VAE: {model.count_params():,} weights, grids {grids}")
-    fit = Fit(job, "vqvae", model, *image_sources(job))
+    options = job.settings.training
+    vary = functools.partial(varied, job, strength=options.augment)
+    vary = vary if options.flips or options.augment else None
+    sources = job.images["train"], job.images["validate"], vary
+    fit = Fit(job, "vqvae", model, *sources)
     fit.run(vqvae_pictures(job, model), callbacks)
     job.finish("vqvae", model, path)
 
@@ -432,14 +434,6 @@ def new_vqvae(job):
         seed=job.settings.run.seed,
         **dataclasses.asdict(job.settings.vqvae),
     )
-
-
-def image_sources(job):
-    """Images to train and to validate on; function that varies a batch."""
-    options = job.settings.training
-    vary = functools.partial(varied, job, strength=options.augment)
-    vary = vary if options.flips or options.augment else None
-    return job.images["train"], job.images["validate"], vary
 
 
 def varied(job, images, epoch, rows, strength):
@@ -599,7 +593,16 @@ class Fit:
             steps = min(steps, utils.SMOKE_STEPS)
         self.rounds = -(-steps // self.options.round_steps)  # of an epoch
         self.steps = -(-steps // self.rounds)  # of a round
-        self.stopping = self._early_stopping()
+        self.stopping = None
+        if stage != "vqvae" and len(job.tables["validate"]):
+            # It looks at every round, most of which have no validation.
+            warnings.filterwarnings("ignore", "Early stopping conditioned")
+            self.stopping = keras.callbacks.EarlyStopping(
+                "val_bits_per_code",
+                mode="min",
+                patience=self.options.patience,
+                restore_best_weights=True,
+            )
         self.checkpoint = modules.RoundCheckpoint(
             job.run.checkpoint_path / stage, self.stopping, job.signals
         )
@@ -661,20 +664,6 @@ class Fit:
             jit = self.job.settings.run.jit
             self.model.compile(optimizer=optimizer, jit_compile=jit)
         self.model.accumulation_steps = self.options.accumulation_steps
-
-    def _early_stopping(self):
-        """Callback that also restores the best weights of a prior."""
-        validated = len(self.job.tables["validate"])
-        if not validated or self.stage == "vqvae":
-            return None
-        # It looks at every round, most of which have no validation.
-        warnings.filterwarnings("ignore", "Early stopping conditioned")
-        return keras.callbacks.EarlyStopping(
-            "val_bits_per_code",
-            mode="min",
-            patience=self.options.patience,
-            restore_best_weights=True,
-        )
 
     def _validation(self):
         """Arguments of `fit` for the validation; none without images."""
@@ -833,48 +822,42 @@ def search(settings, argv, strategy, signals):
 
 
 def open_study(folder, settings, space):
-    """The Optuna study of a search, new or as it was left.
-
-    `FlagError` if what it searches was another thing.
-    """
+    """The Optuna study of a search, new or as it was left."""
     folder.mkdir(parents=True, exist_ok=True)
-    names, journal = os.listdir(folder), optuna.storages.journal
-    if names and "study.log" not in names:
+    path, storages = folder / "study.log", optuna.storages
+    if any(folder.iterdir()) and not path.exists():
         raise utils.RunError(
             f"{folder}: neither empty nor the folder of a search; choose "
             "another with --run-dir"
         )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    file = journal.JournalFileBackend(str(folder / "study.log"))
+    file = storages.journal.JournalFileBackend(str(path))
+    storage = storages.JournalStorage(file)
+    # A study is called by what it searches, so that nothing else gets into it.
+    now = utils.flat(settings)
+    free = {"tune", "strategy", "force", "debug", "run_dir", *space}
+    about = {key: value for key, value in now.items() if key not in free}
+    name, begun = repr((about, space)), optuna.get_all_study_names(storage)
+    if begun and name not in begun:
+        raise utils.FlagError(
+            f"--run-dir: {folder} holds a search with other flags; repeat its "
+            "command, or choose another folder"
+        )
     study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(file),
+        storage=storage,
         # Processes that share a search must not try the same.
         sampler=optuna.samplers.TPESampler(
-            seed=None if names else settings.run.seed
+            seed=None if begun else settings.run.seed
         ),
         pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
-        study_name="search",
+        study_name=name,
         directions=OBJECTIVES[settings.search.objective].values(),
         load_if_exists=True,
     )
-    now = utils.flat(settings)
-    free = {"tune", "strategy", "force", "debug", "run_dir", *space}
-    about = {
-        f"--{key.replace('_', '-')}": str(value)
-        for key, value in now.items()
-        if key not in free
-    }
-    about["--tune"] = str(space)
-    if "about" not in study.user_attrs:
-        study.set_user_attr("about", about)
+    if not begun:
         study.set_metric_names(list(OBJECTIVES[settings.search.objective]))
-        study.enqueue_trial({key: now[key] for key in space})  # the recipe
-    for flag, earlier in study.user_attrs["about"].items():
-        if about.get(flag) != earlier:
-            raise utils.FlagError(
-                f"{flag}: the search in {folder} has {earlier}, found "
-                f"{about.get(flag)}; search in another --run-dir"
-            )
+        recipe = {key: now[key] for key in space}
+        study.enqueue_trial(recipe, skip_if_exists=True)
     return study
 
 

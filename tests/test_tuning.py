@@ -208,8 +208,8 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys):
     (mine / "mine.txt").write_text("mine")
     all_given = "--learning-rate 0.1 --residual-blocks 1 --embedding-dim 4"
     for code, folder, flags, part in (
-        (2, run_dir, "--epochs 3", "--epochs: the search in"),
-        (2, run_dir, "--embedding-dim 8", "the search in"),
+        (2, run_dir, "--epochs 3", "other flags"),
+        (2, run_dir, "--embedding-dim 8", "other flags"),
         (2, run_dir, all_given, "nothing to search"),
         (2, run_dir, "--stage vqvae --objective ssim+bits", "--stage vqvae"),
         (2, run_dir, "--strategy multiworker", "--tune: a trial is trained"),
