@@ -210,12 +210,13 @@ def begin_stage(job, earlier):
     names = run.prior_names
     parts = {"sampling", *(names[level - 1 : level] if level else names)}
     before, now = earlier.prior.condition, job.settings.prior.condition
-    for name, path in zip(names, run.prior_paths, strict=True):
-        if name not in parts and path.exists() and before != now:
-            raise utils.FlagError(
-                f"--condition: {path} was trained with {before}, found {now}; "
-                "use the same, or train all levels, without --prior-level"
-            )
+    paths = zip(names, run.prior_paths, strict=True)
+    kept = [path for name, path in paths if name not in parts and path.exists()]
+    if kept and before != now:
+        raise utils.FlagError(
+            f"--condition: {kept[0]} was trained with {before}, found {now}; "
+            "use the same, or train all levels, without --prior-level"
+        )
     if not run.indices_path.exists():
         parts.add("indices")
     job.begin(parts)
@@ -714,11 +715,12 @@ class Fit:
         if rest:
             return
         seconds, path = self.checkpoint.seconds, self.job.run.history_path
-        pace = seconds / (epoch - self.before)
-        scores = [f"{k} {float(logs[k]):.4g}" for k in SHOWN if k in logs]
-        minutes = math.ceil(pace * (self.epochs - epoch) / 60)
-        parts = [f"{self.stage}: epoch {epoch}/{self.epochs}", *scores]
-        self.bar.write(f"{', '.join(parts)}, about {minutes} min left")
+        share = (self.epochs - epoch) / (epoch - self.before)
+        scores = in_words({key: logs[key] for key in SHOWN if key in logs})
+        line = f"{self.stage}: epoch {epoch}/{self.epochs}, {scores}"
+        with self.bar.external_write_mode():
+            left = math.ceil(seconds * share / 60)
+            print(f"{line}, about {left} min left", flush=True)
         row = {
             "stage": self.stage,
             "epoch": epoch,
@@ -900,7 +902,7 @@ def train_trial(settings, strategy, signals, trial):
     best epoch of each prior.
     """
     job = start(settings, strategy, signals)
-    run, bits = job.run, settings.search.objective == "ssim+bits"
+    run, bits = job.run, settings.run.stage == "all"
     try:
         if not len(job.images["validate"]):
             raise utils.DataError("--tune: no validation images to choose by")
@@ -980,8 +982,8 @@ def print_best(study, folder, argv):
 
 def in_words(values):
     """Numbers by name as a person would write them."""
-    named = values.items()
-    return ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in named)
+    named = ((name.replace("_", " "), value) for name, value in values.items())
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in named)
 
 
 if __name__ == "__main__":

@@ -62,15 +62,23 @@ def runnable(script, *words):
 
 
 @pytest.mark.parametrize("line", runnable("train", "DIR"))
-def test_training_commands_run_on_data_of_their_layout(line, request, tmp_path):
+def test_training_commands_run_on_data_of_their_layout(
+    line, request, tmp_path, plain
+):
     (layout,) = set(re.findall("oasis|adni|hipmri", line)) or ["oasis"]
     data = request.getfixturevalue(f"{layout}_dir")
     words = shlex.split(line.replace("DIR", str(data)), comments=True)
     if "--subject-pattern" in words:  # of other names
         pattern = r"case_(?P<subject>\d+)_slice_(?P<slice>\d+)"
         words[words.index("--subject-pattern") + 1] = pattern
-    small = ["--smoke", "--no-evaluate", "--image-size", "32"]
-    train.main([*words, *small, "--run-dir", str(tmp_path / "run")])
+    small = [
+        "--smoke",
+        "--image-size",
+        "32",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    train.main([*words, *small])
     assert utils.Run.open(tmp_path / "run").has_priors
 
 
