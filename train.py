@@ -234,6 +234,8 @@ def resume(job, earlier):
     )
     longer = {p for p in more.keys() - parts if more[p] > before[p]}
     if not longer and under_way:
+        now = {"settings": utils.flat(job.settings)}
+        run.update(training=run.info["training"] | now)
         return
     if not longer:
         raise utils.FlagError(

@@ -477,6 +477,7 @@ def test_a_stopped_run_may_get_more_epochs(half_done, tmp_path, plain):
     train.main(["--resume", str(run.path), "--epochs", "3"])
     epochs = utils.read_history(run).groupby("stage")["epoch"].max()
     assert dict(epochs) == {"vqvae": 3, "prior": 2}
+    assert utils.Run.open(run.path).settings.training.epochs == 3
 
 
 # === Full disks, numbers that are not finite ===
