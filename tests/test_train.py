@@ -381,27 +381,20 @@ def stop_after(batches, monkeypatch):
 
 
 def test_stopped_again_and_again_gives_the_same_bits(
-    oasis_dir, tmp_path, monkeypatch, capsys, plain
+    oasis_dir, tmp_path, monkeypatch, plain
 ):
-    """At once, in the middle of a round, whose work is done again.
-
-    Also while a complete run is trained on.
-    """
+    """At once, in the middle of a round, whose work is done again."""
     monkeypatch.setattr(modules.RoundCheckpoint, "NEAR", -1.0)
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    flags = oasis_flags(oasis_dir, *FLAGS, "--run-dir")
-    for begin in ([*flags], ["--epochs", "3", "--resume"]):
-        train.main([*begin, str(alone)])
-        arguments, codes = [*begin, stopped], []
-        while set(codes) <= {143}:
-            with monkeypatch.context() as patch:
-                stop_after(5, patch)
-                codes.append(run_main(*arguments))
-            arguments = ["--resume", stopped]
-            assert not (stopped / "run.lock").exists()
-        assert codes[-1] == 0 and len(codes) > 2
-        assert kill_and_resume.differences(alone, stopped) == []
-    assert capsys.readouterr().err.endswith("stopped by SIGTERM\n")
+    alone = train_tiny(tmp_path / "alone", *FLAGS, data=oasis_dir)
+    stopped, codes = tmp_path / "stopped", []
+    arguments = [*oasis_flags(oasis_dir, *FLAGS), "--run-dir", stopped]
+    while set(codes) <= {143}:
+        with monkeypatch.context() as patch:
+            stop_after(5, patch)
+            codes.append(run_main(*arguments))
+        arguments = ["--resume", stopped]
+    assert codes[-1] == 0 and len(codes) > 2
+    assert kill_and_resume.differences(alone.path, stopped) == []
     assert not (stopped / "checkpoint").exists()
     assert "training" not in utils.Run.open(stopped).info
 
@@ -470,6 +463,22 @@ def test_a_complete_run_is_trained_on(tiny_run, tmp_path, capsys, plain):
     assert history["loss"].iloc[2] < history["loss"].iloc[1]
     modules.load_models(run)  # belong to each other
     assert utils.Run.open(run.path).settings.training.epochs == 3
+
+
+def test_training_on_resumes_as_well(
+    vqvae_run, tmp_path, monkeypatch, capsys, plain
+):
+    paths = [tmp_path / name for name in ("one", "two")]
+    for path in paths:
+        shutil.copytree(vqvae_run.path, path)
+    train.main(["--resume", str(paths[0]), "--epochs", "4"])
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        assert run_main("--resume", paths[1], "--epochs", 4) == 143
+    assert capsys.readouterr().err.endswith("stopped by SIGTERM\n")
+    assert not (paths[1] / "run.lock").exists()
+    train.main(["--resume", str(paths[1])])
+    assert kill_and_resume.differences(*paths) == []
 
 
 def test_a_stopped_run_may_get_more_epochs(half_done, tmp_path, plain):
