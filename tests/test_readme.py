@@ -71,15 +71,10 @@ def test_training_commands_run_on_data_of_their_layout(
     if "--subject-pattern" in words:  # of other names
         pattern = r"case_(?P<subject>\d+)_slice_(?P<slice>\d+)"
         words[words.index("--subject-pattern") + 1] = pattern
-    small = [
-        "--smoke",
-        "--image-size",
-        "32",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
+    run = str(tmp_path / "run")
+    small = ["--smoke", "--image-size", "32", "--run-dir", run]
     train.main([*words, *small])
-    assert utils.Run.open(tmp_path / "run").has_priors
+    assert utils.Run.open(run).has_priors
 
 
 @pytest.mark.parametrize("line", runnable("predict"))
