@@ -49,6 +49,8 @@ PICTURED = 8  # images shown while a stage is trained
 PICTURES = 5  # times that they are shown
 SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
+# Relative times for an epoch, by which stages not yet begun are guessed.
+TIMES = {"vqvae": 2}  # a prior: 3
 SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
@@ -717,12 +719,11 @@ class Fit:
         if rest:
             return
         seconds, path = self.checkpoint.seconds, self.job.run.history_path
-        share = (self.epochs - epoch) / (epoch - self.before)
         scores = in_words({key: logs[key] for key in SHOWN if key in logs})
         line = f"{self.stage}: epoch {epoch}/{self.epochs}, {scores}"
         with self.bar.external_write_mode():
-            left = math.ceil(seconds * share / 60)
-            print(f"{line}, about {left} min left", flush=True)
+            left = self._minutes_left(epoch, seconds)
+            print(f"{line}, about {left} min of training left", flush=True)
         row = {
             "stage": self.stage,
             "epoch": epoch,
@@ -736,6 +737,17 @@ class Fit:
             kept = (old["stage"] != self.stage) | (old["epoch"] < epoch)
             history = pd.concat([old[kept], history], ignore_index=True)
         utils.write_csv(path, history)
+
+    def _minutes_left(self, epoch, seconds):
+        """Of this stage by its pace so far, of later ones by `TIMES`."""
+        job, left = self.job, self.epochs - epoch
+        for stage in ("vqvae", *job.run.prior_names):
+            if stage != self.stage and not job.run.is_done(stage):
+                epochs = option(job.settings, stage, "epochs")
+                epochs -= job.epochs_before(stage)
+                left += epochs * TIMES.get(stage, 3) / TIMES.get(self.stage, 3)
+        pace = seconds / (epoch - self.before)
+        return math.ceil(pace * left / 60)
 
 
 # === Pictures ===
