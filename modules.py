@@ -39,13 +39,6 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def within(low: float, high: float, **arguments) -> None:
-    """Raise a `ValueError` that names the argument not in `[low, high]`."""
-    for name, value in arguments.items():
-        message = f"{name}: expected {low}..{high}, found {value}"
-        require(low <= value <= high, message)
-
-
 def take(cls, options: dict):
     """Settings of a dataclass among `options`, which loses them."""
     names = [field.name for field in dataclasses.fields(cls)]
@@ -67,7 +60,6 @@ class TrainableModel(keras.Model):
     Attributes:
         accumulation_steps: int >= 1. Parts that a replica splits its batch
             into, for less memory. An EMA codebook moves with each part.
-        optimizers: list of all optimizers, for checkpoints.
     """
 
     accumulation_steps = 1
@@ -88,22 +80,13 @@ class TrainableModel(keras.Model):
         finally:
             keras.config.set_dtype_policy(current)
 
-    @property
-    def optimizers(self):
-        return [self.optimizer]
-
     def train_step(self, batch):
-        gradients = self._accumulated_gradients(batch)
-        variables = self.trainable_variables
-        norm = self._apply(self.optimizer, variables, gradients, batch)
-        return self._step_logs(norm)
-
-    def _step_logs(self, gradient_norm):
+        norm = self._apply(self._accumulated_gradients(batch), batch)
         # For `FiniteCheck`: a NaN voxel can leave the loss finite, since a
         # fused ReLU turns it into 0. Then only gradients and weights tell.
         floats = [w.value for w in self.weights if w.dtype.startswith("float")]
         norms = {
-            "gradient_norm": gradient_norm,
+            "gradient_norm": norm,
             "parameter_norm": tf.linalg.global_norm(floats),
         }
         return self._logged(self.get_metrics_result() | norms)
@@ -114,20 +97,16 @@ class TrainableModel(keras.Model):
         for part, share in self._parts(batch):
             # A part begins when the one before has freed its memory.
             with tf.control_dependencies(gradients or []):
-                added = self._part_gradients(part, share)
+                with tf.GradientTape() as tape:
+                    loss = share * self._batch_loss(part, training=True)
+                    loss = self.optimizer.scale_loss(loss)
+                added = tape.gradient(loss, self.trainable_variables)
                 # Dense: a norm over slices would not add up those of a row.
                 added = [tf.convert_to_tensor(gradient) for gradient in added]
             if gradients:
                 added = [a + b for a, b in zip(gradients, added, strict=True)]
             gradients = added
         return gradients
-
-    def _part_gradients(self, part, share):
-        """Gradients of `share` times the mean loss over part of a batch."""
-        with tf.GradientTape() as tape:
-            loss = share * self._batch_loss(part, training=True)
-            loss = self.optimizer.scale_loss(loss)
-        return tape.gradient(loss, self.trainable_variables)
 
     def _parts(self, batch):
         """Yield parts of a batch, each with its share of the images."""
@@ -141,8 +120,8 @@ class TrainableModel(keras.Model):
             part = tf.nest.map_structure(lambda x, a=a, b=b: x[a:b], batch)
             yield part, tf.cast((b - a) / images, tf.float32)
 
-    def _apply(self, optimizer, variables, gradients, batch):
-        """Update `variables`; return the norm of the unscaled gradients."""
+    def _apply(self, gradients, batch):
+        """Update the weights; return the norm of the unscaled gradients."""
         # The optimizer would clip the gradients of each replica, then add
         # them. To clip those of the whole batch they are added and clipped
         # here, and each replica applies its share.
@@ -156,11 +135,11 @@ class TrainableModel(keras.Model):
         norm = tf.linalg.global_norm(gradients)
         if count > 1:
             scale = 1 / count
-            if limit := optimizer.global_clipnorm:
+            if limit := self.optimizer.global_clipnorm:
                 scale *= tf.minimum(1.0, limit / norm)
             gradients = [scale * gradient for gradient in gradients]
-        loss_scale = optimizer.scale_loss(tf.constant(1.0))
-        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        loss_scale = self.optimizer.scale_loss(tf.constant(1.0))
+        self.optimizer.apply(gradients, self.trainable_variables)
         return norm / loss_scale
 
     def test_step(self, batch):
@@ -210,11 +189,7 @@ def batch_size(batch):
 
 
 class FiniteCheck(keras.callbacks.Callback):
-    """Raise `utils.NumericsError` at the first logged number not finite.
-
-    Args:
-        stage: name of the training, for the message.
-    """
+    """Raise `utils.NumericsError` at the first logged number not finite."""
 
     def __init__(self, stage):
         super().__init__()
@@ -246,13 +221,10 @@ class RoundCheckpoint(keras.callbacks.Callback):
     """Save a training after every round and resume it at a round.
 
     A round is what Keras calls an epoch. A checkpoint holds all that the rest
-    of the training depends on: variables of the model, states of random
-    generators, optimizers, best weights so far. A resumed training ends with
-    the weights of one that was never interrupted, on a CPU bit for bit.
-
-    The state after a round is saved when the next one begins: by then
-    `SwapEMAWeights`, earlier in the list, has put back the weights that
-    training continues from. Pass `initial_epoch=checkpoint.round` to `fit`.
+    of the training depends on: variables of model and optimizer, states of
+    random generators, best weights so far. The state after a round is saved
+    when the next one begins: by then `SwapEMAWeights`, earlier in the list, has
+    put back the weights that training continues from.
 
     Args:
         path: of a checkpoint; see `utils.write_checkpoint`.
@@ -261,7 +233,7 @@ class RoundCheckpoint(keras.callbacks.Callback):
             the round if that is `NEAR`, else at once.
 
     Attributes:
-        round: int, rounds done and saved.
+        round: int, rounds done and saved; the `initial_epoch` of `fit`.
         seconds: float, time that the training took so far.
     """
 
@@ -303,37 +275,32 @@ class RoundCheckpoint(keras.callbacks.Callback):
             raise utils.Stopped(received or signal.SIGTERM)
 
     def _variables(self):
-        """Variables of the model and of its optimizers, by group and number."""
-        groups = {"model": self.model.variables}
-        for number, optimizer in enumerate(self.model.optimizers):
-            groups[f"optimizer_{number}"] = optimizer.variables
-        return {
-            (group, number): variable
-            for group, variables in groups.items()
-            for number, variable in enumerate(variables)
-        }
+        """Variables of the model and of its optimizer by name."""
+        model, optimizer = self.model, self.model.optimizer
+        names = [f"model/{k}" for k in range(len(model.variables))]
+        names += [f"optimizer_0/{k}" for k in range(len(optimizer.variables))]
+        variables = [*model.variables, *optimizer.variables]
+        return dict(zip(names, variables, strict=True))
 
     def _save(self):
         variables = self._variables().items()
-        arrays = {f"{g}/{k}": np.asarray(value) for (g, k), value in variables}
+        arrays = {name: np.asarray(value) for name, value in variables}
         state = {"round": self.round, "seconds": self.seconds}
         if self.stopping and self.stopping.best_weights is not None:
-            state["best"] = {
-                "best": float(self.stopping.best),
-                "best_epoch": self.stopping.best_epoch,
-                "wait": self.stopping.wait,
-            }
-            for number, weight in enumerate(self.stopping.best_weights):
-                arrays[f"best/{number}"] = weight
+            names = ("best", "best_epoch", "wait")
+            found = {name: getattr(self.stopping, name) for name in names}
+            state["best"] = found | {"best": float(self.stopping.best)}
+            best = enumerate(self.stopping.best_weights)
+            arrays |= {f"best/{number}": weight for number, weight in best}
         utils.write_checkpoint(self.path, state, arrays)
 
     def _restore(self):
-        for (group, number), variable in self._variables().items():
-            value = self.arrays.get(f"{group}/{number}")
+        for name, variable in self._variables().items():
+            value = self.arrays.get(name)
             if value is None or value.shape != tuple(variable.shape):
                 raise utils.RunError(
-                    f"{self.path}: not of this {group}: number {number} has "
-                    f"another shape than {tuple(variable.shape)}"
+                    f"{self.path}: {name} is not of shape {variable.shape}, so "
+                    "the checkpoint is of another model"
                 )
             variable.assign(value)
         if self.stopping and "best" in self.state:
@@ -346,11 +313,8 @@ class RoundCheckpoint(keras.callbacks.Callback):
 class Pictures(keras.callbacks.Callback):
     """Show TensorBoard pictures of a training after some of its rounds.
 
-    Args:
-        path: folder of the event files.
-        draw: function without arguments that calls `tf.summary.image`. It
-            must not change the state of a random generator.
-        rounds: collection of int. Rounds after which to draw, from 1.
+    `draw()`, after the `rounds` (from 1), calls `tf.summary.image`. It must not
+    change the state of a random generator. `path` is for the event files.
     """
 
     def __init__(self, path, draw, rounds):
@@ -384,14 +348,6 @@ def count_codes(indices, num_embeddings):
     indices = tf.reshape(indices, (-1,))
     ones = tf.ones_like(indices, tf.float32)
     return tf.math.unsorted_segment_sum(ones, indices, num_embeddings)
-
-
-def gathered(tensor):
-    """Rows of `tensor` of all replicas, in their order."""
-    replicas = tf.distribute.get_replica_context()
-    if replicas.num_replicas_in_sync == 1:
-        return tensor
-    return replicas.all_gather(tensor, axis=0)
 
 
 class VectorQuantizer(keras.layers.Layer):
@@ -567,6 +523,9 @@ class VectorQuantizer(keras.layers.Layer):
         same from these, as one device would draw from the whole batch.
         """
         replicas = tf.distribute.get_replica_context()
+        gathered = functools.partial(replicas.all_gather, axis=0)
+        if replicas.num_replicas_in_sync == 1:
+            gathered = tf.identity
         own = tf.shape(errors)[0]
         counts = gathered(own[None])  # (R,)
         before = tf.reduce_sum(counts[: replicas.replica_id_in_sync_group])
@@ -588,8 +547,7 @@ class VectorQuantizer(keras.layers.Layer):
 class CodebookUsage(keras.metrics.Metric):
     """Share of codes in use (0..1) and perplexity (1..K) over an epoch.
 
-    Not means over batches: both depend on the number of indices. The names of
-    the two results end in `suffix`, for levels above the first.
+    Not means over batches: both depend on the number of indices.
     """
 
     def __init__(self, num_embeddings, suffix=""):
@@ -644,11 +602,7 @@ def conv(filters, kernel_size, **options):
 
 
 def stage_widths(channels: int, downsampling: int) -> list[int]:
-    """Channels after each halving; the last has `channels`.
-
-    >>> stage_widths(64, 8)
-    [16, 32, 64]
-    """
+    """Channels after each halving: (64, 8) gives [16, 32, 64]."""
     stages = downsampling.bit_length() - 1
     return [max(channels >> (stages - 1 - s), 1) for s in range(stages)]
 
@@ -755,7 +709,7 @@ class VQVAE(TrainableModel):
     Output shape: `(B, H, W, 1)` float32, near [0, 1]; `reconstruct` clips.
     Raises:
         utils.FlagError: if a setting is out of range.
-        ValueError: if another argument is, or the size is not divisible.
+        ValueError: if the size is not divisible.
 
     References: van den Oord et al., 2017, arXiv:1711.00937 (one level);
         Razavi et al., 2019, arXiv:1906.00446 (two and more).
@@ -771,14 +725,15 @@ class VQVAE(TrainableModel):
     ):
         settings = take(utils.VQVAESettings, kwargs)
         super().__init__(**kwargs)
-        within(1e-12, math.inf, data_variance=data_variance)
         self.settings, self.data_variance = settings, data_variance
         self.levels = settings.levels
         self.num_embeddings = settings.num_embeddings
         self.image_size = tuple(image_size)
         self.crop = tuple(crop) if crop else None
         self.box = box = self.crop or (0, 0, *self.image_size)
-        total = settings.downsampling << (self.levels - 1)
+        # Pixels for a latent, of each level.
+        self.factors = [settings.downsampling << k for k in range(self.levels)]
+        total = self.factors[-1]
         places = zip(box[:2], box[2:], image_size, strict=True)
         for start, side, whole in places:
             require(
@@ -827,10 +782,7 @@ class VQVAE(TrainableModel):
     def latent_grids(self) -> list[tuple[int, int]]:
         """(h, w) of each level, bottom first."""
         height, width = self.box[2:]
-        return [(height // f, width // f) for f in self._factors()]
-
-    def _factors(self):
-        return [self.settings.downsampling << k for k in range(self.levels)]
+        return [(height // f, width // f) for f in self.factors]
 
     def cropped(self, images):
         """The box of frames that is encoded, `(B, height, width, 1)`."""
@@ -847,42 +799,35 @@ class VQVAE(TrainableModel):
         Returns: an `(N, h, w)` bool array for each level, bottom first.
         """
         images = self.cropped(tf.cast(images, tf.float32))
-        most = [
-            tf.nn.max_pool2d(images, f, f, "VALID") for f in self._factors()
-        ]
+        most = [tf.nn.max_pool2d(images, f, f, "VALID") for f in self.factors]
         return [(x[..., 0] > utils.FOREGROUND).numpy() for x in most]
 
     def call(self, images):
         _, _, decoded = self._forward(self.cropped(images))
-        return self.framed(self.render(decoded))
+        return self.framed(self._render(decoded))
 
     def _forward(self, images):
-        """What `quantize_levels` makes of cropped images, the last decoded."""
-        results, previews, inputs = self.quantize_levels(images)
-        return results, previews, tf.cast(self.decoder_1(inputs), tf.float32)
-
-    def quantize_levels(self, images):
-        """Quantize cropped images.
+        """Quantize and decode cropped images.
 
         Returns: list of `Quantized`; list of previews `(B, h, w, 1)`, the
             image as an upper level alone shows it on the grid below; both
-            bottom first; the input of `decoder_1`.
+            bottom first; the output of `decoder_1`.
         """
         features, x = [], tf.cast(images, self.compute_dtype)
         for level in range(1, self.levels + 1):
             x = self.part("encoder", level)(x)
             features.append(x)
-        results, previews, above = [], [], None
+        results, previews, decoded = [], [], None
         for level in range(self.levels, 0, -1):
-            x = self._joined(features[level - 1], above)
+            x = self._joined(features[level - 1], decoded)
             latents = self.part("projection", level)(x)
             result = self.part("quantizer", level).nearest(latents)
             results.insert(0, result)
-            inputs = self._joined(result.vectors, above)
+            inputs = self._joined(result.vectors, decoded)
+            decoded = self.part("decoder", level)(inputs)
             if level > 1:
-                above = self.part("decoder", level)(inputs)
-                previews.insert(0, self.part("preview", level)(above))
-        return results, previews, inputs
+                previews.insert(0, self.part("preview", level)(decoded))
+        return results, previews, tf.cast(decoded, tf.float32)
 
     def _joined(self, x, above):
         """Features of a level and what is decoded of the levels above."""
@@ -892,7 +837,7 @@ class VQVAE(TrainableModel):
     @tf.function(reduce_retracing=True, autograph=False)
     def encode(self, images):
         """Indices `(B, h, w)` int32 of each level, bottom first."""
-        results, _, _ = self.quantize_levels(self.cropped(images))
+        results, _, _ = self._forward(self.cropped(images))
         return [result.indices for result in results]
 
     @tf.function(reduce_retracing=True, autograph=False)
@@ -903,8 +848,8 @@ class VQVAE(TrainableModel):
             vectors = self.part("quantizer", level).lookup(indices[level - 1])
             inputs = self._joined(vectors, decoded)
             decoded = self.part("decoder", level)(inputs)
-        images = tf.clip_by_value(self.render(decoded), 0.0, 1.0)
-        return self.framed(images)
+        images = self._render(tf.cast(decoded, tf.float32))
+        return self.framed(tf.clip_by_value(images, 0.0, 1.0))
 
     @tf.function(reduce_retracing=True, autograph=False)
     def reconstruct(self, images):
@@ -916,9 +861,8 @@ class VQVAE(TrainableModel):
         usages = [self.part("usage", i + 1) for i in range(self.levels)]
         return [*self._trackers.values(), *usages]
 
-    def render(self, decoded, threshold=MASK_THRESHOLD):
-        """Images `(B, h, w, 1)` float32 from the output of `decoder_1`."""
-        decoded = tf.cast(decoded, tf.float32)
+    def _render(self, decoded, threshold=MASK_THRESHOLD):
+        """Images `(B, h, w, 1)` from the output of `decoder_1`."""
         if not self.settings.mask_weight:
             return decoded
         intensity, mask = tf.split(decoded, 2, axis=-1)
@@ -927,13 +871,9 @@ class VQVAE(TrainableModel):
         # All or nothing in the image, smooth for the gradient.
         return intensity * (soft + tf.stop_gradient(hard - soft))
 
-    def reconstruction_losses(self, images, decoded):
-        """Reconstruction loss and mean SSIM of cropped images.
-
-        Args:
-            decoded: output of `decoder_1` for them.
-        """
-        output, extra = self.render(decoded, threshold=0.5), 0.0
+    def _reconstruction_loss(self, images, decoded):
+        """Loss and mean SSIM of cropped images, of which `decoded` is made."""
+        output, extra = self._render(decoded, threshold=0.5), 0.0
         error = images - output
         if self.settings.mask_weight:
             intensity, mask = tf.split(decoded, 2, axis=-1)
@@ -955,7 +895,7 @@ class VQVAE(TrainableModel):
         """Total loss of a batch; updates every metric."""
         images = self.cropped(tf.cast(images, tf.float32))
         results, previews, decoded = self._forward(images)
-        reconstruction, ssim = self.reconstruction_losses(images, decoded)
+        reconstruction, ssim = self._reconstruction_loss(images, decoded)
         commitment = tf.add_n([result.commitment_loss for result in results])
         codebook = tf.add_n([result.codebook_loss for result in results])
         values = {
@@ -967,7 +907,12 @@ class VQVAE(TrainableModel):
         if "codebook_loss" in self._trackers:
             values["codebook_loss"] = codebook
         if previews:
-            upper = self._preview_error(images, previews) / self.data_variance
+            upper = 0.0
+            for preview in previews:
+                factor = images.shape[1] // preview.shape[1]
+                small = tf.nn.avg_pool2d(images, factor, factor, "VALID")
+                upper += tf.reduce_mean((small - preview) ** 2)
+            upper /= self.data_variance
             values["loss"] += self.settings.upper_weight * upper
             values["upper_loss"] = upper
         self._track(images, **values)
@@ -977,24 +922,8 @@ class VQVAE(TrainableModel):
                 self.part("quantizer", level).update(result)
         return values["loss"]
 
-    def _preview_error(self, images, previews):
-        """Mean squared error of the previews, summed over levels."""
-        error = 0.0
-        for preview in previews:
-            factor = images.shape[1] // preview.shape[1]
-            small = tf.nn.avg_pool2d(images, factor, factor, "VALID")
-            error += tf.reduce_mean((small - preview) ** 2)
-        return error
-
 
 # === Causal layers ===
-
-
-def dense_step(layer, x):
-    """Output of a Dense `layer` for `x` `(B, C)`, in float32."""
-    # As all of sampling: the precision policy holds in `__call__` only.
-    y = tf.matmul(x, layer.kernel)
-    return layer.activation(y if layer.bias is None else y + layer.bias)
 
 
 class CausalLayer(keras.layers.Layer):
@@ -1012,6 +941,8 @@ class CausalLayer(keras.layers.Layer):
       position; the first layer of a network needs no `x`;
     - `write(code, cache, column)` takes in the embedded code `(B, C)` that
       was drawn there.
+
+    All of sampling is in float32, see `AutoregressivePrior._in_float32`.
     """
 
     def start_row(self, vertical, cache, row):
@@ -1140,11 +1071,11 @@ class CausalResidualBlock(CausalLayer):
         return self.conv.start_row(vertical, cache, row)
 
     def step(self, x, cache, column, context=None):
-        y = dense_step(self.reduce, tf.nn.relu(x))
+        y = self.reduce(tf.nn.relu(x))
         y, cache = self.conv.step(y, cache, column)
         if self.context:
-            y = y + dense_step(self.context, context)
-        return x + dense_step(self.expand, tf.nn.relu(y)), cache
+            y = y + self.context(context)
+        return x + self.expand(tf.nn.relu(y)), cache
 
 
 def gate(x):
@@ -1203,7 +1134,7 @@ class GatedBlock(CausalLayer):
         rows, seen = self.vertical.step_row(vertical, cache[0])
         rows *= tf.cast(row > 0, rows.dtype)  # above the first are zeros
         _, own = self.horizontal.start_row(None, cache[1], row)
-        moved = [seen, own, dense_step(self.link, rows)]
+        moved = [seen, own, self.link(rows)]
         return gate(rows) if self.is_first else vertical + gate(rows), moved
 
     def step(self, x, cache, column, context=None):
@@ -1211,8 +1142,8 @@ class GatedBlock(CausalLayer):
         y, own = self.horizontal.step(x, own, column)
         y += take_column(above, column)
         if self.context:
-            y += dense_step(self.context, context)
-        y = dense_step(self.expand, gate(y))
+            y += self.context(context)
+        y = self.expand(gate(y))
         return y if self.is_first else x + y, [seen, own, above]
 
     def write(self, code, cache, column):
@@ -1238,8 +1169,6 @@ class CausalAttention(CausalLayer):
 
     def __init__(self, channels, heads=8, dropout=0.0):
         super().__init__()
-        message = f"channels: expected a multiple of {heads} heads, found "
-        require(channels % heads == 0, message + str(channels))
         self.channels, self.heads = channels, heads
         self.scale = (channels // heads) ** -0.5
         self.query = keras.layers.Dense(channels)
@@ -1291,29 +1220,26 @@ class CausalAttention(CausalLayer):
     def step(self, x, cache, column, context=None):
         keys, values, _, position = cache
         batch, heads, count, size = keys.shape
-        query = tf.reshape(dense_step(self.query, x), (batch, heads, 1, size))
+        query = tf.reshape(self.query(x), (batch, heads, 1, size))
         scores = tf.matmul(query, keys, transpose_b=True) * self.scale
         hidden = tf.range(count) > position
         weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
         y = tf.reshape(tf.matmul(weights, values), (batch, self.channels))
-        return x + dense_step(self.expand, y), [keys, values, x, position]
+        return x + self.expand(y), [keys, values, x, position]
 
     def write(self, code, cache, column):
         keys, values, features, position = cache
         source, moved = tf.concat([features, code], axis=-1), []
         for past, layer in ((keys, self.key), (values, self.value)):
             shape = (past.shape[0], self.heads, 1, -1)
-            new = tf.reshape(dense_step(layer, source), shape)
+            new = tf.reshape(layer(source), shape)
             start = [0, 0, position + 1, 0]
             moved.append(keras.ops.slice_update(past, start, new))
         return [*moved, features, position + 1]
 
 
 def sine_features(position, count):
-    """Sines and cosines of `position` in [0, 1] at `count` octaves.
-
-    Returns shape `position.shape + (2 * count,)`.
-    """
+    """Sines and cosines at `count` octaves, of `position` `(...)` in [0, 1]."""
     angles = position[..., None] * (np.pi * 2.0 ** np.arange(count))
     return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
 
@@ -1336,26 +1262,23 @@ class ContextMap(keras.layers.Layer):
     CHANNELS = 64
     OCTAVES = 5
 
-    def __init__(
-        self, grid, num_embeddings, settings, has_slice, num_labels, num_above
-    ):
+    def __init__(self, prior):
         super().__init__()
-        self.grid, self.num_embeddings = tuple(grid), num_embeddings
-        self.has_place, self.has_slice = settings.position_features, has_slice
-        self.num_labels, self.levels_above = num_labels, num_above
-        channels = self.CHANNELS
-        self.drop = keras.layers.Dropout(settings.condition_dropout)
+        self.grid, self.num_embeddings = prior.latent_grid, prior.num_embeddings
+        self.levels_above, channels = len(prior.upper_grids), self.CHANNELS
+        self.place = self.slice = self.label = None
+        self.drop = keras.layers.Dropout(prior.settings.condition_dropout)
         self.mix = keras.layers.Dense(channels, activation="relu")
-        if self.has_place:
+        if prior.settings.position_features:
             self.place = keras.layers.Dense(channels)
-        if has_slice:
+        if prior.slice_condition:
             self.slice = keras.layers.Dense(channels)
             shape = (channels,)
             self.no_slice = self.add_weight(shape, "zeros", name="no_slice")
-        if num_labels:
-            self.label = keras.layers.Embedding(num_labels + 1, channels)
-        if num_above:
-            codes = num_above * num_embeddings
+        if prior.labels:
+            self.label = keras.layers.Embedding(len(prior.labels) + 1, channels)
+        if self.levels_above:
+            codes = self.levels_above * self.num_embeddings
             self.codes_above = keras.layers.Embedding(codes, channels)
             self.above = ResidualStack(channels, 2, channels)
             self.split = keras.layers.Dense(4 * channels)
@@ -1363,15 +1286,15 @@ class ContextMap(keras.layers.Layer):
     def call(self, slice_position, label, upper=(), training=False):
         shape = (tf.shape(label)[0], *self.grid, self.CHANNELS)
         context = tf.zeros(shape, self.compute_dtype)
-        if self.has_place:
+        if self.place:
             context += self.place(self._grid_features())
-        if self.has_slice:
+        if self.slice:
             known = self._known(slice_position, training)[:, None]
             features = sine_features(slice_position, self.OCTAVES)
             vector = self.slice(features)
             null = tf.cast(tf.convert_to_tensor(self.no_slice), vector.dtype)
             context += tf.where(known, vector, null)[:, None, None]
-        if self.num_labels:
+        if self.label:
             known = self._known(label, training)
             vector = self.label(tf.where(known, label + 1, 0))
             context += vector[:, None, None]
@@ -1427,11 +1350,10 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self):
-        if not tf.is_tensor(self.temperature):
-            within(1e-9, 1e9, temperature=self.temperature)
-        within(0, 2**20, top_k=self.top_k)
-        within(1e-9, 1, top_p=self.top_p)
-        within(0, 1e6, guidance=self.guidance)
+        fits = tf.is_tensor(self.temperature) or self.temperature > 0
+        fits &= self.top_k >= 0 and 0 < self.top_p <= 1 and self.guidance >= 0
+        wanted = "temperature > 0, top_k >= 0, 0 < top_p <= 1, guidance >= 0"
+        require(fits, f"expected {wanted}; found {self}")
 
 
 def keep_likeliest(probabilities, top_k, top_p):
@@ -1475,21 +1397,15 @@ class RasterSampler:
     keeps one core busy; a GPU is better off with one large run.
     """
 
-    def _choose_chunks(self):
-        on_gpu = tf.config.list_physical_devices("GPU")
-        self.chunk_size = 32 if on_gpu else 4
-        self.threads = 1 if on_gpu else os.cpu_count() or 1
-
     def sample(
         self, n, seed=0, first=0, sampling=None, upper=(), known=None, **given
     ):
-        """Draw `n` grids of indices.
+        """Draw `n` grids of indices, numbers `first` to `first + n`.
 
         Image k is a function of (seed, k) and its own conditions alone, on
         one machine: the same in any request, chunk or order.
 
         Args:
-            first: int >= 0. Number of the first image.
             sampling: `Sampling`, or None for the plain distribution.
             upper: `(n, h, w)` int arrays, one for each upper grid.
             known: `(n, h, w)` int array of indices that are not drawn, -1
@@ -1501,19 +1417,15 @@ class RasterSampler:
             in nats of each grid under the model (temperature 1, all codes, no
             guidance), accumulated while drawing.
         Raises:
-            ValueError: if a label or an upper grid does not fit this prior,
-                or guidance has no condition to guide by.
+            ValueError: if a label or `known` does not fit this prior, or
+                guidance has no condition to guide by.
         """
-        levels = len(self.upper_grids)
-        require(len(upper) == levels, f"upper: expected {levels} arrays")
-        conditions = self.conditions(n, **given)
-        conditions["upper"] = tuple(
-            self._checked("upper", indices, (n, *grid), 0)
-            for indices, grid in zip(upper, self.upper_grids, strict=True)
-        )
+        conditions = self.conditions(n, **given) | {"upper": tuple(upper)}
         known = self.known_indices(n, known)
         inputs = {"conditions": conditions, "known": known}
-        draw = functools.partial(self.sample_chunk, seed, sampling=sampling)
+        draw = functools.partial(
+            self.sample_chunk, sampling or Sampling(), seed
+        )
         return self.in_chunks(draw, n, first, inputs)
 
     def conditions(self, n, label=None, slice_position=None):
@@ -1527,27 +1439,22 @@ class RasterSampler:
         numbers = [-1 if x is None else self.labels.index(x) for x in label]
         position = math.nan if slice_position is None else slice_position
         position = np.asarray(position, "float32")
-        message = f"slice_position: expected ({n},), found {position.shape}"
-        require(position.shape in ((), (n,)), message)
-        for value in position[~np.isnan(position)]:
-            within(0, 1, slice_position=value)
+        fits = np.all(np.isnan(position) | ((0 <= position) & (position <= 1)))
+        message = f"slice_position: expected {n} in 0..1, found {position}"
+        require(fits and position.shape in ((), (n,)), message)
         position = np.broadcast_to(np.nan_to_num(position, nan=-1), n)
         return {"label": np.int32(numbers), "slice_position": position}
 
     def known_indices(self, n, indices=None):
         """Checked indices `(n, h, w)` that are not drawn; -1 for the rest."""
-        shape = (n, *self.latent_grid)
+        shape, most = (n, *self.latent_grid), self.num_embeddings - 1
         if indices is None:
             return np.full(shape, -1, "int32")
-        return self._checked("known", indices, shape, -1)
-
-    def _checked(self, name, indices, shape, least):
-        indices = np.asarray(indices, "int32")
-        found = indices.shape
-        require(found == shape, f"{name}: expected {shape}, found {found}")
-        for index in (indices.min(), indices.max()):
-            within(least, self.num_embeddings - 1, **{name: index})
-        return indices
+        known = np.asarray(indices, "int32")
+        message = f"known: expected {shape} of -1..{most}, found {known.shape}"
+        fits = known.shape == shape and -1 <= known.min() <= known.max() <= most
+        require(fits, f"{message} of {known.min()}..{known.max()}")
+        return known
 
     def in_chunks(self, draw, n, first, inputs, progress=iter):
         """Arrays of `n` rows from `draw(chunk, **inputs)`, called in threads.
@@ -1571,13 +1478,12 @@ class RasterSampler:
         outputs = [np.concatenate(arrays) for arrays in zip(*done, strict=True)]
         return [array[start : start + n] for array in outputs]
 
-    def sample_chunk(self, seed, chunk, conditions, known=None, sampling=None):
+    def sample_chunk(self, sampling, seed, chunk, conditions, known=None):
         """Draw the `chunk_size` images of one chunk; also in a graph.
 
         Image i of the chunk is number `chunk * chunk_size + i`. Conditions are
         those of `call`; `seed`, `chunk` and the temperature may be tensors.
         """
-        sampling = sampling or Sampling()
         guided = sampling.guidance != 1
         message = "guidance: this prior has neither labels nor slice positions"
         require(not guided or self.labels or self.slice_condition, message)
@@ -1606,12 +1512,12 @@ class RasterSampler:
         if not self.use_context:
             return None
         given = tf.nest.map_structure(tf.convert_to_tensor, conditions)
-        maps = [self._context_map(**given)]
-        if guided:
-            guide = "label" if self.labels else "slice_position"
-            null = -tf.ones_like(given[guide])
-            maps.append(self._context_map(**{**given, guide: null}))
-        return tf.concat(maps, axis=0)
+        context = self._context_map(**given)
+        if not guided:
+            return context
+        guide = "label" if self.labels else "slice_position"
+        given[guide] = -tf.ones_like(given[guide])
+        return tf.concat([context, self._context_map(**given)], axis=0)
 
     @tf.function(reduce_retracing=True, jit_compile=True, autograph=False)
     def _context_map(self, upper, label, slice_position):
@@ -1622,15 +1528,13 @@ class RasterSampler:
     def _sample_grids(
         self, uniforms, context, known, temperature, guidance, top_p, top_k
     ):
-        """The compiled loop: rows outside, columns inside."""
+        """The compiled loop in float32: rows outside, columns inside."""
         batch = uniforms.shape[0]
         height, width = self.latent_grid
         rows = batch if context is None else context.shape[0]
         halves = rows // batch  # 2 with guidance: with the condition, without
 
         def draw_row(row, grid, log_prob, caches):
-            caches = self._start_row(caches, row)
-
             def draw(column, grid, log_prob, caches):
                 at, place, one = None, [0, row, column], [batch, 1, 1]
                 if context is not None:
@@ -1653,13 +1557,16 @@ class RasterSampler:
                 grid = keras.ops.slice_update(grid, place, index)
                 return column + 1, grid, log_prob, caches
 
-            state = (0, grid, log_prob, caches)
+            state = (0, grid, log_prob, self._start_row(caches, row))
             _, *state = tf.while_loop(lambda k, *_: k < width, draw, state)
             return row + 1, *state
 
         grid = tf.zeros((batch, height, width), tf.int32)
         state = (0, grid, tf.zeros((batch,)), self._init_caches(rows))
-        _, *found, _ = tf.while_loop(lambda k, *_: k < height, draw_row, state)
+        with self._in_float32():
+            _, *found, _ = tf.while_loop(
+                lambda row, *_: row < height, draw_row, state
+            )
         return found
 
     def _init_caches(self, batch):
@@ -1682,7 +1589,7 @@ class RasterSampler:
         for layer, cache in zip(self.causal_layers, caches[1:], strict=True):
             x, cache = layer.step(x, cache, column, context)
             moved.append(cache)
-        return self._predict(x, dense_step), moved
+        return self._predict(x), moved
 
     def _write(self, code, caches, column):
         row, *caches = caches
@@ -1718,7 +1625,6 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
     Output shape: `(B, h, w, K)` float32 logits.
     Raises:
         utils.FlagError: if a setting is out of range.
-        ValueError: if upper grids or labels do not fit.
 
     Attributes:
         recompute: bool. Compute each block again for its gradients instead of
@@ -1739,27 +1645,16 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
     ):
         settings = take(utils.PriorSettings, kwargs)
         super().__init__(**kwargs)
-        require(
-            not isinstance(labels, str) and len(set(labels)) == len(labels),
-            f"labels: expected different names, found {labels!r}",
-        )
         self.num_embeddings, self.settings = num_embeddings, settings
         self.latent_grid, self.channels = tuple(latent_grid), settings.channels
         self.slice_condition, self.labels = slice_condition, tuple(labels)
         self.upper_grids = tuple(map(tuple, upper_grids))
         self.codebook_sha256 = codebook_sha256
-        for below, grid in itertools.pairwise((latent_grid, *upper_grids)):
-            require(
-                tuple(below) == (2 * grid[0], 2 * grid[1]),
-                f"upper_grids: expected each half of the one before, found "
-                f"{grid} after {below}",
-            )
         self.embedding = keras.layers.Embedding(num_embeddings, self.channels)
-        conditions = slice_condition, len(labels), len(upper_grids)
+        conditions = slice_condition, labels, upper_grids
         self.use_context = settings.position_features or any(conditions)
         if self.use_context:
-            about = latent_grid, num_embeddings, settings
-            self.context = ContextMap(*about, *conditions)
+            self.context = ContextMap(self)
         self._build_layers()
         self.head = [
             keras.layers.Dense(self.channels, activation="relu")
@@ -1767,16 +1662,16 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         ]
         self.logits = keras.layers.Dense(num_embeddings, dtype="float32")
         self._make_trackers("loss", "bits_per_code")
-        self._choose_chunks()
+        on_gpu = tf.config.list_physical_devices("GPU")
+        self.chunk_size = 32 if on_gpu else 4
+        self.threads = 1 if on_gpu else os.cpu_count() or 1
         grids = [tf.zeros((1, *grid), tf.int32) for grid in self.upper_grids]
         self(tf.zeros((1, *self.latent_grid), tf.int32), upper=grids)
 
     def call(
         self, indices, upper=(), label=None, slice_position=None, training=False
     ):
-        context, expected = None, len(self.upper_grids)
-        message = f"upper: expected {expected} grids, found {len(upper)}"
-        require(len(upper) == expected, message)
+        context = None
         if self.use_context:
             batch = tf.shape(indices)[:1]
             if slice_position is None:
@@ -1791,17 +1686,15 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
     def _run(self, layer, *inputs, training):
         """Outputs of a layer, in training recomputed if asked for."""
         call = functools.partial(layer, training=training)
-        if self.recompute and training:
-            dropped = self.settings.dropout
-            require(not dropped, "recompute: would drop other features")
+        if self.recompute and training:  # with dropout it would differ
             call = tf.recompute_grad(call)
         return call(*(x for x in inputs if x is not None))
 
-    def _predict(self, hidden, apply=lambda layer, x: layer(x)):
+    def _predict(self, hidden):
         """Logits from the output of the last causal layer."""
         x = tf.nn.relu(hidden)
         for layer in (*self.head, self.logits):
-            x = apply(layer, x)
+            x = layer(x)
         return x
 
     @contextlib.contextmanager
@@ -1847,7 +1740,6 @@ class PixelCNN(AutoregressivePrior):
     """Masked convolutions: one A layer, residual blocks, 1x1 layers.
 
     It has a blind spot: positions above and to the right beyond a diagonal.
-    Arguments, shapes and methods are those of `AutoregressivePrior`.
 
     Reference: van den Oord et al., 2016, arXiv:1601.06759; blind spot:
     van den Oord et al., 2016, arXiv:1606.05328, sec. 2.2.
@@ -1875,8 +1767,6 @@ class PixelCNN(AutoregressivePrior):
 @register
 class GatedPixelCNN(AutoregressivePrior):
     """Gated blocks of a vertical and a horizontal stack: no blind spot.
-
-    Arguments, shapes and methods are those of `AutoregressivePrior`.
 
     Reference: van den Oord et al., 2016, arXiv:1606.05328.
     """
@@ -1923,12 +1813,9 @@ class GatedPixelCNN(AutoregressivePrior):
 class PixelSNAIL(GatedPixelCNN):
     """Gated blocks with causal attention after every fourth and the last.
 
-    Convolutions see what is near in detail, attention sees everything. Further
-    arguments, shapes and methods are those of `AutoregressivePrior`.
-
-    Args:
-        attention: bool. Without it a prior for grids too large to attend to.
-        heads: int >= 1. `channels` is a multiple of it.
+    Convolutions see what is near in detail, attention sees everything; without
+    `attention` the prior is for grids too large to attend to. `channels` is a
+    multiple of `heads`.
 
     Reference: Chen et al., 2018, arXiv:1712.09763.
     """
@@ -1952,28 +1839,21 @@ PRIORS = {
 
 def load_model(path):
     """Load a saved model with safe mode on; any failure is a `RunError`."""
-    damage = {
-        FileNotFoundError: "no such model file",
-        IsADirectoryError: "a folder, expected a .keras file",
-        zipfile.BadZipFile: "truncated, or not a .keras file",
-    }
+    if not Path(path).exists():
+        raise utils.RunError(f"{path}: no such model file")
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except tuple(damage) as error:
-        raise utils.RunError(f"{path}: {damage[type(error)]}") from error
-    except Exception as error:  # zlib.error, EOFError, ...
-        bad = error
-    if bad:
-        text = f"{path}: corrupt ({bad}); restore a copy or train again"
-        raise utils.RunError(text)
-    try:
+            if part := archive.testzip():
+                raise ValueError(f"corrupt: {part}")
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise
-    except Exception as error:
+    except Exception as error:  # BadZipFile, zlib.error, EOFError, ...
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise utils.RunError(f"{path}: cannot be loaded ({reason})") from error
+        raise utils.RunError(
+            f"{path}: truncated, corrupt, or not a .keras file of this program "
+            f"({reason}); restore a copy or train again"
+        ) from error
 
 
 def load_models(run):
@@ -1981,7 +1861,7 @@ def load_models(run):
 
     Raises:
         utils.RunError: if one is missing, damaged, or was trained on the
-            indices of another VQ-VAE or with other conditions.
+            indices of another VQ-VAE.
     """
     vqvae, priors = load_model(run.vqvae_path), []
     for level, path in enumerate(run.prior_paths if run.has_priors else (), 1):
@@ -1991,30 +1871,18 @@ def load_models(run):
                 f"{path}: trained on another codebook than that of "
                 f"{run.vqvae_path}; train it again"
             )
-        for name in ("labels", "slice_condition"):
-            if getattr(priors[-1], name) != getattr(priors[0], name):
-                raise utils.RunError(
-                    f"{path}: its {name} are not those of {run.prior_paths[0]};"
-                    " train both again"
-                )
     return vqvae, priors
 
 
 def codebook_sha256(vqvae, level=1):
-    """Hash that ties a prior to the codebooks its indices belong to.
-
-    Those of its level and of the levels above, on which it is conditioned.
-    """
+    """Hash of the codebooks that a prior depends on: of its level and above."""
     levels = range(level, vqvae.levels + 1)
     codebooks = [vqvae.part("quantizer", k).codebook for k in levels]
     return utils.array_sha256(np.concatenate([*map(np.asarray, codebooks)]))
 
 
 def encode_dataset(vqvae, batches) -> list[np.ndarray]:
-    """Indices `(N, h, w)` int32 of each level, bottom first.
-
-    Of every image of an iterable of batches `(B, H, W, 1)`.
-    """
+    """Indices `(N, h, w)` of each level of batches `(B, H, W, 1)` of images."""
     encoded = [vqvae.encode(batch) for batch in batches]
     return [np.concatenate(level) for level in zip(*encoded, strict=True)]
 
@@ -2060,10 +1928,7 @@ def position_of(number):
 
 
 def alternate_labels(labels, n: int, first: int = 0):
-    """A label name for images `first` to `first + n`; None without labels.
-
-    They alternate between the rows of a grid of `COLUMNS`.
-    """
+    """Label names for images `first` to `first + n`, by rows of `COLUMNS`."""
     if not labels:
         return None
     return [labels[k // COLUMNS % len(labels)] for k in range(first, first + n)]
@@ -2089,8 +1954,8 @@ def generate(
         priors: those of the VQ-VAE, bottom first.
         seed, first: image k of a request is a function of the seed and
             `first + k`.
-        sampling: `Sampling` for all levels, or one for each, bottom first;
-            None for the plain distribution.
+        sampling: `Sampling` for all levels, or a list of one for each, bottom
+            first; default the plain distribution.
         label: name of a label, or `n` names, None for null; default
             `alternate_labels`.
         slice_position: `(n,)` float in [0, 1], or one for all, NaN for null;
@@ -2112,26 +1977,23 @@ def generate(
         "conditions": priors[0].conditions(n, label, slice_position),
         "known": [prior.known_indices(n, grids) for prior, grids in pairs],
     }
-    draw = functools.partial(_generate_chunk, vqvae, priors, seed, sampling)
+    if not isinstance(sampling, list):
+        sampling = [sampling or Sampling()] * len(priors)
+    draw = functools.partial(_generate_chunk, vqvae, priors, sampling, seed)
     images, log_prob, *indices = priors[0].in_chunks(
         draw, n, first, inputs, progress
     )
     return images, indices, log_prob
 
 
-def _generate_chunk(
-    vqvae, priors, seed, sampling, chunk, conditions, known=None
-):
+def _generate_chunk(vqvae, priors, sampling, *request, conditions, known=None):
     """Images of one chunk, log-probabilities, indices; also in a graph."""
-    levels = range(len(priors))
-    if sampling is None or isinstance(sampling, Sampling):
-        sampling = [sampling for _ in levels]
     indices, total = [], 0.0
-    for level in reversed(levels):
-        conditions = {**conditions, "upper": tuple(indices)}
-        fixed = known and known[level]
+    for level in reversed(range(len(priors))):
+        given = {**conditions, "upper": tuple(indices)}
+        fixed = known[level] if known else None
         grid, log_prob = priors[level].sample_chunk(
-            seed, chunk, conditions, fixed, sampling[level]
+            sampling[level], *request, given, fixed
         )
         indices.insert(0, grid)
         total += log_prob
@@ -2194,7 +2056,7 @@ def _generate_in_graph(vqvae, priors, n, seed, temperature, label):
         (tf.reduce_any(found), known),
     ):
         tf.debugging.Assert(right, [text])
-    request = vqvae, priors, seed, Sampling(temperature)
+    sampling = [Sampling(temperature) for _ in priors]
 
     def draw(chunk):
         numbers = chunk * size + tf.range(size)
@@ -2203,7 +2065,9 @@ def _generate_in_graph(vqvae, priors, n, seed, temperature, label):
         position = position_of(tf.cast(numbers, tf.float64))
         position = tf.cast(position, tf.float32)
         conditions = {"label": label, "slice_position": position}
-        images, _, *indices = _generate_chunk(*request, chunk, conditions)
+        images, _, *indices = _generate_chunk(
+            vqvae, priors, sampling, seed, chunk, conditions=conditions
+        )
         return images, *indices
 
     drawn = tf.map_fn(

@@ -135,7 +135,6 @@ def test_two_replicas_train_as_one(alone, oasis_dir, tmp_path):
     ("flags", "message"),
     [
         ("--strategy multiworker", "TF_CONFIG"),
-        ("--recompute --prior-dropout 0.1", "--prior-dropout"),
         ("--batch-size 2 --accumulation-steps 3", "--batch-size: 2 images"),
         ("--accumulation-steps 17", "--batch-size: "),
         # What Keras cannot do with replicas, whatever chose them.

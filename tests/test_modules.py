@@ -23,7 +23,7 @@ import utils
 NETWORKS = {
     "pixelcnn": modules.PixelCNN,
     "gated": modules.GatedPixelCNN,
-    "pixelsnail": functools.partial(modules.PixelSNAIL, heads=2),
+    "pixelsnail": modules.PixelSNAIL,
 }
 LABELS = ("NC", "AD")
 CONTEXT = {"position_features": True, "slice_condition": True}
@@ -84,10 +84,6 @@ def perturb(layer, scale=0.3):
             named = weight.name in ("embeddings", "no_slice")
             change *= (1.0 if named else 0.05) / scale
         weight.assign(weight + change)
-
-
-def weights_of(layer):
-    return [weight.numpy() for weight in layer.weights]
 
 
 def assert_all_equal(found, expected):
@@ -164,14 +160,6 @@ def evaluate(model, *batches):
     return model.evaluate(batches_of(batches), verbose=0, return_dict=True)
 
 
-def assert_refused(make, **refused):
-    """Check that each of the values is refused by its name."""
-    for name, values in refused.items():
-        for value in values:
-            with pytest.raises(ValueError, match=f"{name}: expected .*, found"):
-                make(**{name: value})
-
-
 # Every model, in one way
 
 IMAGES = blocky_images(2)
@@ -227,7 +215,7 @@ def test_model(name, tmp_path):
     opened = reload(model, tmp_path / "model.keras")
     assert type(opened) is cls
     assert json.dumps(opened.get_config()) == json.dumps(config)
-    assert_all_equal(weights_of(opened), weights_of(model))
+    assert_all_equal(opened.get_weights(), model.get_weights())
     np.testing.assert_array_equal(opened(*inputs), expected)
     with tf.GradientTape() as tape:
         if cls is modules.VQVAE:
@@ -310,10 +298,10 @@ def test_state_moves_only_in_training(update):
     """Prevents: evaluation that changes the codebook it measures."""
     quantizer = quantizer_with(noise(8, 4), codebook_update=update)
     latents = noise(5, 4, seed=1)
-    before = weights_of(quantizer)
+    before = quantizer.get_weights()
     for flag in ({}, {"training": False}):
         quantizer(latents, **flag)
-        assert_all_equal(weights_of(quantizer), before)
+        assert_all_equal(quantizer.get_weights(), before)
     quantizer(latents, training=True)
     assert quantizer.step.numpy() == 101
     pairs = zip(quantizer.weights, before, strict=True)
@@ -420,7 +408,7 @@ def test_unusual_batches(shape):
     latents = np.zeros(shape) if shape[0] == 2 else noise(*shape)
     for _ in range(3 * (shape[0] > 0)):
         quantizer(latents, training=True)
-    assert all(np.isfinite(weight).all() for weight in weights_of(quantizer))
+    assert all(np.isfinite(weight).all() for weight in quantizer.get_weights())
     quantized, indices = quantizer(latents)
     assert quantized.shape == shape and indices.shape == shape[:-1]
     # At most three latents, eight codes: each is a code but for smoothing by
@@ -588,13 +576,11 @@ def test_upper_levels_show_the_image_by_themselves():
 
 def test_vqvae_refuses():
     """Prevents: a size that comes back larger, or a late shape error."""
-    assert_refused(
-        lambda **given: modules.VQVAE(**(VQ | {"downsampling": 4} | given)),
-        image_size=[(16, 18), (18, 16), (0, 16)],
-        crop=[(0, 0, 6, 8), (0, 0, 8, 20), (-4, 0, 8, 8), (12, 0, 8, 8)],
-        data_variance=[0.0, float("nan")],
-    )
-    with pytest.raises(ValueError, match="multiples of 8"):
+    crops = (0, 0, 6, 8), (0, 0, 8, 20), (-4, 0, 8, 8), (12, 0, 8, 8)
+    for crop in crops:
+        with pytest.raises(ValueError, match="crop: expected multiples of 4"):
+            tiny_vqvae(downsampling=4, crop=crop)
+    with pytest.raises(ValueError, match="image_size: .* multiples of 8"):
         tiny_vqvae((20, 20), downsampling=4, levels=2)
     with pytest.raises(utils.FlagError, match="--levels: expected .*, found 4"):
         tiny_vqvae(levels=4)
@@ -610,8 +596,8 @@ def test_conditions_are_dropped_in_training_only():
 
     Slice position and label drop independently.
     """
-    settings, n = utils.PriorSettings(condition_dropout=0.3), 200
-    layer = modules.ContextMap((2, 2), 5, settings, True, 2, 0)
+    given, n = CONTEXT | {"condition_dropout": 0.3, "latent_grid": (2, 2)}, 200
+    layer = tiny_prior(**given | {"position_features": False}).context
     given = np.full(n, 0.7, "float32"), np.ones(n, "int32")
     layer(*given)
     perturb(layer)
@@ -628,8 +614,8 @@ def test_conditions_are_dropped_in_training_only():
 
 def test_attention_in_parts(monkeypatch):
     """Prevents: a part of the positions that attends to others."""
-    layer = modules.CausalAttention(8, heads=2)
-    x, codes = noise(2, 3, 7, 8), noise(2, 3, 7, 8, seed=1)
+    layer = modules.CausalAttention(16)
+    x, codes = noise(2, 3, 7, 16), noise(2, 3, 7, 16, seed=1)
     layer(x, codes)
     perturb(layer)
     whole, other = layer(x, codes).numpy(), layer(x, codes + 1).numpy()
@@ -650,8 +636,6 @@ def test_attention_after_every_fourth_block_and_the_last():
         prior = tiny_prior("pixelsnail", blocks=blocks, **options)
         names = [type(layer).__name__[0] for layer in prior.causal_layers]
         assert "".join(names) == expected
-    with pytest.raises(ValueError, match="^channels: expected a multiple of 3"):
-        modules.CausalAttention(8, heads=3)
 
 
 @functools.cache
@@ -811,7 +795,7 @@ def test_samples_have_their_probability(network, labels, options):
 
 
 def test_bits_and_loss_of_an_epoch():
-    """Prevents: the loss of the last batch alone, dropout in validation."""
+    """Prevents: the last batch alone, dropout in validation, nats for bits."""
     prior = tiny_prior("gated", **LOWER, dropout=0.5)
     perturb(prior)
     batches = [prior_batch(prior, 6, seed=1), prior_batch(prior, 2, seed=2)]
@@ -826,19 +810,10 @@ def test_bits_and_loss_of_an_epoch():
     assert found["bits_per_code"] == pytest.approx(mean / np.log(2), rel=1e-5)
     one, other = [prior(**batches[0], training=True).numpy() for _ in range(2)]
     assert np.any(one != other)
-
-
-@pytest.mark.parametrize("network", modules.PRIORS)
-def test_training_a_prior(network):
-    """Prevents: nats called bits, a loss that does not reach the weights."""
-    prior = tiny_prior(network, num_embeddings=8, blocks=1)
     prior.logits.kernel.assign(np.zeros(prior.logits.kernel.shape))
-    batch = prior_batch(prior, 4)
-    # Uniform logits are log2 K bits. 1e-6: ln 8 in float32 by ln 2.
-    bits = evaluate(prior, batch)["bits_per_code"]
-    assert bits == pytest.approx(3, rel=1e-6)
-    train(prior, [batch], 15, keras.optimizers.Adam(0.05))
-    assert evaluate(prior, batch)["bits_per_code"] < 2.9
+    prior.logits.bias.assign(np.zeros(prior.logits.bias.shape))
+    bits = evaluate(prior, *batches)["bits_per_code"]
+    assert bits == pytest.approx(np.log2(5), rel=1e-6)  # uniform
 
 
 def test_every_condition_matters(prior):
@@ -861,22 +836,6 @@ def test_every_condition_matters(prior):
         assert moved[2] > 1e-3 and not moved[[0, 1, 3]].any(), name
 
 
-def test_prior_refuses():
-    """Prevents: a network other than the one asked for."""
-    assert_refused(
-        lambda **given: tiny_prior(**({"latent_grid": (4, 8)} | given)),
-        labels=["NC", ("NC", "NC")],
-        upper_grids=[((2, 2),), ((3, 5),), ((2, 4), (2, 4)), ((1, 2),)],
-    )
-    message = "--prior-channels: expected .*, found 0"
-    with pytest.raises(utils.FlagError, match=message):
-        tiny_prior(channels=0)
-    prior = tiny_prior(dropout=0.5)
-    prior.recompute = True
-    with pytest.raises(ValueError, match="recompute"):
-        prior(prior_batch(prior, 2)["indices"], training=True)
-
-
 def test_sample_refuses():
     """Prevents: images of another condition than the one asked for."""
     prior = tiny_prior(**LOWER)
@@ -884,13 +843,10 @@ def test_sample_refuses():
     for name, value, message in (
         ("label", ["AD", "MCI"], "expected one of NC, AD; found 'MCI'"),
         ("label", ["AD"], "expected 2, found 1"),
-        ("upper", (), "expected 2 arrays"),
-        ("upper", upper[::-1], "expected .2, 2, 4., found .2, 1, 2."),
-        ("upper", [upper[0] + 5, upper[1]], "expected 0..4, found "),
-        ("slice_position", [0.1], "expected .2,., found .1,."),
-        ("slice_position", [0.1, 1.1], "expected 0..1, found 1.1"),
-        ("known", np.zeros((2, 8, 4)), "expected .2, 4, 8., found .2, 8, 4."),
-        ("known", np.full((2, 4, 8), 7), "expected -1..4, found 7"),
+        ("slice_position", [0.1], "expected 2 in 0..1, found .0.1"),
+        ("slice_position", [0.1, 1.1], "expected 2 in 0..1, found .0.1 1.1"),
+        ("known", np.zeros((2, 8, 4)), "expected .2, 4, 8.*, found .2, 8, 4."),
+        ("known", np.full((2, 4, 8), 7), "expected .* of -1..4, found .*7"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: {message}"):
             prior.sample(2, **({"upper": upper} | {name: value}))
@@ -899,8 +855,9 @@ def test_sample_refuses():
         prior.sample(2, label="AD")
     with pytest.raises(ValueError, match="^guidance: "):
         prior.sample(2, sampling=modules.Sampling(guidance=2.0))
-    bad = {"temperature": [0.0], "top_k": [-1], "top_p": [0.0, 1.1]}
-    assert_refused(modules.Sampling, **bad, guidance=[-1.0])
+    for bad in (("temperature", 0.0), ("top_k", -1), ("top_p", 1.1)):
+        with pytest.raises(ValueError, match=f"expected .*{bad[0]}=.*{bad[1]}"):
+            modules.Sampling(**dict([bad]))
 
 
 def test_compiled_draw_has_positive_probability():
@@ -910,33 +867,25 @@ def test_compiled_draw_has_positive_probability():
     by a rounding even where the probability is zero. Aimed at here, and at
     both ends.
     """
-    rows, top_k, below_one = 2000, 50, np.float32(1 - 2**-24)
-    logits = tf.constant(noise(rows, 512, scale=2))
+    logits, top_k = tf.constant(noise(2000, 512, scale=2)), 50
 
     @tf.function(jit_compile=True)
-    def inside(logits):
+    def draw(uniform):
         kept = modules.keep_likeliest(tf.nn.softmax(logits), top_k, 1.0)
-        return kept, tf.cumsum(kept, axis=-1)
+        index = modules.sample_index(logits, uniform, 1.0, 1.0, top_k)
+        return index[:, None], kept, tf.cumsum(kept, axis=-1)
 
-    @tf.function(jit_compile=True)
-    def draw(logits, uniform):
-        return modules.sample_index(logits, uniform, 1.0, 1.0, top_k)
-
-    kept = modules.keep_likeliest(tf.constant([[0.2, 0.5, 0.3]]), 0, 0.6)
-    np.testing.assert_array_equal(kept, np.float32([[0, 0.5, 0.3]]))
-    kept, cumulative = [x.numpy() for x in inside(logits)]
+    zeros = np.zeros((2000, 1), "float32")
+    _, kept, cumulative = [x.numpy() for x in draw(zeros)]
     moves = (np.diff(cumulative, axis=1) != 0) & (kept[:, 1:] == 0)
     at = moves.argmax(axis=1)[:, None]
-    goal = np.maximum(
-        np.take_along_axis(cumulative, at, 1),
-        np.take_along_axis(cumulative, at + 1, 1),
-    )
-    aim = goal.astype("float64") / (cumulative[:, -1:] * (1 - 1e-6))
+    pair = [np.take_along_axis(cumulative, at + k, 1) for k in (0, 1)]
+    aim = np.maximum(*pair).astype("float64")
+    aim /= cumulative[:, -1:] * (1 - 1e-6)
     aims = [aim * (1 + ulps * 2.0**-24) for ulps in range(-3, 4)]
-    for uniform in [*aims, np.ones_like(aim), np.zeros_like(aim)]:
-        uniform = np.minimum(uniform.astype("float32"), below_one)
-        index = draw(logits, tf.constant(uniform)).numpy()[:, None]
-        assert 0 <= index.min() <= index.max() < 512
+    for uniform in (*aims, zeros + 1, zeros):
+        uniform = np.minimum(uniform, np.float32(1 - 2**-24))
+        index = draw(uniform.astype("float32"))[0].numpy()
         assert np.all(np.take_along_axis(kept, index, 1) > 0)
 
 
@@ -1157,16 +1106,12 @@ def test_generate_in_a_graph():
 
 
 def test_models_that_do_not_go_together(monkeypatch):
-    """Prevents: a prior of another VQ-VAE, levels with other conditions."""
+    """Prevents: a prior of another VQ-VAE or level."""
     vqvae, priors = chain()
     run = types.SimpleNamespace(vqvae_path=0, prior_paths=[1, 2])
     run.has_priors, models = True, [vqvae, *priors]
     monkeypatch.setattr(modules, "load_model", lambda path: models[path])
     assert modules.load_models(run) == (vqvae, priors)
-    other = {"codebook_sha256": priors[1].codebook_sha256, "labels": ()}
-    models[2] = types.SimpleNamespace(**other)
-    with pytest.raises(utils.RunError, match="its labels are not those"):
-        modules.load_models(run)
     models[1:] = priors[::-1]
     with pytest.raises(utils.RunError, match="another codebook"):
         modules.load_models(run)
@@ -1187,10 +1132,10 @@ def test_damaged_models(tmp_path):
         pass
     for name, message in {
         "none": "no such model file",
-        "folder": "a folder",
-        "cut": "truncated",
-        "flipped": "corrupt",
-        "empty": "cannot be loaded",
+        "folder": "truncated, corrupt, or not",
+        "cut": "truncated, corrupt, or not",
+        "flipped": "truncated, corrupt, or not .*corrupt: ",
+        "empty": "truncated, corrupt, or not",
     }.items():
         path = tmp_path / f"{name}.keras"
         with pytest.raises(utils.RunError, match=f"{path}: {message}"):
