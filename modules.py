@@ -1115,7 +1115,9 @@ class GatedBlock(CausalLayer):
 
     def call(self, vertical, horizontal, context=None, training=False):
         rows = self.vertical(vertical)
-        above = tf.pad(rows[:, :-1], [[0, 0], [1, 0], [0, 0], [0, 0]])
+        # The gradient of `rows[:, :-1]` would take a tenth of a step.
+        above = tf.slice(rows, [0] * 4, [-1, rows.shape[1] - 1, -1, -1])
+        above = tf.pad(above, [[0, 0], [1, 0], [0, 0], [0, 0]])
         x = self.horizontal(horizontal) + self.link(above)
         if self.context:
             x = x + self.context(context)
