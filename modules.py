@@ -18,6 +18,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 import time
 import typing
 import zipfile
@@ -31,6 +32,7 @@ import numpy as np
 import tensorflow as tf
 
 register = keras.saving.register_keras_serializable("mri_vqvae")
+policy_lock = threading.Lock()  # chunks of samples are traced in threads
 
 
 def require(condition: bool, message: str) -> None:
@@ -1705,14 +1707,15 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         # In bfloat16 a likelihood would be off by a percent, and not that of
         # the sampler.
         layers = list(self._flatten_layers())
-        policies = [layer.dtype_policy for layer in layers]
-        try:
-            for layer in layers:
-                layer.dtype_policy = "float32"
-            yield
-        finally:
-            for layer, policy in zip(layers, policies, strict=True):
-                layer.dtype_policy = policy
+        with policy_lock:
+            policies = [layer.dtype_policy for layer in layers]
+            try:
+                for layer in layers:
+                    layer.dtype_policy = "float32"
+                yield
+            finally:
+                for layer, policy in zip(layers, policies, strict=True):
+                    layer.dtype_policy = policy
 
     @tf.function(reduce_retracing=True, autograph=False)
     def log_prob(self, indices, **conditions):
