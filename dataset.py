@@ -568,7 +568,7 @@ def _read_file(path):
     """Return what is known of a file, and its image as it is stored."""
     data, notes, full = _read_bytes(path), set(), 0
     if str(path).lower().endswith((".nii", ".nii.gz")):
-        image = _read_nifti(path, notes)
+        image = _read_nifti(path, notes)  # nibabel opens it again
     else:
         image, full = _read_picture(data, notes)
     fit = image.dtype.kind != "f" or np.abs(image) <= MOST_INTENSITY
@@ -672,20 +672,20 @@ def _sizes(table):
 def _decode(table, root, plan):
     """Return the array file of images, and a table of what is in the files.
 
-    Columns needed: path, scan, split; low and high of a file may be given,
+    What is not in the cache yet is read, by `_read_file`. Columns needed: path, scan, split; low and high of a file may be given,
     else its own scan or the plan gives them.
     """
     table = table.reindex(columns=["path", "scan", "split", "low", "high"])
-    known = _cached(table, root, plan)
-    file = known.with_suffix(".npy")
-    if file.is_file() and known.is_file():
-        for path in (known, file):
+    read = _cache_path(table, root, plan)
+    file = read.with_suffix(".npy")
+    if file.is_file() and read.is_file():
+        for path in (read, file):
             with contextlib.suppress(OSError):  # of someone else
                 os.utime(path)
         words = dict.fromkeys(("reason", "notes", "sha256"), str)
         options = {"keep_default_na": False, "float_precision": "round_trip"}
-        return file, pd.read_csv(known, dtype=words, **options)
-    _remove_unused(known.parent)
+        return file, pd.read_csv(read, dtype=words, **options)
+    _remove_unused(read.parent)
     names = np.array([os.path.join(root, path) for path in table["path"]], "O")
     scans = [*table.groupby(["split", "scan"], sort=False).indices.values()]
     levels = table[["low", "high"]].to_numpy("float64")
@@ -713,11 +713,11 @@ def _decode(table, root, plan):
     found = pd.DataFrame(found)
     # What could not be read now may be readable next time.
     if not found["reason"].str.startswith("cannot read").any():
-        utils.write_csv(known, found)
+        utils.write_csv(read, found)
     return file, found
 
 
-def _cached(table, root, plan):
+def _cache_path(table, root, plan):
     """Return the path of the table of `_decode`: a hash of all behind it."""
     about = CACHE_FORMAT, INTENSITY_RULE, plan
     digest = hashlib.sha256(repr(about).encode())

@@ -648,7 +648,10 @@ class Decoder(keras.layers.Layer):
         self.mix = conv(channels, 3)
         self.residual = residual_stack(settings)
         self.detailed = blocks > 0
-        widths = stage_widths(channels, upsampling << self.detailed)[-2::-1]
+        # From wide to narrow; the last doubling is a shuffle of the head's
+        # channels, unless there are blocks at the full resolution.
+        stages = 2 * upsampling if self.detailed else upsampling
+        widths = stage_widths(channels, stages)[-2::-1]
         options = {"strides": 2, "padding": "same", "activation": "relu"}
         self.doublings = [
             keras.layers.Conv2DTranspose(width, 4, **options)
@@ -656,7 +659,8 @@ class Decoder(keras.layers.Layer):
         ]
         self.details = [
             ResidualStack(width, blocks, width)
-            for width in widths * self.detailed
+            for width in widths
+            if self.detailed
         ]
         self.head = conv(filters if self.detailed else 4 * filters, 3)
 
@@ -1026,7 +1030,9 @@ class CausalConv2D(CausalLayer):
         seen = tf.reshape(seen, (rows.shape[0], -1))
         kernel = self.kernel[-1, : self.taps]
         y = tf.matmul(seen, tf.reshape(kernel, (-1, self.filters))) + self.bias
-        return y + take_column(added, column) if self.rows > 1 else y, cache
+        if self.rows > 1:
+            y += take_column(added, column)
+        return y, cache
 
     def write(self, code, cache, column):
         first = self.mask_type == "A"
@@ -1383,11 +1389,11 @@ def sample_index(logits, uniform, temperature, top_p=1.0, top_k=0):
     cumulative = tf.cumsum(probabilities, axis=-1)
     # Strictly below the total, whatever the rounding: else an index past the
     # last code of positive probability could be drawn.
-    goal = uniform * cumulative[:, -1:] * (1 - 1e-6)
+    target = uniform * cumulative[:, -1:] * (1 - 1e-6)
     # Compiled, the sum is rounded in blocks and moves a little between them
     # at codes of no probability: so ask for a positive one, do not count.
     codes = tf.range(logits.shape[-1])
-    past = (cumulative > goal) & (probabilities > 0)
+    past = (cumulative > target) & (probabilities > 0)
     return tf.reduce_min(tf.where(past, codes, codes[-1]), axis=-1)
 
 
@@ -1399,6 +1405,9 @@ class RasterSampler:
     run, so that it does not depend on how many are asked for: matrix products
     round differently at other sizes. A run is a chain of small steps that
     keeps one core busy; a GPU is better off with one large run.
+
+    The network is that of `AutoregressivePrior`: `causal_layers`, `embedding`,
+    `context`, `_predict`, `_in_float32`.
     """
 
     def sample(
@@ -1535,28 +1544,28 @@ class RasterSampler:
         """The compiled loop in float32: rows outside, columns inside."""
         batch = uniforms.shape[0]
         height, width = self.latent_grid
-        rows = batch if context is None else context.shape[0]
-        halves = rows // batch  # 2 with guidance: with the condition, without
+        wide = batch if context is None else context.shape[0]
+        copies = wide // batch  # 2 with guidance: with the condition, without
 
         def draw_row(row, grid, log_prob, caches):
             def draw(column, grid, log_prob, caches):
-                at, place, one = None, [0, row, column], [batch, 1, 1]
+                here, place, one = None, [0, row, column], [batch, 1, 1]
                 if context is not None:
-                    size = [rows, 1, 1, context.shape[-1]]
-                    at = tf.slice(context, [*place, 0], size)[:, 0, 0]
-                logits, caches = self._step(caches, column, at)
-                logits, *null = tf.split(logits, halves)
-                goal = logits
+                    size = [wide, 1, 1, context.shape[-1]]
+                    here = tf.slice(context, [*place, 0], size)[:, 0, 0]
+                logits, caches = self._step(caches, column, here)
+                logits, *null = tf.split(logits, copies)
+                guided = logits
                 if null:
-                    goal = null[0] + guidance * (logits - null[0])
+                    guided = null[0] + guidance * (logits - null[0])
                 uniform = tf.slice(uniforms, place, one)[:, 0]
-                index = sample_index(goal, uniform, temperature, top_p, top_k)
+                index = sample_index(guided, uniform, temperature, top_p, top_k)
                 given = tf.slice(known, place, one)[:, 0, 0]
                 index = tf.where(given >= 0, given, index)
                 nats = tf.nn.log_softmax(logits)
                 log_prob += tf.gather(nats, index, batch_dims=1)
                 code = tf.gather(self.embedding.embeddings, index)
-                caches = self._write(tf.tile(code, [halves, 1]), caches, column)
+                caches = self._write(tf.tile(code, [copies, 1]), caches, column)
                 index = index[:, None, None]
                 grid = keras.ops.slice_update(grid, place, index)
                 return column + 1, grid, log_prob, caches
@@ -1566,7 +1575,7 @@ class RasterSampler:
             return row + 1, *state
 
         grid = tf.zeros((batch, height, width), tf.int32)
-        state = (0, grid, tf.zeros((batch,)), self._init_caches(rows))
+        state = (0, grid, tf.zeros((batch,)), self._init_caches(wide))
         with self._in_float32():
             _, *found, _ = tf.while_loop(
                 lambda row, *_: row < height, draw_row, state
@@ -1776,7 +1785,7 @@ class GatedPixelCNN(AutoregressivePrior):
     Reference: van den Oord et al., 2016, arXiv:1606.05328.
     """
 
-    attention = False
+    attention, heads = False, utils.ATTENTION_HEADS
     ATTENTION_EVERY = 4  # blocks
 
     def _build_layers(self):
@@ -1791,7 +1800,7 @@ class GatedPixelCNN(AutoregressivePrior):
         count = -(-self.settings.blocks // self.ATTENTION_EVERY)
         self.attentions = [
             CausalAttention(self.channels, self.heads, dropout)
-            for _ in range(count * self.attention)
+            for _ in range(count if self.attention else 0)
         ]
 
     @property
@@ -1826,7 +1835,12 @@ class PixelSNAIL(GatedPixelCNN):
     """
 
     def __init__(
-        self, num_embeddings, latent_grid, attention=True, heads=8, **kwargs
+        self,
+        num_embeddings,
+        latent_grid,
+        attention=True,
+        heads=utils.ATTENTION_HEADS,
+        **kwargs,
     ):
         self.attention, self.heads = attention, heads
         super().__init__(num_embeddings, latent_grid, **kwargs)

@@ -145,7 +145,10 @@ class Job:
         }
 
     def begin(self, parts, **epochs_before):
-        """Note which parts are to be made, and what they had before."""
+        """Note which parts are to be made; removes all checkpoints.
+
+        `epochs_before`: what parts that are trained on had before.
+        """
         done = [part for part in all_parts(self.run) if part not in parts]
         self.run.begin(self.settings, done, epochs_before=epochs_before)
 
@@ -154,11 +157,15 @@ class Job:
         return self.run.info["training"]["epochs_before"].get(part, 0)
 
     def make_model(self, part, path, new):
-        """Return the new model of a part, or the one that is trained on."""
+        """Return a new model of a part, or the saved one if trained on.
+
+        That of a part that was interrupted is new, too: `Fit` fills it from
+        the checkpoint.
+        """
         keras.utils.set_random_seed(self.settings.run.seed)
         with self.strategy.scope():
-            again = self.epochs_before(part)
-            return modules.load_model(path) if again else new()
+            is_trained = self.epochs_before(part) > 0
+            return modules.load_model(path) if is_trained else new()
 
     def finish(self, part, model, path):
         """Save the model of a part; the training is past it."""
@@ -196,7 +203,7 @@ def start(settings, strategy, signals, argv=()):
         elif not run.split_path.exists():  # new, or stopped before that
             load_images(job, "condition" in given)
         else:
-            resume(job, earlier)
+            plan_resume(job, earlier)
     except BaseException:
         run.unlock() if folder else run.discard()
         raise
@@ -208,7 +215,7 @@ def begin_stage(job, earlier):
     run, level = job.run, job.settings.run.prior_level
     modules.load_model(run.vqvae_path)  # refused before anything is changed
     check_batches(job)
-    run.info |= conditions(job, run.split_path)
+    run.info |= settle_conditions(job, run.split_path)
     names = run.prior_names
     parts = {"sampling", *(names[level - 1 : level] if level else names)}
     before, now = earlier.prior.condition, job.settings.prior.condition
@@ -224,8 +231,12 @@ def begin_stage(job, earlier):
     job.begin(parts)
 
 
-def resume(job, earlier):
-    """Continue the training of a run; with more epochs, train parts on."""
+def plan_resume(job, earlier):
+    """Decide which parts of a run are still to be made or trained on.
+
+    Weights come back later: `modules.RoundCheckpoint` reads the checkpoint of
+    a part when `Fit.run` starts.
+    """
     check_batches(job)
     run, under_way = job.run, "training" in job.run.info
     priors = run.prior_names * run.has_priors
@@ -276,7 +287,7 @@ def load_images(job, asked):
         "intensity": slices.intensity,
         "dataset": data.dataset,
         "data_dir": str(slices.root),
-        **conditions(job, slices.root, asked),
+        **settle_conditions(job, slices.root, asked),
     }
     check_batches(job)
     if len(slices.rejected):
@@ -306,8 +317,8 @@ def choose_crop(job):
     return box
 
 
-def conditions(job, source, asked=True):
-    """What a prior can be conditioned on: labels and slice numbers.
+def settle_conditions(job, source, asked=True):
+    """Return what a prior can be conditioned on: labels and slice numbers.
 
     Images without labels are a `DataError` if the user asked for them, else
     the prior does without.
@@ -500,7 +511,11 @@ def train_prior(job, vqvae, indices, level):
 
 
 def new_prior(job, vqvae, level):
-    """Return an untrained prior of a level, conditioned on those above."""
+    """Return an untrained prior of a level, conditioned on those above.
+
+    The fields of `utils.PriorSettings` are its arguments; `_build_layers` of
+    the prior reads them.
+    """
     options = dataclasses.asdict(job.settings.prior)
     network, attention = options.pop("network"), options.pop("attention")
     names = options.pop("condition")
@@ -557,6 +572,7 @@ def choose_sampling(job, vqvae, priors, images):
         sets = images["train"], images["validate"]
         asked = dataclasses.replace(trained, sampling=[sampling] * vqvae.levels)
         scores = predict.score_samples(asked, *sets, MOST_TO_CHOOSE)
+        # Here "test" are validation images.
         return scores["frechet"]["generated_vs_test"]
 
     for name in SAMPLING if enough and priors and not given.smoke else ():

@@ -1151,7 +1151,7 @@ class Run:
             self._lock = None
 
     def begin(self, settings, done=(), **notes):
-        """Note that a training with these settings is under way.
+        """Note that a training is under way; remove all checkpoints.
 
         Until it is complete, `settings` in `config.json` stay those of the
         models that are there. Parts in `done` are not to be trained; `notes`
