@@ -672,8 +672,9 @@ def _sizes(table):
 def _decode(table, root, plan):
     """Return the array file of images, and a table of what is in the files.
 
-    What is not in the cache yet is read, by `_read_file`. Columns needed: path, scan, split; low and high of a file may be given,
-    else its own scan or the plan gives them.
+    What is not in the cache yet is read, by `_read_file`. Columns needed:
+    path, scan, split; low and high of a file may be given, else its own scan
+    or the plan gives them.
     """
     table = table.reindex(columns=["path", "scan", "split", "low", "high"])
     read = _cache_path(table, root, plan)
