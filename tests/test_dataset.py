@@ -189,7 +189,7 @@ def test_wrong_layouts_are_refused_in_one_line(oasis, tmp_path, hipmri_dir):
     with pytest.raises(DataError, match="layouts none.*found pictures"):
         dataset.detect_layout(tmp_path / "none")
     shutil.copytree(hipmri_dir, tmp_path / "b")
-    with pytest.raises(DataError, match="oasis, hipmri.*--dataset"):
+    with pytest.raises(DataError, match="oasis, hipmri.*name the folder"):
         dataset.detect_layout(tmp_path)
     oasis.rename(tmp_path / "data.tmp-123")  # a simulation being written
     assert dataset.detect_layout(tmp_path) == "hipmri"
