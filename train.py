@@ -236,8 +236,8 @@ def begin_stage(job, earlier):
 def plan_resume(job, earlier):
     """Decide which parts of a run are still to be made or trained on.
 
-    Weights come back later: `modules.RoundCheckpoint` reads the checkpoint of
-    a part when `Fit.run` starts.
+    Weights come back later: `modules.RoundCheckpoint` restores those of a part
+    when `Fit.run` starts.
     """
     check_batches(job)
     run, under_way = job.run, "training" in job.run.info
