@@ -904,6 +904,7 @@ def refuse_other_search(folder, *searches):
         for about, space in searches
     )
     changed = [key for key in now if now[key] != before.get(key)]
+    changed.sort(key=lambda key: "a range" in (before.get(key), now[key]))
     key = changed[0] if changed else "recipe"
     raise utils.FlagError(
         f"--{key.replace('_', '-')}: the search in {folder} has "
