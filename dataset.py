@@ -168,7 +168,7 @@ def detect_layout(root):
             f"{_show(root)}: found the layouts {_some(names)}, expected one; "
             "looked for folders keras_png_slices_train, keras_slices_train, "
             "train, and for any PNG, JPEG or NIfTI files, found "
-            f"{_some(sorted(os.listdir(root)))}; choose with --dataset"
+            f"{_some(sorted(os.listdir(root)))}; name the folder of one"
         )
     likely = "adni" if 2 * counts["adni"] > counts["folder"] else "folder"
     return names[0] if names else likely
@@ -182,7 +182,7 @@ def scan(root, dataset, pattern=None, split=None):
     ("" unknown) and split.
 
     Args:
-        root: the data set's folder, or one up to three levels above it.
+        root: the data set's folder, or one above it.
         dataset: key of `LAYOUTS`; "folder" is any folder of slices.
         pattern: regex of the groups `subject`, `slice` and `label` in the
             path of a file of "folder", without suffix; None to guess.
@@ -474,7 +474,8 @@ def _library(kind):
         # Pillow's name for bytes in memory says nothing.
         reason = "" if "BytesIO" in reason or not reason else f" ({reason})"
         raise _Unfit(
-            f"found a damaged or other file{reason}, expected a sound {kind}"
+            f"found a damaged or unsupported file{reason}, expected a sound "
+            f"{kind}"
         ) from error
 
 
@@ -900,6 +901,8 @@ def _load(index, plan, dataset, skip_bad, root):
         )
     for note, count in _count_notes(kept):
         _warn(f"{count} files {note}")
+    if copies := kept[~kept["constant"]].duplicated("sha256").sum():
+        _warn(f"{copies} files repeat others of their split")
     high = (kept["high"] / kept["full"])[kept["full"] > 0].max()
     high = float(np.nan_to_num(high))
     slices = Slices(

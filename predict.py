@@ -10,8 +10,9 @@
     python predict.py inspect RUN [--json]
     python predict.py export RUN DEST
 
-RUN is a folder that train.py made. Without it the newest run under runs/ is
-used or, if there is none, the trained model under resources/pretrained.
+RUN is a folder that train.py made; complete and export need it. The others take
+the newest run under runs/ or, if there is none, the trained model under
+resources/pretrained.
 Results go into the run folder, or into the folder given by --output.
 """
 

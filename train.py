@@ -17,6 +17,7 @@ The stages: images -> VQ-VAE -> indices -> priors -> sampling settings ->
 evaluation. All results go to one run folder.
 """
 
+import ast
 import contextlib
 import dataclasses
 import datetime
@@ -51,7 +52,8 @@ SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
 # Relative times for an epoch, by which stages not yet begun are guessed.
 TIMES = {"vqvae": 2}  # a prior: 3
-SHOWN = ("loss", "ssim", "bits_per_code", "val_ssim", "val_bits_per_code")
+SHOWN = ("loss", "ssim", "codebook_usage", "bits_per_code", "val_ssim")
+SHOWN += ("val_bits_per_code",)
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
@@ -234,8 +236,8 @@ def begin_stage(job, earlier):
 def plan_resume(job, earlier):
     """Decide which parts of a run are still to be made or trained on.
 
-    Weights come back later: `modules.RoundCheckpoint` reads the checkpoint of
-    a part when `Fit.run` starts.
+    Weights come back later: `modules.RoundCheckpoint` restores those of a part
+    when `Fit.run` starts.
     """
     check_batches(job)
     run, under_way = job.run, "training" in job.run.info
@@ -713,7 +715,7 @@ class Fit:
         callbacks += [
             modules.FiniteCheck(self.stage),
             keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda batch, logs: self.bar.update(),
+                on_train_batch_end=self._after_step,
                 on_epoch_end=self._after_round,
             ),
         ]
@@ -729,14 +731,19 @@ class Fit:
                 callbacks.append(modules.Pictures(folder, pictures, rounds))
         return callbacks
 
+    def _after_step(self, number, logs):
+        """Show the scores of the round so far in the progress bar."""
+        self.bar.set_postfix_str(shown_scores(logs), refresh=False)
+        self.bar.update()
+
     def _after_round(self, number, logs):
         """After an epoch add a row to `history.csv`, and print a line."""
         epoch, rest = divmod(number + 1, self.rounds)
         if rest:
             return
         seconds, path = self.checkpoint.seconds, self.job.run.history_path
-        scores = in_words({key: logs[key] for key in SHOWN if key in logs})
-        line = f"{self.stage}: epoch {epoch}/{self.epochs}, {scores}"
+        line = f"{self.stage}: epoch {epoch}/{self.epochs}"
+        line += f", {shown_scores(logs)}"
         with self.bar.external_write_mode():
             left = self._minutes_left(epoch, seconds)
             print(f"{line}, about {left} min of training left", flush=True)
@@ -871,10 +878,7 @@ def open_study(folder, settings, space):
     about = {key: value for key, value in now.items() if key not in free}
     name, begun = repr((about, space)), optuna.get_all_study_names(storage)
     if begun and name not in begun:
-        raise utils.FlagError(
-            f"--run-dir: {folder} holds a search with other flags; repeat its "
-            "command, or choose another folder"
-        )
+        refuse_other_search(folder, ast.literal_eval(begun[0]), (about, space))
     study = optuna.create_study(
         storage=storage,
         # Processes that share a search must not try the same.
@@ -891,6 +895,22 @@ def open_study(folder, settings, space):
         recipe = {key: now[key] for key in space}
         study.enqueue_trial(recipe, skip_if_exists=True)
     return study
+
+
+def refuse_other_search(folder, *searches):
+    """Name a flag that the search in a folder and this one differ in."""
+    before, now = (
+        {**about, **dict.fromkeys(space, "a range")}
+        for about, space in searches
+    )
+    changed = [key for key in now if now[key] != before.get(key)]
+    changed.sort(key=lambda key: "a range" in (before.get(key), now[key]))
+    key = changed[0] if changed else "recipe"
+    raise utils.FlagError(
+        f"--{key.replace('_', '-')}: the search in {folder} has "
+        f"{utils.typed(before.get(key))}, found {utils.typed(now[key])}; "
+        "repeat its command, or choose another --run-dir"
+    )
 
 
 def try_settings(settings, space, strategy, signals, trial):
@@ -1008,6 +1028,11 @@ def print_best(study, folder, argv):
             for key, value in trial.params.items()
         ]
         print(f"    {shlex.join(words + flags)}")
+
+
+def shown_scores(logs):
+    """Those of a training's logs that people watch, in words."""
+    return in_words({key: logs[key] for key in SHOWN if key in logs})
 
 
 def in_words(values):

@@ -136,6 +136,11 @@ COLOURED = [[k, 255 - k, k // 2] for k in range(256)]
 FORMATS = ("GIF", "BMP", "WEBP", "TIFF")
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # to be turned to the right
+LOSSLESS = bytes.fromhex(  # squares of 9, 90, 200 and 50
+    "ffd8ffc3000b080008000801011100ffc4001c00000000090000000000000000000000000"
+    "00102030405060708ffda0008010100010000710000f440000001e880000003d100000007"
+    "a200117e0010d200000010d200000010d200000010d2001fffd9"
+)
 # ------------------------------------------ changes of the contents of a file
 
 
@@ -215,6 +220,11 @@ def flat_affine(data):
     """Put the whole plane on one line, by an sform that is in use."""
     data = patch(252, "2h", 0, 1)(data)
     return patch(280, "12f", 1, 1, 0, 0, *[0] * 8)(data)
+
+
+def two_members(data):
+    data = gzip.decompress(data)
+    return gzip.compress(data[:999]) + gzip.compress(data[999:])
 
 
 def endless_plane(data):
@@ -343,7 +353,9 @@ FAULTS = {fault.name: fault for fault in [
     oasis("junk after a PNG", lambda d: d + b"junk"),
     oasis("JPEG named .png", always(jpeg(GREY))),
     adni("PNG named .jpeg", always(png(GREY))),
-    adni("turned by EXIF", always(jpeg(GREY.T.copy(), exif=TURNED))),
+    adni("lossless JPEG", always(LOSSLESS)),
+    adni("turned by EXIF", always(jpeg(GREY.T.copy(), exif=TURNED)),
+         says="1 files turned upright"),
     oasis("text", always(b"see the attached image\n"), "sound PNG"),
     oasis("NIfTI named .png", always(nifti(PLANE)), "PNG or JPEG"),
     oasis("16 bits", always(png(DEEP))),
@@ -375,6 +387,7 @@ FAULTS = {fault.name: fault for fault in [
     gz("bit of a gzip's checksum", bit(-8), "CRC"),
     gz("gzip without trailer", lambda d: d[:-4], "ended before"),
     gz("junk after a gzip", lambda d: d + b"junk", "Not a gzipped file"),
+    gz("gzip of two members", two_members),
     gz(".nii named .nii.gz", gzip.decompress, NII),
     gz("text named .nii.gz", always(b"see the image"), NII),
     gz("gzip bomb", gzip_bomb, **BOMB),
@@ -416,7 +429,7 @@ FAULTS = {fault.name: fault for fault in [
     tree("no validation split", lambda r: shutil.rmtree(r / VALIDATE), lost=4,
          says="validate 1 subjects, 4 images"),
     tree("near name of a split", moved((VALIDATE, "keras_png_slices_Val")),
-         says="validate 1 subjects"),
+         says="keras_png_slices_val is read as validate"),
     tree("images beside the splits", copied("extra/scans/1.png"),
          says="extra/scans: 1 files ignored: 1.png"),
     tree("class of another name", layout="adni", says="4 CN",
@@ -432,7 +445,7 @@ FAULTS = {fault.name: fault for fault in [
          TWICE, "."),
     tree("scan twice", in_two_classes, "in two class folders", ".", "adni"),
     tree("bytes in two splits", copied(), "found the same bytes in", **SKIPS),
-    tree("bytes twice", copied(split="train")),
+    tree("bytes twice", copied(split="train"), says="1 files repeat"),
     tree("loop", lambda r: (r / TRAIN / "loop").symlink_to(r / TRAIN),
          says="1 files ignored: loop"),
     tree("all constant", every(lambda v: v * 0 + 9), "all 16 images are const"),

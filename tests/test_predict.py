@@ -531,6 +531,30 @@ def test_evaluate_finds_what_training_found(run):
     assert re.search("frechet  +-\n", predict.summary_table(after))
 
 
+SCORES = {
+    "data": "dataset simulated image_size train validate test",
+    "reconstruction": "ssim ssim_foreground ms_ssim psnr mae",
+    "codebook": "level grid num_embeddings usage perplexity entropy_bits",
+    "prior": "bits_per_code bits_per_foreground_code unigram_bits uniform_bits "
+    "bits_per_image bits_per_foreground_pixel",
+    "generation": "n seed sampling features frechet by_stage c2st kid floor "
+    "precision recall density coverage ssim_to_nearest_train",
+    "memorization": "pixels hog copies alarm n test_images train_images",
+    "labels": "label test_images",
+    "speed": "vqvae_images_per_second_trained images_per_second_encoded "
+    "samples seconds_for_samples peak_memory_mb",
+}
+
+
+def test_every_score_is_there(levels_run):
+    evaluation = utils.read_evaluation(levels_run)
+    assert set(evaluation) == set(SCORES)
+    for name, keys in SCORES.items():
+        part = evaluation[name]
+        first = part[0] if isinstance(part, list) else part
+        assert set(keys.split()) <= set(first), name
+
+
 def test_evaluate_data_that_were_moved(run, oasis_dir, tmp_path, capsys):
     """Whether their folder is named or the one around it."""
     before = utils.read_evaluation(run)
@@ -643,6 +667,8 @@ def test_fresh_subjects_score_as_the_floor(people, tmp_path):
     frechet = part["frechet"]
     floor = frechet["generated_vs_test"] / frechet["train_vs_test"]
     assert frechet["ratio"] == pytest.approx(floor) and frechet["ratio"] < 2
+    low, high = frechet["ratio_ci95"]
+    assert low < frechet["ratio"] < high
     stages = part["by_stage"]
     assert set(stages) == {"rebuilt", "all_drawn"}
     assert stages["all_drawn"] == frechet["ratio"]
@@ -813,6 +839,8 @@ def test_report_and_card_warn(run):
     run.info["command"] = "train.py --run-dir '<script>alert(1)</script>'"
     evaluation = utils.read_evaluation(run)
     evaluation["data"]["simulated"] = True
+    dark = {"mean": None, "ci95": [None, None]}
+    evaluation["reconstruction"]["ssim_foreground"] = dark
     evaluation["memorization"] |= {"copies": 2, "alarm": True}
     evaluation["generation"] |= {
         "frechet": {"ratio": 6.0, "ratio_ci95": [5.0, 7.0]},
@@ -823,7 +851,7 @@ def test_report_and_card_warn(run):
     text = text_of(run)
     assert "applies to real scans" in text and "Alarm:" in text
     assert "ALARM" in card_of(run) and "Licence" not in card_of(run)
-    assert run.info["command"] in text
+    assert run.info["command"] in text and "- inside the head" in text
     assert "ratio 6.00 : told from real slices at a glance" in text
     assert "What limits them: the prior" in text
     source = run.report_path.read_text(encoding="utf-8")
@@ -953,6 +981,10 @@ def test_bad_flags(run, levels_run, capsys):
         f"evaluate {run.path} --skip-bad": "another data set in --data-dir",
     }.items():
         assert part in refused(2, capsys, *argv.split())
+    for argv in (["--help"], ["show", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            call(*argv)
+        assert "write the report" in capsys.readouterr().out
     error = refused(4, capsys, "complete", levels_run.path, "x.png")
     assert "complete needs a run of one level, found 2" in error
 

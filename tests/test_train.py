@@ -226,7 +226,7 @@ def test_models_see_the_box_that_holds_content(oasis_dir, tmp_path, capsys):
     data = shutil.copytree(oasis_dir, tmp_path / "margin")
     for path in sorted(data.glob("*/case_*.png")):
         image = np.array(Image.open(path))
-        image[:8] = image[-8:] = image[:, :4] = image[:, -4:] = 0
+        image[:9] = image[-8:] = image[:, :5] = image[:, -4:] = 0
         if path.name == "case_006_slice_2.nii.png":
             image[0, 5] = 255
         Image.fromarray(image).save(path)

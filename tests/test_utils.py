@@ -3,19 +3,16 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import pytest
-from tyro.conf import Positional, arg
 
 import utils
 from tests.conftest import blobs
@@ -227,16 +224,6 @@ def test_values_are_read_by_type():
     assert chosen.run.smoke and chosen.data.data_dir is None
 
 
-def test_flat_and_replace_name_settings_like_flags():
-    old = utils.Settings()
-    new = utils.replace(old, prior_channels=8, recipe="x", prior="gated")
-    assert (new.prior.channels, new.prior.network) == (8, "gated")
-    assert new.recipe == "x" and new.vqvae is old.vqvae
-    assert utils.replace(old, **utils.flat(new)) == new
-    given = utils.flags_given(["--no-crop", "--data-dir=d", "--run_dir", "r"])
-    assert given == {"crop": "--data-dir=d", "data_dir": "d", "run_dir": "r"}
-
-
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(capsys):
     assert utils.parse_training([]) == utils.RECIPES["quickstart"].settings
     argv = "--recipe adni-vqvae-pixelcnn --data-dir d --num-embeddings 512"
@@ -249,33 +236,6 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(capsys):
     for name, recipe in utils.RECIPES.items():
         assert recipe.settings.recipe == name and recipe.figure in text
         assert set(recipe.search) <= set(utils.flat(recipe.settings))
-
-
-# Verbs
-
-
-@utils.settings
-class Show:
-    """Show 100% of runs."""
-
-    runs: Positional[tuple[str, ...]] = ()
-    """Folders."""
-    number: Annotated[utils.Number[1, 10**6], arg(aliases=["-n"])] = 64
-    """How many."""
-
-
-def test_verbs(tmp_path, capsys):
-    parse = functools.partial(utils.parse_verbs, {"show": Show}, default="show")
-    assert parse(["-n", "8", "--debug"], "") == ("show", Show(number=8))
-    for argv in ([], [str(tmp_path)], ["runs/none"], ["show", "a", "b"]):
-        runs = tuple(word for word in argv if word != "show")
-        assert parse(argv, "") == ("show", Show(runs=runs))
-    for argv in (["--help"], ["show", "--help"]):
-        with pytest.raises(SystemExit, match="0"):
-            parse(argv, "Runs.")
-        assert "Show 100% of runs." in capsys.readouterr().out
-    with pytest.raises(utils.FlagError, match="^VERB: expected one of show, "):
-        parse(["paint"], "")
 
 
 # Files
@@ -359,8 +319,6 @@ def test_run_round_trip(run):
     again = utils.Run.open(run.path)
     assert again.settings == run.settings
     assert again.info == json.loads(json.dumps(run.info))
-    for package in ("tensorflow", "scikit-image", "scikit-learn", "scipy"):
-        assert again.info["versions"][package]
     run.path = run.path.parent / "elsewhere"  # as `--output` does
     assert run.vqvae_path == run.path / "vqvae.keras"
     names = {1: "", 2: "_bottom _top", 3: "_bottom _middle _top"}
@@ -693,25 +651,6 @@ def noisy(images):
     return np.clip(images + noise, 0, 1).astype("float32")
 
 
-def test_sets_are_compared_and_the_stage_at_fault_is_named():
-    (train, of_train), (test, of_test) = people(0, 8), people(100, 8)
-    sets = {"train": train, "test": test, "fit": people(200, 24)[0]}
-    sets["rebuilt"] = noisy(train)
-    sets["generated"] = np.roll(people(300, 8)[0], 9, axis=1)
-    subjects = of_train, of_test
-    found = utils.compare_sets(sets, "hog", *subjects)
-    json.dumps(found, allow_nan=False)
-    frechet, stages = found["frechet"], found["by_stage"]
-    assert list(stages) == ["rebuilt", "all_drawn"]
-    assert stages["all_drawn"] == frechet["ratio"]
-    low, high = frechet["ratio_ci95"]
-    assert low < frechet["ratio"] < high
-    assert found["floor"]["coverage"]["mean"] > 0.5
-    few = {name: images[:15] for name, images in sets.items()}
-    found = utils.compare_sets(few, "hog", [], [])
-    assert found["frechet"] is None and found["coverage"] is None
-
-
 def test_c2st_is_near_chance_for_one_kind_and_1_for_two():
     (a, of_a), (b, of_b) = people(0, 12), people(100, 12)
     same = utils.c2st(a, b, of_a, of_b)
@@ -747,28 +686,3 @@ def test_copies_of_training_images_raise_the_alarm():
     assert found["alarm"] is None and copies is None
     assert found["pixels"]["share_closer"] is None
     assert found["pixels"]["ratio_of_medians"] < 0.5
-
-
-# Figures
-
-
-def figures():
-    """Pictures of what is rare; the others are made in test_predict.py."""
-    history = pd.DataFrame({"stage": ["vqvae", "vqvae", "prior"]})
-    history["epoch"], history["loss"] = [1, 2, 1], [2.0, 1.0, 1.0]
-    history["val_loss"] = [3, 2, None]
-    yield utils.plot_samples, image_pair(32, 24)[0][:1], "title"
-    yield utils.plot_codebook, [np.array([5, 0, 90]), np.zeros(4, int)]
-    yield utils.plot_history, history
-    yield utils.plot_history, history[:0]
-
-
-def test_figures_are_readable_pictures(tmp_path):
-    from matplotlib import image
-
-    for number, (plot, *arguments) in enumerate(figures()):
-        path = tmp_path / str(number) / "r.png"
-        plot(path, *arguments)
-        pixels = image.imread(path)
-        assert pixels.shape[1] >= 400 and pixels.std() > 0
-        assert os.listdir(path.parent) == [path.name]
