@@ -1049,7 +1049,7 @@ class Run:
         self.path = Path(path)
         self.settings = settings
         self.info = info
-        self._lock = None
+        self._lock, self._is_new = None, False
         self._of_models = flat(settings)  # in config.json
 
     config_path = property(lambda self: self.path / "config.json")
@@ -1104,6 +1104,7 @@ class Run:
         folder = settings.run.run_dir or f"runs/{settings.recipe}-{now}"
         run = cls(folder, settings, info)
         try:
+            run._is_new = not run.path.exists()
             if settings.run.run_dir:
                 run.path.mkdir(parents=True, exist_ok=True)
             else:
@@ -1234,7 +1235,9 @@ class Run:
         """Remove the folder again if nothing came of the run."""
         self.unlock()
         if list(self.path.iterdir()) == [self.config_path]:
-            shutil.rmtree(self.path)
+            self.config_path.unlink()
+            if self._is_new:
+                self.path.rmdir()
 
     def update(self, **keys):
         """Add keys to `info` and rewrite `config.json` in one step."""

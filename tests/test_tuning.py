@@ -209,7 +209,7 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys):
     search_of = f"the search in {run_dir}"
     all_given = "--learning-rate 0.1 --residual-blocks 1 --embedding-dim 4"
     for code, folder, flags, part in (
-        (2, run_dir, "--epochs 3", f"--epochs: {search_of} has 12, found 3"),
+        (2, run_dir, "--epochs 3", f"--epochs: {search_of} has 7, found 3"),
         (2, run_dir, "--embedding-dim 8", f"{search_of} has a range, found 8"),
         (2, run_dir, all_given, "nothing to search"),
         (2, run_dir, "--stage vqvae --objective ssim+bits", "--stage vqvae"),

@@ -197,7 +197,7 @@ def test_every_flag_shows_help_bounds_and_default(capsys):
     keys = utils.flat(utils.Settings())
     for part in (
         *(f"--{key.replace('_', '-')}" for key in keys),
-        "--channels [1, 4096] Feature channels. (default: 64)",
+        "--channels [1, 4096] Feature channels. (default: 48)",
         "--top-p (0, 1] Probability that the codes sampled from hold (default:",
         "--image-size {None}|H[xW] Height and width in pixels",
         "--crop, --no-crop",
