@@ -1104,7 +1104,7 @@ class Run:
         folder = settings.run.run_dir or f"runs/{settings.recipe}-{now}"
         run = cls(folder, settings, info)
         try:
-            run._is_new = not run.path.exists()
+            run._is_new = not (settings.run.run_dir and run.path.exists())
             if settings.run.run_dir:
                 run.path.mkdir(parents=True, exist_ok=True)
             else:

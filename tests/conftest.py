@@ -91,7 +91,8 @@ TINY = (
     "--epochs 2 --learning-rate 0.01 --batch-size 4 --channels 8 "
     "--residual-blocks 1 --residual-channels 4 --num-embeddings 16 "
     "--embedding-dim 4 --ssim-weight 0 --prior-epochs 2 "
-    "--prior-learning-rate 0.01 --prior-batch-size 8 --prior-channels 8 --prior-ema-momentum 0 "
+    "--prior-learning-rate 0.01 --prior-batch-size 8 --prior-channels 8 "
+    "--prior-ema-momentum 0 "
     "--prior-blocks 1 --condition slice --num-samples 3 --precision float32 "
     "--temperature 1 --top-p 1 --round-steps 2"
 ).split()
