@@ -397,7 +397,8 @@ def generate(trained, options):
 
 def plot_samples(path, trained, images, name):
     """Draw generated images, all of them, in order."""
-    title = f"Generated slices, uncurated: {name.replace('_', ', ')}"
+    words = re.sub(r"([a-z])(\d)", r"\1 \2", name).replace("_", ", ")
+    title = f"Generated slices, uncurated: {words}"
     utils.plot_samples(path, *trained.cut(images), title, None, 8)
 
 
