@@ -479,7 +479,7 @@ def _library(kind):
         ) from error
 
 
-def _read_picture(data, notes):
+def _read_picture(path, data, notes):
     """Return the grey pixels of a PNG or JPEG and its full scale."""
     with _library("PNG or JPEG"):
         options = {"fp": io.BytesIO(data), "formats": ["PNG", "JPEG"]}
@@ -491,6 +491,8 @@ def _read_picture(data, notes):
             )
         image.verify()  # checksums of a PNG, which reading the pixels skips
         image = Image.open(**options)
+        if str(path).lower().endswith("png") != (image.format == "PNG"):
+            notes.add("named otherwise than their contents; read by contents")
         if image.getexif().get(ImageOps.ExifTags.Base.Orientation, 1) != 1:
             notes.add("turned upright as their EXIF orientation says")
             image = ImageOps.exif_transpose(image)
@@ -522,6 +524,10 @@ def _open_nifti(path):
     if isinstance(image, nibabel.Nifti1Image):  # header and voxels in one
         if image.dataobj.offset < image.header.sizeof_hdr:
             raise _Unfit("found vox_offset inside the header")
+        with nibabel.openers.ImageOpener(path) as stream:
+            header = type(image.header).from_fileobj(stream, check=False)
+        if np.isinf(header["scl_slope"]):  # which nibabel leaves out
+            raise _Unfit("found an infinite scl_slope, expected a finite one")
     return image
 
 
@@ -571,7 +577,7 @@ def _read_file(path):
     if str(path).lower().endswith((".nii", ".nii.gz")):
         image = _read_nifti(path, notes)  # nibabel opens it again
     else:
-        image, full = _read_picture(data, notes)
+        image, full = _read_picture(path, data, notes)
     fit = image.dtype.kind != "f" or np.abs(image) <= MOST_INTENSITY
     if not np.all(fit):  # nor is a NaN
         raise _Unfit(

@@ -31,6 +31,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+utils.configure_keras()
 register = keras.saving.register_keras_serializable("mri_vqvae")
 policy_lock = threading.Lock()  # chunks of samples are traced in threads
 

@@ -119,11 +119,16 @@ class lazy_import:
         # Tools that look a module over (`__wrapped__`) must not import it.
         if attribute.startswith("__") and attribute != "__version__":
             raise AttributeError(attribute)
-        if self._name in ("tensorflow", "keras", "modules"):
-            _start_tensorflow()
-        module = importlib.import_module(self._name)
-        configure_keras()
-        return getattr(module, attribute)
+        return getattr(_import(self._name), attribute)
+
+
+@functools.cache
+def _import(name):
+    if name in ("tensorflow", "keras", "modules"):
+        _start_tensorflow()
+    module = importlib.import_module(name)
+    configure_keras()
+    return module
 
 
 def configure_keras():
