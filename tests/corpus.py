@@ -335,6 +335,7 @@ oasis = functools.partial(inside, "oasis")
 adni = functools.partial(inside, "adni")
 gz = functools.partial(inside, "hipmri")
 COLOUR = {"says": "1 files are in colour"}
+NAMED = {"says": "1 files named otherwise"}
 BOMB, SKIPS = {"bomb": True}, {"skips": True}
 TRAIN, VALIDATE, TEST = (f"keras_png_slices_{s}" for s in dataset.SPLITS)
 LINES = "one's\ntwo: \\x] [\x1b[31m"
@@ -351,8 +352,8 @@ FAULTS = {fault.name: fault for fault in [
     oasis("bit of a PNG", bit(b"IDATx"), "sound PNG"),
     adni("bit of a JPEG", bit(0.75)),  # another picture: who can tell?
     oasis("junk after a PNG", lambda d: d + b"junk"),
-    oasis("JPEG named .png", always(jpeg(GREY)), says="1 files named otherwise"),
-    adni("PNG named .jpeg", always(png(GREY)), says="1 files named otherwise"),
+    oasis("JPEG named .png", always(jpeg(GREY)), **NAMED),
+    adni("PNG named .jpeg", always(png(GREY)), **NAMED),
     adni("lossless JPEG", always(LOSSLESS)),
     adni("turned by EXIF", always(jpeg(GREY.T.copy(), exif=TURNED)),
          says="1 files turned upright"),
