@@ -370,8 +370,9 @@ def settings(cls):
         look = {"metavar": bounds} if bounded and bounds else {}
         if getattr(cls, name, ...) is None:  # the help says what None means
             look["help_behavior_hint"] = ""
-        look["help"] = helps.get(name)
-        cls.__annotations__[name] = Annotated[hint, arg(**look)]
+        if name in helps:  # not in groups of settings
+            look["help"] = helps[name]
+            cls.__annotations__[name] = Annotated[hint, arg(**look)]
     cls.__post_init__ = check
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
