@@ -3,7 +3,7 @@
     python dataset.py check DIR
         what would be trained on; every problem file by name
     python dataset.py slice SRC DEST
-        volumes (NIfTI, Analyze, MGZ) cut into slices that train.py reads
+        volumes (NIfTI, Analyze, MGZ, MINC) cut into slices that train.py reads
     python dataset.py simulate DEST --layout oasis --subjects 60
         simulated slices in the layout of a real data set
 
@@ -15,6 +15,7 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import errno
 import fnmatch
 import functools
 import gzip
@@ -54,7 +55,7 @@ CARVED = 0.1  # share of training subjects that becomes a missing split
 MARKER = "simulated.json"  # left beside simulated slices
 SLICED = {"manifest.csv", "orientation.png"}  # left beside those of volumes
 CACHE = Path("data") / "cache"  # of decoded images
-CACHE_FORMAT = 2  # to be raised when files are decoded in another way
+CACHE_FORMAT = 3  # to be raised when files are decoded in another way
 CACHE_DAYS = 30  # that an entry is kept without being used
 PERCENTILES = (0.5, 99.5)  # of a scan's voxels: black and white of NIfTI
 WHITE = 99.9  # percentile of training pixels: white of dark PNG and JPEG
@@ -69,6 +70,7 @@ MOST_PIXELS = 64_000_000  # of an image; more is taken for a bomb
 MOST_BYTES = 1 << 25  # of a slice, packed or not
 MOST_INTENSITY = 1e30  # of a voxel; more is a damaged number or scale
 MOST_LISTED = 20  # problems listed in one error
+BETWEEN = " | "  # the notes on a file
 MOST_CUT = 0.1  # share of training images whose content --image-size may cut
 MOST_SLICES = 512  # of a subject on average; more are not of one person
 
@@ -111,8 +113,11 @@ SPLIT_NAMES = {  # of folders, whatever their case -> the split they hold
 }
 SUFFIX = re.compile(r"(?i)(\.nii)?\.(png|jpe?g|nii|nii\.gz)$")
 IMAGE_FILE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(png|jpe?g|nii|nii\.gz)")
-# Masks may have names like those of slices.
-MASKS = re.compile(r"(?i)(.*[_-])?([a-z]*seg|mask)s?([_-].*)?")
+# Folders and files of masks, which may have names like those of slices.
+MASKS = re.compile(
+    r"(?i)(.*[_-])?([a-z]*seg(mentation)?|mask|label(s?tr|s?ts)?|annotation|"
+    r"ground_?truth|wmparc|ribbon|.*\+aseg)s?([_-].*)?|.*[_-]gt"
+)
 # How a path names a subject, surely enough to look for it anywhere.
 SUBJECTS = (
     r"sub-[^\W_]+",  # BIDS
@@ -120,9 +125,12 @@ SUBJECTS = (
     r"OAS[1-9]_?\d{4,5}",  # OASIS
     r"(?:subject|subj|sub|patient|pat|case|person|volunteer)[-_ ]?\d+",
 )
+# What a slice number follows, to be told from others: sub-03_z001_T1w.
+NUMBER = r"(?:.*[^a-z])?(?:z|slice|slc|img|image|frame)[-_ ]?(?P<slice>\d+)"
 # How a path without suffix may tell the subject and the slice, likely first;
 # the last two may mistake other words for subjects.
 GUESSES = (
+    *(rf"(?i)(?P<subject>{name})(?![^\W_]){NUMBER}(?!\d)" for name in SUBJECTS),
     *(
         rf"(?i)(?P<subject>{name})(?![^\W_])(?:.*?(?P<slice>\d+)\D*$)?"
         for name in SUBJECTS
@@ -161,7 +169,7 @@ def _some(names, most=5):
 
 def detect_layout(root):
     """Return the name of the layout that lies under `root`."""
-    counts = {name: len(_list_files(root, name, [], [])[1]) for name in LAYOUTS}
+    counts = {name: len(_list_files(root, name)[1]) for name in LAYOUTS}
     names = [name for name in ("oasis", "hipmri") if counts[name]]
     if len(names) > 1 or not counts["folder"]:
         raise DataError(
@@ -193,8 +201,7 @@ def scan(root, dataset, pattern=None, split=None):
             or a subject in two splits.
     """
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
-    ignored, notes = [], []
-    base, files = _list_files(root, dataset, ignored, notes)
+    base, files, ignored, notes = _list_files(root, dataset)
     known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
     rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
@@ -214,11 +221,18 @@ def scan(root, dataset, pattern=None, split=None):
         table[name] = _unify(table[name])
     if any_folder and table["label"].nunique() == 1:
         table["label"] = ""  # one class tells nothing
+    if (missing := sum(table["label"] == "")) not in (0, len(table)):
+        notes.append(f"{missing} of {len(table)} images have no label")
     if split:
         table["split"] = split
     else:
         _fill_splits(table, any_folder, notes)
     _check_table(table, base, layout, split, ignored)
+    return Index(base, _in_order(table), ignored, notes)
+
+
+def _in_order(table):
+    """Sort slices, and add the position of each in its scan."""
     table = table.sort_values(
         ["split", "subject", "scan", "slice"],
         key=lambda x: x.map(SPLITS.index) if x.name == "split" else x,
@@ -227,18 +241,20 @@ def scan(root, dataset, pattern=None, split=None):
     scans = table.groupby(["split", "scan"])["slice"]
     rank, last = scans.cumcount(), scans.transform("size") - 1
     table.insert(4, "position", (rank / last).fillna(0.5))
-    return Index(base, table, ignored, notes)
+    return table
 
 
-def _list_files(root, dataset, ignored, notes):
-    """Return the folder of the split folders and a table of what is in them.
+def _list_files(root, dataset):
+    """Return the folder of the split folders, a table of what is in them, and
+    the lists `ignored` and `notes` of `Index`.
 
     Columns: path, relative to that folder; split, "" for none; stem, the path
     without the folder that gives the split. Of "folder" all images are listed,
     of a layout the files that are named as its.
     """
-    layout, top, lost = LAYOUTS[dataset], os.path.abspath(root), []
-    files = _walk(top, ignored, lost.append)
+    layout, top = LAYOUTS[dataset], os.path.abspath(root)
+    ignored, lost = [], []
+    files = files_below(top, ignored, lost.append)
     names = [os.path.relpath(path, top) for path in files]
     names = pd.Series(names, dtype=object)
     splits = f"{layout.prefix}(?P<split>{'|'.join(SPLIT_NAMES)})"
@@ -267,13 +283,14 @@ def _list_files(root, dataset, ignored, notes):
         if os.path.join(error.filename, "").startswith(base):
             _refuse_folder(error)
     ignored += [os.path.join(top, name) for name in names[~fits]]
-    ignored[:] = [path for path in ignored if path.startswith(base)]
-    for name in sorted(set(named[fits & (named != table["split"])])):
-        notes.append(
-            f"folder {layout.prefix}{name} is read as {SPLIT_NAMES[name]}"
-        )
+    ignored = [path for path in ignored if path.startswith(base)]
+    notes = [
+        f"folder {layout.prefix}{name} is read as {SPLIT_NAMES[name]}"
+        for name in sorted(set(named[fits & (named != table["split"])]))
+    ]
     table["path"] = names.str.removeprefix(above[0])
-    return Path(base), table[fits].reset_index(drop=True)
+    table = table[fits].reset_index(drop=True)
+    return Path(base), table, ignored, notes
 
 
 def _refuse_folder(error):
@@ -282,12 +299,13 @@ def _refuse_folder(error):
     )
 
 
-def _walk(folder, ignored, onerror=_refuse_folder):
+def files_below(folder, ignored=None, onerror=_refuse_folder):
     """Yield the files below a folder, sorted; links are followed, but once.
 
     Masks, and folders seen before, are added to `ignored` instead.
     """
     seen, top = set(), os.fspath(folder)
+    ignored = [] if ignored is None else ignored
     # Of macOS, or a simulation being written.
     hidden = re.compile(r"\.|__MACOSX$|.*\.tmp-")
     for parent, names, files in os.walk(top, True, onerror, followlinks=True):
@@ -301,7 +319,11 @@ def _walk(folder, ignored, onerror=_refuse_folder):
         elif any(map(MASKS.fullmatch, inside.split(os.sep))):
             ignored += filter(IMAGE_FILE.fullmatch, paths)
         else:
-            yield from (p for p in paths if os.path.basename(p) not in ours)
+            for path in paths:
+                if MASKS.fullmatch(_stem(path)):
+                    ignored.append(path)
+                elif os.path.basename(path) not in ours:
+                    yield path
         seen.add(real)
 
 
@@ -313,14 +335,25 @@ def _choose_pattern(stems, pattern, notes):
             "in it"
         )
     fits = functools.partial(_tells_subjects, stems=stems)
-    pattern = pattern or next(filter(fits, GUESSES), None)
-    notes.append(
-        f"subjects and slices are told by {pattern}"
-        if pattern
-        else "no subject can be told from the file names, so every file counts "
-        "as one: slices of one person may be in several splits, and all "
-        "scores may be too good; tell subjects with --subject-pattern"
-    )
+    guessed, pattern = not pattern, pattern or next(filter(fits, GUESSES), None)
+    if not pattern:
+        notes.append(
+            "no subject can be told from the file names, so every file counts "
+            "as one: slices of one person may be in several splits, and all "
+            "scores may be too good; tell subjects with --subject-pattern"
+        )
+        return None
+    found = stems.str.extract(pattern)
+    first = found.dropna(subset="subject").head(1).to_dict("records")
+    told = [item for row in first for item in row.items()]
+    example = ", ".join(f"{k} {_show(x)}" for k, x in told if type(x) is str)
+    notes.append(f"subjects and slices are told by {pattern} ({example})")
+    others = stems[found["subject"].isna()]
+    if guessed and len(others):
+        notes.append(
+            f"{len(others)} files do not fit it: {_some(others)}; each counts "
+            "as a subject of its own"
+        )
     return pattern
 
 
@@ -338,7 +371,11 @@ def _tells_subjects(guess, stems):
     found = stems.str.extract(guess)["subject"].dropna()
     # pandas takes all names for one that are not valid UTF-8.
     count, doubtful = len(set(map(_canonical, found))), guess in GUESSES[-2:]
-    if count < 2 + doubtful or doubtful and len(found) > MOST_SLICES * count:
+    if (
+        count < 1 + 2 * doubtful
+        or doubtful
+        and len(found) > MOST_SLICES * count
+    ):
         return False
     return len(found) >= 0.9 * len(stems)
 
@@ -354,7 +391,9 @@ def _row(file, match, any_folder):
         begin, end = match.span("slice") if number else (len(stem),) * 2
         scan = f"{stem[:begin]}*{stem[end:]}"
         first, slash, _ = stem.partition("/")
-        if slash and subject not in first and first not in subject:
+        named = rf"(?<![^\W_]){re.escape(subject)}(?![^\W_])"
+        below = match and match.start("subject") > len(first)
+        if slash and below and not re.search(named, first):
             label = label or first  # a class, as it does not name people
     number = int(re.sub(r"\D", "", number) or 0)
     # Printable, for pandas takes all names for one that are not valid UTF-8.
@@ -363,8 +402,9 @@ def _row(file, match, any_folder):
 
 
 def _canonical(name):
-    """Return what all spellings of an id share: case_001, CASE_1."""
+    """Return what all spellings of an id share: case_001, CASE-1, Case1."""
     text = unicodedata.normalize("NFKC", name).casefold()
+    text = re.sub(r"(?<=[^\W\d_])[\W_]+(?=\d)", "", text)
     return re.sub(r"0*(\d+)", r"\1", text)
 
 
@@ -409,8 +449,11 @@ def split_subjects(subjects, shares):
         splits[ranked[-1]] = "train"
     for split, share in (("test", test), ("validate", validate)):
         train = [s for s in ranked if splits[s] == "train"]
-        if share and split not in splits.values() and len(train) > 1:
-            splits[train[0]] = split
+        spare = train if len(train) > 1 else []
+        if split == "test":  # needed more than a split to validate
+            spare += [s for s in ranked if splits[s] == "validate"]
+        if share and split not in splits.values() and spare:
+            splits[spare[0]] = split
     return splits
 
 
@@ -713,7 +756,10 @@ def _decode(table, root, plan):
                     found[row] = values
                     if image is not None:
                         at = start + int(row) * image.size
-                        os.pwrite(stream.fileno(), image.tobytes(), at)
+                        data = image.tobytes()
+                        written = os.pwrite(stream.fileno(), data, at)
+                        if written < image.size:  # the disk is full
+                            raise OSError(errno.ENOSPC, "No space left", path)
 
             _in_parallel("reading scans", work, scans)
 
@@ -735,7 +781,12 @@ def _cache_path(table, root, plan):
             # The time of change too: contents may change with an old time.
             row += (s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         digest.update(repr(row).encode())
-    return CACHE.absolute() / f"{digest.hexdigest()[:20]}.csv"
+    with contextlib.suppress(OSError):
+        CACHE.mkdir(parents=True, exist_ok=True)
+    folder = CACHE.absolute()
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir(), f"mri-vqvae-{os.getuid()}")
+    return folder / f"{digest.hexdigest()[:20]}.csv"
 
 
 def _remove_unused(folder):
@@ -790,7 +841,7 @@ def _decode_scan(names, levels, plan):
                 full = values["full"]
                 low, high = (0.0, plan.white * full) if full else window
             results[k] = values, _to_frame(image, values, low, high, plan)
-            values["notes"] = "; ".join(sorted(values["notes"]))
+            values["notes"] = BETWEEN.join(sorted(values["notes"]))
     return results
 
 
@@ -927,7 +978,7 @@ def _load(index, plan, dataset, skip_bad, root):
 
 
 def _count_notes(table):
-    notes = table["notes"].str.split("; ").explode()
+    notes = table["notes"].str.split(BETWEEN, regex=False).explode()
     return notes[notes != ""].value_counts().items()
 
 
@@ -1034,7 +1085,7 @@ def load_run(run, data_dir=None, needed=SPLITS):
     file, found = _decode(table.drop(columns=levels), root, plan)
     own = np.allclose(found[levels], table[levels], rtol=1e-9)
     if _open_array(file).shape[1:] != size or not own:
-        # Of a part of the data, say: what it had in the whole.
+        # Some files are gone: use what was noted when all were there.
         file, found = _decode(table, root, _Plan(size, kept, 1.0))
     same = (found["sha256"] == table["sha256"]).to_numpy()
     _refuse_lost(root, table[~same], needed, "have changed")
@@ -1048,7 +1099,7 @@ def _root_of_run(run, data_dir):
     if data.dataset == "phantom" and not root.is_dir():
         root = simulated_folder(data.phantom_subjects)
     if data_dir and data.dataset not in ("phantom", "folder"):
-        root, _ = _list_files(root, data.dataset, [], [])
+        root, *_ = _list_files(root, data.dataset)
     return root.absolute()
 
 
@@ -1091,7 +1142,7 @@ def read_files(paths, run):
     """
     here, files = Path.cwd(), []
     for path in paths:
-        below = filter(IMAGE_FILE.fullmatch, _walk(path, []))
+        below = filter(IMAGE_FILE.fullmatch, files_below(path))
         more = [*below] if os.path.isdir(path) else [os.fspath(path)]
         if not more:
             raise DataError(f"{_show(path)}: found no PNG, JPEG or NIfTI file")
@@ -1238,6 +1289,7 @@ def training_batches(
     count = _count(source)
     first_epoch, skipped = divmod(first_step, steps_per_epoch)
 
+    @tf.autograph.experimental.do_not_convert
     def epoch_rows(epoch):
         # The stream of a named algorithm is the same on every device and with
         # every version of TensorFlow; that of a shuffle is not promised.
@@ -1251,8 +1303,7 @@ def training_batches(
         return rows.batch(batch_size).map(lambda rows: (epoch, rows))
 
     epochs = tf.data.Dataset.range(first_epoch, 2**62)
-    order = epochs.flat_map(_plain(epoch_rows))
-    return _batches(source, order, parts, transform)
+    return _batches(source, epochs.flat_map(epoch_rows), parts, transform)
 
 
 def ordered_batches(source, batch_size=32, parts=(0, 1, 1)):
@@ -1263,11 +1314,6 @@ def ordered_batches(source, batch_size=32, parts=(0, 1, 1)):
     batches = _batches(source, order, parts)
     steps = steps_per_epoch(_count(source), batch_size) * (parts[1] - parts[0])
     return batches.apply(tf.data.experimental.assert_cardinality(steps))
-
-
-def _plain(function):
-    """Keep autograph away: there is no Python loop to convert."""
-    return tf.autograph.experimental.do_not_convert(function)
 
 
 def _count(source):
@@ -1281,6 +1327,7 @@ def _batches(source, order, parts, transform=None):
     """Return the batches at the (epoch, rows) of a dataset."""
     begin, end, total = parts
 
+    @tf.autograph.experimental.do_not_convert
     def cut(epoch, rows):
         size = tf.size(rows)
         return tf.data.Dataset.range(begin, end, output_type=tf.int32).map(
@@ -1288,14 +1335,15 @@ def _batches(source, order, parts, transform=None):
         )
 
     if total > 1:
-        order = order.flat_map(_plain(cut))
+        order = order.flat_map(cut)
     fetch = tf.nest.map_structure(_fetch, source)
 
+    @tf.autograph.experimental.do_not_convert
     def load(epoch, rows):
         batch = tf.nest.map_structure(lambda get: get(rows), fetch)
         return transform(batch, epoch, rows) if transform else batch
 
-    batches = order.map(_plain(load), tf.data.AUTOTUNE, deterministic=True)
+    batches = order.map(load, tf.data.AUTOTUNE, deterministic=True)
     return batches.prefetch(2)
 
 
@@ -1656,6 +1704,10 @@ def _simulate_subject(folder, options, number, subject, label, split):
 VOLUME_FILE = re.compile(
     r"(?is)(.*/)?[^./][^/]*\.(nii|nii\.gz|img|img\.gz|mgz|mgh|mnc)"
 )
+# How the Brain Imaging Data Structure calls kinds of images.
+KINDS = re.compile(
+    r"_(T[12]\w*|PD\w*|FLAIR|bold|sbref|dwi|asl|epi|magnitude\d?|phase\w*)$"
+)
 # Where the planes of a stack, their rows and their columns go to (Superior,
 # Posterior, Right and so on), and how a picture says so.
 PLANES = {
@@ -1663,6 +1715,7 @@ PLANES = {
     "coronal": ("AIR", "top: head, left: left of the body"),
     "sagittal": ("RIA", "top: head, left: back"),
 }
+MISSING = {"n/a", "na", "nan", "none", "?"}  # for a label, any case
 INSIDE = 0.1  # of the intensity range: what is brighter is content
 
 
@@ -1683,13 +1736,13 @@ class Slice:
     OASIS names, else the file name)."""
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     """Plane of the slices; the left of the body is on their left."""
-    slices: utils.Number[1, 1024] = 32
+    slices: utils.integer(1, 1024) = 32
     """Slices of a volume, evenly spread."""
     start: Annotated[utils.Fraction, arg(name="from")] = 0.0
     """Where the slices begin in what holds content; 0: its low end."""
     stop: Annotated[utils.Fraction, arg(name="to")] = 1.0
     """Where they end; 1: its high end."""
-    spacing: utils.Real[0.05, 20] = 1.0
+    spacing: utils.number(0.05, 20) = 1.0
     """Side of a pixel in mm."""
     image_size: utils.ImageSize | None = None
     """Height and width in pixels (default: what holds all content)."""
@@ -1697,7 +1750,7 @@ class Slice:
     """Bits of a pixel."""
     split: str = ",".join(map(str, SHARES))
     """Shares of the subjects that train, validate and test."""
-    labels: utils.Folder = None
+    labels: Annotated[str | None, arg(metavar="FILE")] = None
     """Table (.csv, .tsv) of subjects and their labels."""
     label_column: str = "group"
     """Column of the labels."""
@@ -1728,6 +1781,11 @@ def slice_volumes(options):
     table["label"] = _read_labels(table["subject"], options)
     splits = split_subjects(table["subject"], shares)
     table["split"] = table["subject"].map(splits)
+    counts = collections.Counter(splits.values())
+    print(
+        f"{len(splits)} subjects, such as {_some(splits, 3)}: "
+        + ", ".join(f"{counts[split]} {split}" for split in SPLITS)
+    )
     with tempfile.TemporaryDirectory() as folder:
         table["file"] = [f"{folder}/{k}.npy" for k in table.index]
         work = functools.partial(_cut_to_file, options)
@@ -1752,13 +1810,20 @@ def slice_volumes(options):
 
 def _find_volumes(source, options):
     """Return a table of the volumes: source, subject, number, scan."""
-    files = [str(source)]
+    files, ignored = [str(source)], []
     if source.is_dir():
-        files = sorted(filter(VOLUME_FILE.fullmatch, _walk(source, [])))
-    masks = [f for f in files if MASKS.fullmatch(_stem(f))]
+        files = sorted(
+            filter(VOLUME_FILE.fullmatch, files_below(source, ignored))
+        )
+    elif not source.exists():
+        raise DataError(
+            f"{_show(source)}: found nothing there, expected a volume or a "
+            "folder of volumes"
+        )
+    masks = [*filter(VOLUME_FILE.fullmatch, ignored)]
     names = {f: os.path.relpath(f, source.parent) for f in files}
     fits = functools.partial(fnmatch.fnmatch, pat=options.match)
-    files = {f: n for f, n in names.items() if f not in masks and fits(n)}
+    files = {f: n for f, n in names.items() if fits(n)}
     if not files:
         raise DataError(
             f"{_show(source)}: found no volume that fits {options.match}, "
@@ -1766,10 +1831,20 @@ def _find_volumes(source, options):
         )
     if masks:
         print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
+    kinds = [KINDS.search(_stem(name)) for name in files.values()]
+    kinds = collections.Counter(match[1] for match in kinds if match)
+    if len(kinds) > 1:
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise FlagError(
+            f"--match: found several kinds of volumes, {found}; expected one, "
+            f"such as --match '*{next(iter(kinds))}*'"
+        )
     _compile(options.subject_pattern or "")
     table = pd.DataFrame({"source": [*files]})
+    folders = _subject_folders([*files.values()])
+    pairs = zip(files.values(), folders, strict=True)
     table["subject"] = _unify(
-        _subject_of(name, options.subject_pattern) for name in files.values()
+        _subject_of(*pair, options.subject_pattern) for pair in pairs
     )
     table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
@@ -1784,16 +1859,46 @@ def _find_volumes(source, options):
 
 
 def _stem(path):
-    return os.path.basename(path).split(".")[0]
+    """Return the name of a file without the suffix of its format."""
+    suffix = r"(?i)(\.(nii|img|hdr|mgz|mgh|mnc|png|jpe?g|gz))+$"
+    return re.sub(suffix, "", os.path.basename(path))
 
 
-def _subject_of(path, pattern=None):
+def _subject_folders(paths):
+    """Return the part of each path that is the folder of a subject, or "".
+
+    It is where files of different folders have the same names, or begin with
+    the name of theirs: P01/T1.nii, P02/T1.nii; P01/P01_t1.nii.
+    """
+    stems = [*map(_stem, paths)]
+    parts = [path.split("/")[:-1] for path in paths]
+    alike = len(set(stems)) < len(stems) or all(
+        p and re.search(r"\d", p[-1]) and stem.startswith(p[-1])
+        for p, stem in zip(parts, stems, strict=True)
+    )
+    folders = {tuple(p) for p in parts}
+    for level in zip(*parts, strict=False) if alike else ():
+        # The first that is no class: there are nearly as many as folders.
+        count = len(set(level))
+        if count == len(folders) or count > 1 and 4 * count >= len(folders):
+            return level
+    return [""] * len(paths)
+
+
+def _subject_of(path, folder="", pattern=None):
     """Return the subject that a path names, in letters and digits."""
-    found = _stem(path)
+    found = folder or _stem(path)
+    ends = ("", "") if pattern else (r"(?<![^\W_])", r"(?![^\W_])")
     for name in [pattern] if pattern else SUBJECTS:
-        if match := re.search(rf"(?i)(?<![^\W_])(?:{name})(?![^\W_])", path):
+        if match := re.search(rf"(?i){ends[0]}(?:{name}){ends[1]}", path):
             found = match.groupdict().get("subject") or match[0]
             break
+    else:
+        if pattern:
+            raise DataError(
+                f"{_show(path)}: found no subject by the --subject-pattern "
+                f"{pattern}, expected one"
+            )
     return re.sub(r"^sub-|[\W_]", "", found) or "x"
 
 
@@ -1812,6 +1917,7 @@ def _read_labels(subjects, options):
             f"{_show(options.labels)}: {error}; expected a table with the "
             f"column {options.label_column} of --label-column"
         ) from error
+    labels = labels.where(~labels.str.casefold().isin(MISSING), "")
     labels = labels.str.replace(r"[^\w.]+", "-", regex=True)
     wanted = subjects.map(_canonical)
     # Of the other columns, the one that names most of the subjects.
@@ -1831,7 +1937,7 @@ def _cut_to_file(options, source, file):
     except _Unfit as error:
         return str(error), ""
     np.save(file, images)
-    return "", "; ".join(notes)
+    return "", BETWEEN.join(notes)
 
 
 def cut_volume(path, options):
@@ -1848,6 +1954,7 @@ def cut_volume(path, options):
         raise _Unfit("found no contrast, expected anatomy")
     high = float(np.percentile(volume[inside][::8], PERCENTILES[1]))
     at = _plane_positions(inside, options)
+    at = at if len(volume) > 1 else at[:1]
     if spacing[0] > 2 * options.spacing:
         rows = np.unique(np.rint(at).astype(int))
         volume, inside, at = volume[rows], inside[rows], np.arange(len(rows))
@@ -1941,24 +2048,15 @@ def _write_slices(folder, table, options):
 
 
 @utils.settings
-class Check:
+class Check(utils.ReadSettings):
     """Show what would be trained on, and every file that cannot be."""
 
     dir: Positional[Annotated[str, arg(metavar="DIR")]]
     """Folder of a data set."""
     dataset: Literal["auto", "oasis", "adni", "hipmri", "folder"] = "auto"
     """Its layout."""
-    subject_pattern: str | None = None
-    """For --dataset folder: regular expression of paths with groups named
-    subject, slice, label (default: guessed)."""
-    image_size: utils.ImageSize | None = None
-    """Height and width in pixels (default: the most common size)."""
-    resize: bool = False
-    """Resample images of another size."""
-    skip_bad: bool = False
-    """Leave out unfit files."""
-    preview: utils.Folder = None
-    """Picture to write: slices of each split as the model sees them."""
+    preview: Annotated[str | None, arg(metavar="FILE")] = None
+    """Picture to write: slices of each split, before the crop."""
 
 
 @utils.settings
@@ -1969,9 +2067,9 @@ class Simulate:
     """Folder to make."""
     layout: Literal["oasis", "adni", "hipmri"] = "oasis"
     """Layout of the files."""
-    subjects: utils.Number[3, 100_000] = 60
+    subjects: utils.integer(3, 100_000) = 60
     """Simulated people."""
-    image_size: utils.Number[32, 1024] = 128
+    image_size: utils.integer(32, 1024) = 128
     """Long side in pixels, a multiple of 16."""
     seed: utils.Seed = 0
     """Seed of every random choice."""

@@ -273,8 +273,7 @@ class RoundCheckpoint(keras.callbacks.Callback):
         """Raise `utils.Stopped` if `due` and a worker received a signal."""
         received = self.signals.received if self.signals else 0
         strategy = self.model.distribute_strategy
-        (stop,) = utils.any_worker(strategy, [bool(received and due)])
-        if stop:
+        if utils.any_worker(strategy, bool(received and due)):
             raise utils.Stopped(received or signal.SIGTERM)
 
     def _variables(self):
@@ -636,43 +635,27 @@ class Decoder(keras.layers.Layer):
 
     The last doubling is a 3x3 convolution to 4 values a position, rearranged
     to 2x2 pixels (Shi et al., 2016, arXiv:1609.05158): it reaches as far as a
-    strided transposed convolution and costs less at full resolution. With
-    `upsampling_blocks` the full resolution, too, has channels and residual
-    blocks, which can draw finer detail.
+    strided transposed convolution and costs less at full resolution.
 
     Input shape: `(B, h, w, any)`. Output shape: `(B, h*f, w*f, filters)`.
     """
 
     def __init__(self, settings, upsampling, filters):
         super().__init__()
-        channels, blocks = settings.channels, settings.upsampling_blocks
-        self.mix = conv(channels, 3)
+        self.mix = conv(settings.channels, 3)
         self.residual = residual_stack(settings)
-        self.detailed = blocks > 0
-        # From wide to narrow; the last doubling is a shuffle of the head's
-        # channels, unless there are blocks at the full resolution.
-        stages = 2 * upsampling if self.detailed else upsampling
-        widths = stage_widths(channels, stages)[-2::-1]
         options = {"strides": 2, "padding": "same", "activation": "relu"}
-        self.doublings = [
+        self.doublings = [  # from wide to narrow
             keras.layers.Conv2DTranspose(width, 4, **options)
-            for width in widths
+            for width in stage_widths(settings.channels, upsampling)[-2::-1]
         ]
-        self.details = [
-            ResidualStack(width, blocks, width)
-            for width in widths
-            if self.detailed
-        ]
-        self.head = conv(filters if self.detailed else 4 * filters, 3)
+        self.head = conv(4 * filters, 3)
 
     def call(self, x):
         x = self.residual(self.mix(x))
-        for k, doubling in enumerate(self.doublings):
+        for doubling in self.doublings:
             x = doubling(x)
-            if self.detailed:
-                x = self.details[k](x)
-        x = self.head(x)
-        return x if self.detailed else tf.nn.depth_to_space(x, 2)
+        return tf.nn.depth_to_space(self.head(x), 2)
 
 
 # Of the mask (resources/experiments.md has what was measured).
@@ -746,7 +729,7 @@ class VQVAE(TrainableModel):
             require(
                 0 <= start < start + side <= whole and side % total == 0,
                 f"{'crop' if crop else 'image_size'}: expected multiples of "
-                f"{total} inside a frame, found {crop} in {image_size}",
+                f"{total} inside a frame, found {box[2:]} in {image_size}",
             )
         for level in range(1, self.levels + 1):
             self._add_level(level, seed + level)
@@ -1178,7 +1161,7 @@ class CausalAttention(CausalLayer):
     # the memory and skip half of what is masked.
     WHOLE, PIECE = 1024, 256
 
-    def __init__(self, channels, heads=8, dropout=0.0):
+    def __init__(self, channels, heads=utils.ATTENTION_HEADS, dropout=0.0):
         super().__init__()
         self.channels, self.heads = channels, heads
         self.scale = (channels // heads) ** -0.5
@@ -1414,18 +1397,16 @@ class RasterSampler:
     def sample(
         self, n, seed=0, first=0, sampling=None, upper=(), known=None, **given
     ):
-        """Draw `n` grids of indices, numbers `first` to `first + n`.
+        """Draw `n` grids of indices; arguments as of `generate`.
 
         Image k is a function of (seed, k) and its own conditions alone, on
         one machine: the same in any request, chunk or order.
 
         Args:
-            sampling: `Sampling`, or None for the plain distribution.
             upper: `(n, h, w)` int arrays, one for each upper grid.
-            known: `(n, h, w)` int array of indices that are not drawn, -1
-                where unknown. Positions after them are drawn given them,
-                positions before are not.
-            given: `label` and `slice_position`, see `generate`; default null.
+            known: `(n, h, w)` int array, -1 where an index is to be drawn; a
+                known index guides the positions after it only.
+            given: `label` and `slice_position`; default null.
 
         Returns: `(n, h, w)` int32 array; `(n,)` float32, the log-probability
             in nats of each grid under the model (temperature 1, all codes, no
@@ -1786,7 +1767,7 @@ class GatedPixelCNN(AutoregressivePrior):
     Reference: van den Oord et al., 2016, arXiv:1606.05328.
     """
 
-    attention, heads = False, utils.ATTENTION_HEADS
+    attention = False
     ATTENTION_EVERY = 4  # blocks
 
     def _build_layers(self):
@@ -1800,7 +1781,7 @@ class GatedPixelCNN(AutoregressivePrior):
         ]
         count = -(-self.settings.blocks // self.ATTENTION_EVERY)
         self.attentions = [
-            CausalAttention(self.channels, self.heads, dropout)
+            CausalAttention(self.channels, dropout=dropout)
             for _ in range(count if self.attention else 0)
         ]
 
@@ -1830,20 +1811,13 @@ class PixelSNAIL(GatedPixelCNN):
 
     Convolutions see what is near in detail, attention sees everything; without
     `attention` the prior is for grids too large to attend to. `channels` is a
-    multiple of `heads`.
+    multiple of `utils.ATTENTION_HEADS`.
 
     Reference: Chen et al., 2018, arXiv:1712.09763.
     """
 
-    def __init__(
-        self,
-        num_embeddings,
-        latent_grid,
-        attention=True,
-        heads=utils.ATTENTION_HEADS,
-        **kwargs,
-    ):
-        self.attention, self.heads = attention, heads
+    def __init__(self, num_embeddings, latent_grid, attention=True, **kwargs):
+        self.attention = attention
         super().__init__(num_embeddings, latent_grid, **kwargs)
 
 

@@ -21,13 +21,13 @@ import collections
 import copy
 import dataclasses
 import functools
-import glob
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import typing
@@ -45,8 +45,8 @@ ndimage = utils.lazy_import("scipy.ndimage")
 tf = utils.lazy_import("tensorflow")
 jinja2 = utils.lazy_import("jinja2")
 
-# Images sampled at a time, of an npz file, and in the grid. A multiple of
-# `sample_chunk`; a few MB, and seconds of work that a kill loses.
+# Images sampled at a time, of an npz file, and in the grid. A multiple of the
+# `chunk_size` of a prior; a few MB, and seconds of work that a kill loses.
 CHUNK = 64
 CALIBRATION = 256  # validation images that anomalies are compared with
 ANOMALIES = 8  # images in the figure
@@ -57,7 +57,7 @@ UNLIKELY = 95  # percentile of 3x3 indices there above which they are redrawn
 RunFolder = Positional[Annotated[str | None, arg(metavar="RUN")]]
 GivenRun = Positional[Annotated[str, arg(metavar="RUN")]]
 Files = Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE")]]
-Few = utils.Number[1, 64]
+Few = utils.integer(1, 64)
 
 
 @utils.settings
@@ -99,7 +99,7 @@ class SamplingArguments:
     """What every verb takes that samples."""
 
     seed: utils.Seed | None = None
-    """Image k depends on the seed and k only (default: the run's seed)."""
+    """Seed of image k, with k and what is asked for (default: the run's)."""
     temperature: utils.Temperature | None = None
     """Sampling temperature; below 1 gives likelier, less varied slices
     (default: chosen for the run; 1 with --top-p)."""
@@ -108,7 +108,7 @@ class SamplingArguments:
     (default: chosen for the run; 1 with --temperature)."""
     top_k: utils.Whole = 0
     """Sample from the k likeliest codes only; 0: all."""
-    guidance: utils.Real[0, 100] = 1.0
+    guidance: utils.number(0, 100) = 1.0
     """Classifier-free guidance; above 1: more typical of the label."""
 
 
@@ -157,7 +157,7 @@ class Evaluate(SamplingArguments, DataArguments):
 
     skip_bad: bool = False
     """Leave out bad files of another data set instead of stopping."""
-    num_samples: utils.Number[1, 5000] | None = None
+    num_samples: utils.integer(1, 5000) | None = None
     """Number of images generated, at most one for each test image (default:
     as in training)."""
     features: Literal["hog", "inception"] = "hog"
@@ -258,15 +258,20 @@ class Trained:
     @classmethod
     def load(cls, run, options):
         """Load the models of a run; `RunError` without priors to sample."""
-        if isinstance(options, Reconstruct):  # a prior may still be in training
-            return cls.of(run, modules.load_model(run.vqvae_path), [], options)
-        vqvae, priors = modules.load_models(run)
-        if not priors and isinstance(options, (Generate, Complete, Anomaly)):
+        missing = [k for k, p in enumerate(run.prior_paths) if not p.exists()]
+        if missing and isinstance(options, (Generate, Complete, Anomaly)):
+            what, level = "this run has no prior", ""
+            if run.has_priors:
+                what = f"{run.prior_names[missing[0]]}.keras is missing"
+                level = f" --prior-level {missing[0] + 1}"
             raise utils.RunError(
-                f"{run.path}: this run has no prior; make one with python "
-                f"train.py --stage prior --run-dir {run.path}"
+                f"{run.path}: {what}; make one with python train.py --stage "
+                f"prior --run-dir {shlex.quote(str(run.path))}{level}"
             )
-        return cls.of(run, vqvae, priors, options)
+        # Priors may still be in training.
+        if missing or isinstance(options, Reconstruct):
+            return cls.of(run, modules.load_model(run.vqvae_path), [], options)
+        return cls.of(run, *modules.load_models(run), options)
 
     @classmethod
     def of(cls, run, vqvae, priors, options=None):
@@ -399,7 +404,7 @@ def plot_samples(path, trained, images, name):
     """Draw generated images, all of them, in order."""
     words = re.sub(r"([a-z])(\d)", r"\1 \2", name).replace("_", ", ")
     title = f"Generated slices, uncurated: {words}"
-    utils.plot_samples(path, *trained.cut(images), title, None, 8)
+    utils.plot_samples(path, *trained.cut(images), title)
 
 
 def check_conditions(trained, options):
@@ -463,16 +468,11 @@ def sample_files(path, kind, first, count):
 def write_chunk(files, chunk):
     """Write what `sample_chunk` returns, each file whole or not at all."""
     if files[0].suffix == ".npz":
-        write_arrays(files[0], chunk)
+        utils.write_arrays(files[0], chunk)
     else:
         for path, pixels in zip(files, chunk["images"], strict=True):
             write = functools.partial(utils.write_png, pixels=pixels)
             utils.write_atomic(path, write)
-
-
-def write_arrays(path, arrays):
-    """Write an npz file, whole or not at all."""
-    utils.write_atomic(path, functools.partial(np.savez_compressed, **arrays))
 
 
 def read_images(files):
@@ -481,8 +481,7 @@ def read_images(files):
         if files[0].suffix == ".png":
             pixels = np.stack([utils.read_png(path) for path in files])
         else:
-            with open(files[0], "rb") as opened, np.load(opened) as chunk:
-                pixels = chunk["images"]
+            pixels = utils.read_arrays(files[0])["images"]
     except Exception:  # missing or damaged
         return ()
     return pixels / np.float32(255)
@@ -535,7 +534,7 @@ def complete(trained, options):
     results = {"images": utils.to_pixels(drawn), "indices_1": grids}
     results |= {"known_1": known, "path": slices.table["path"].to_numpy(str)}
     path = output.path / "completions.npz"
-    write_arrays(path, results)
+    utils.write_arrays(path, results)
     title = f"Top {100 * options.keep_fraction:g} % kept, seed {trained.seed}"
     figure = output.figures_path / "completions.png"
     shown = trained.cut(images, shown, drawn)
@@ -731,9 +730,12 @@ def is_external(run, options):
     external = options.data_dir is not None
     if external and run.split_path.exists():
         first = utils.read_split_table(run).iloc[0]
-        names = Path(options.data_dir).rglob(glob.escape(first["path"]))
-        hashes = (hashlib.sha256(name.read_bytes()) for name in names)
-        external = first["sha256"] not in (part.hexdigest() for part in hashes)
+        external = not any(
+            path.endswith(f"/{first['path']}")
+            and hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            == first["sha256"]
+            for path in dataset.files_below(options.data_dir)
+        )
     if options.skip_bad and not external:
         raise utils.FlagError(
             "--skip-bad: expected another data set in --data-dir, found that "
@@ -815,13 +817,12 @@ def evaluate_vqvae(vqvae, test):
 
 def evaluate_codebook(vqvae, indices):
     """Usage of each codebook over a whole split, bottom first."""
-    size, entries = vqvae.num_embeddings, []
-    for level, grid in enumerate(indices, start=1):
-        about = {"level": level, "grid": list(grid.shape[1:])}
-        entry = about | utils.codebook_stats(grid, size)
-        entries.append(entry | {"num_embeddings": size})
-        del entries[-1]["counts"]
-    return entries
+    size = vqvae.num_embeddings
+    return [
+        {"level": level, "grid": list(grid.shape[1:]), "num_embeddings": size}
+        | utils.codebook_stats(grid, size)
+        for level, grid in enumerate(indices, start=1)
+    ]
 
 
 def about_data(run):
@@ -856,8 +857,10 @@ def evaluate_prior(trained, splits, found):
     entries, per_image = [], 0.0
     for level, prior in enumerate(trained.priors):
         bits = {
-            name: code_bits(prior, modules.prior_inputs(prior, grids[name], of))
-            for name, of in tables.items()
+            name: code_bits(
+                prior, modules.prior_inputs(prior, grids[name], table)
+            )
+            for name, table in tables.items()
         }
         seen, unseen = grids["train"][level], grids["test"][level]
         size = vqvae.num_embeddings
@@ -873,16 +876,17 @@ def evaluate_prior(trained, splits, found):
             }
         )
         per_image += float(bits["test"].sum()) / len(test)
-    per_pixel = found["pixels"] and per_image * len(test) / found["pixels"]
-    entries[0]["bits_per_image"] = per_image
-    entries[0]["bits_per_foreground_pixel"] = per_pixel or None
+    entries[0]["bits_per_image"], per_pixel = per_image, None
+    if found["pixels"]:
+        per_pixel = per_image * len(test) / found["pixels"]
+    entries[0]["bits_per_foreground_pixel"] = per_pixel
     return entries
 
 
-def code_bits(prior, inputs, codes=2**16):
+def code_bits(prior, inputs):
     """Surprisal in bits, -log2 p, of each code: `(N, h, w)` float64."""
     indices, parts = inputs["indices"], []
-    step = max(1, codes // indices[0].size)
+    step = max(1, 2**16 // indices[0].size)  # images at a time
     for k in range(0, len(indices), step):
         part = tf.nest.map_structure(lambda a, k=k: a[k : k + step], inputs)
         parts.append(prior.log_prob(**part).numpy())
@@ -915,7 +919,7 @@ def measure_speed(trained):
         samples, _, _ = trained.generate(count)
         seconds = time.perf_counter() - started
         speed |= {"samples": count, "seconds_for_samples": seconds}
-        path, name = figures / "samples.png", f"seed {trained.seed}"
+        path, name = figures / "samples.png", sample_name(trained, Generate())
         plot_samples(path, trained, samples, name)
     return speed | {"peak_memory_mb": utils.peak_memory_mb()}
 
@@ -942,11 +946,11 @@ def evaluate_samples(trained, splits, options):
         known = [np.full_like(lowest, -1), *upper]
         drawn = trained.generate_like(like["train"].table, known=known)
         sets["upper_real"] = drawn[0]
-    scores = compare(sets, like, options.features)
-    scores["ssim_to_nearest_train"], floor = nearest
-    scores["floor"]["ssim_to_nearest_train"] = floor
     real = like["test"].subjects  # whose conditions the generated have
     owners = {"generated": real, "train": like["train"].subjects}
+    scores = utils.compare_sets(sets, options.features, owners["train"], real)
+    scores["ssim_to_nearest_train"], floor = nearest
+    scores["floor"]["ssim_to_nearest_train"] = floor
     scores["c2st"] = {
         f"{name}_vs_test": utils.c2st(sets[name], sets["test"], own, real)
         for name, own in owners.items()
@@ -964,7 +968,10 @@ def score_samples(trained, train, real, n):
         train, real: `dataset.Slices`; `real` of subjects not trained on.
         n: number of images; no more than there are in either.
     """
-    return compare(*image_sets(trained, train, real, n)[:2])
+    sets, like, _ = image_sets(trained, train, real, n)
+    return utils.compare_sets(
+        sets, "hog", like["train"].subjects, like["test"].subjects
+    )
 
 
 def image_sets(trained, train, test, n):
@@ -986,12 +993,6 @@ def image_sets(trained, train, test, n):
     sets = {name: slices.read()[..., 0] for name, slices in like.items()}
     sets |= {"generated": np.asarray(images), "fit": train.read(rest)[..., 0]}
     return sets, like, -np.asarray(log_prob) / math.log(2)
-
-
-def compare(sets, like, features="hog"):
-    """`utils.compare_sets` of what `image_sets` returns, and more sets."""
-    subjects = like["train"].subjects, like["test"].subjects
-    return utils.compare_sets(sets, features, *subjects)
 
 
 def match_images(test, train, prior, count, seed):
@@ -1054,13 +1055,13 @@ def evaluate_memorization(trained, images, train, test):
     return about | audited, scores
 
 
-def plot_nearest(trained, images, peers, found, audited, copies, count=8):
+def plot_nearest(trained, images, peers, found, audited, copies):
     """Draw the generated images nearest to a training image, copies first."""
     distances = {key: apart for key, (_, apart) in found.items()}
     if copies is None:  # too few unseen images to tell
         copies = np.zeros(len(images), bool)
     # NaN, of blank images, comes last.
-    order = np.lexsort((distances["pixels"], ~copies))[:count]
+    order = np.lexsort((distances["pixels"], ~copies))[:8]
     captions = [
         "\n".join(f"{key} {apart[k]:.2f}" for key, apart in distances.items())
         + "\ncopy" * int(copies[k])
@@ -1072,8 +1073,9 @@ def plot_nearest(trained, images, peers, found, audited, copies, count=8):
     title += f"copies {show_value(audited['copies'])}, "
     title += f"alarm {show_value(audited['alarm'])}"
     pairs = trained.cut(images[order], peers.read(order)[..., 0])
-    path = trained.output.figures_path / "memorization.png"
-    utils.plot_memorization(path, *pairs, captions, title)
+    path, names = trained.output.figures_path, ("generated", "nearest training")
+    path, texts = path / "memorization.png", [None, None, captions]
+    utils.plot_pairs(path, *pairs, names, texts, title, high=0.5)
 
 
 def evaluate_labels(trained, test):
@@ -1142,7 +1144,7 @@ def plot_test_figures(folder, trained, test, found):
     some = [grid[rows] for grid in indices]
     [shown] = trained.cut(shown[..., 0])
     utils.plot_index_maps(folder / "indices.png", shown, some, size)
-    counts = [utils.codebook_stats(grid, size)["counts"] for grid in indices]
+    counts = [utils.code_counts(grid, size) for grid in indices]
     utils.plot_codebook(folder / "codebook.png", counts)
 
 
@@ -1200,7 +1202,9 @@ def summary_rows(evaluation):
         for entry in part if isinstance(part, list) else [part]:
             floor = entry.get("floor") or {}
             for key, value in in_order(entry):
-                text = f"{show_value(value)} {explain(key, 'unit')}".rstrip()
+                is_size = key in ("grid", "image_size")
+                text = (utils.size_text if is_size else show_value)(value)
+                text = f"{text} {explain(key, 'unit')}".rstrip()
                 if key in floor:
                     text += f", floor {show_value(floor[key])}"
                 if key != "floor":
@@ -1233,8 +1237,7 @@ def show_value(value):
             if not key.endswith("_ci95")
         )
     if isinstance(value, (list, tuple)):
-        sizes = all(isinstance(side, int) for side in value)
-        return ("x" if sizes else ", ").join(map(show_value, value))
+        return ", ".join(map(show_value, value))
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, bool):

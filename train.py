@@ -17,7 +17,6 @@ The stages: images -> VQ-VAE -> indices -> priors -> sampling settings ->
 evaluation. All results go to one run folder.
 """
 
-import ast
 import contextlib
 import dataclasses
 import datetime
@@ -62,6 +61,7 @@ OBJECTIVES = {
     "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
 }
 # Flags of a search that the training of its best trial does not have.
+FREE = {"tune", "strategy", "force", "debug", "run_dir"}
 OF_SEARCH = {"tune", "objective", "run_dir", "smoke", "epochs", "prior_epochs"}
 
 
@@ -84,7 +84,8 @@ def main(argv):
         try:
             train(job)
         except utils.Stopped:
-            print(f"continue with: python train.py --resume {job.run.path}")
+            path = shlex.quote(str(job.run.path))
+            print(f"continue with: python train.py --resume {path}")
             raise
         finally:
             job.run.unlock()
@@ -172,6 +173,8 @@ class Job:
     def finish(self, part, model, path):
         """Save the model of a part; the training is past it."""
         utils.write_atomic(path, model.save)
+        # Its scores are those of the model that was there before.
+        self.run.evaluation_path.unlink(missing_ok=True)
         self.run.note_done(part)
 
 
@@ -191,16 +194,16 @@ def start(settings, strategy, signals, argv=()):
     if settings.run.smoke and not settings.run.resume:
         settings = settings.smoked()
     given = utils.flags_given(argv)
-    again = settings.run.stage == "prior" and not settings.run.resume
-    folder = settings.run.run_dir if again else settings.run.resume
+    other_prior = settings.run.stage == "prior" and not settings.run.resume
+    folder = settings.run.run_dir if other_prior else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
-    moved = settings.data.data_dir if "data_dir" in given else None
-    job = Job(run, strategy, signals, moved)
+    data_dir = settings.data.data_dir if "data_dir" in given else None
+    job = Job(run, strategy, signals, data_dir)
     try:
         if folder:
             run.lock()
-        if again:
+        if other_prior:
             begin_stage(job, earlier)
         elif not run.split_path.exists():  # new, or stopped before that
             load_images(job, "condition" in given)
@@ -241,7 +244,7 @@ def plan_resume(job, earlier):
     """
     check_batches(job)
     run, under_way = job.run, "training" in job.run.info
-    priors = run.prior_names * run.has_priors
+    priors = run.prior_names if run.has_priors else []
     parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
     more, before = (
         {part: option(settings, part, "epochs") for part in ["vqvae", *priors]}
@@ -470,8 +473,7 @@ def encode_splits(job, vqvae):
             batches = dataset.ordered_batches(images)
             grids = modules.encode_dataset(vqvae, batches)
             arrays |= {f"{name}_{k}": grid for k, grid in enumerate(grids, 1)}
-    write = functools.partial(np.savez_compressed, **arrays)
-    utils.write_atomic(job.run.indices_path, write)
+    utils.write_arrays(job.run.indices_path, arrays)
     job.run.note_done("indices")
 
 
@@ -559,30 +561,38 @@ def encoding(job, level):
 
 
 def choose_sampling(job, vqvae, priors, images):
-    """Choose the temperature, then top-p, that suit validation images best.
+    """Choose temperature and top-p of each level that suit validation images.
 
     Unless flags give them. The run keeps them for predict.py.
     """
     given = job.settings.run
-    best = {name: getattr(given, name) or 1.0 for name in SAMPLING}
-    enough = len(images.get("validate", ())) >= LEAST_TO_CHOOSE
+    plain = modules.Sampling(given.temperature or 1.0, top_p=given.top_p or 1.0)
+    best = [plain] * vqvae.levels
+    sets = [images.get(name, ()) for name in ("train", "validate")]
     trained = predict.Trained.of(job.run, vqvae, priors)
 
     @functools.cache
-    def distance(temperature, top_p):
-        sampling = modules.Sampling(temperature=temperature, top_p=top_p)
-        sets = images["train"], images["validate"]
-        asked = dataclasses.replace(trained, sampling=[sampling] * vqvae.levels)
+    def distance(*sampling):
+        asked = dataclasses.replace(trained, sampling=list(sampling))
         scores = predict.score_samples(asked, *sets, MOST_TO_CHOOSE)
         # Here "test" are validation images.
         return scores["frechet"]["generated_vs_test"]
 
-    for name in SAMPLING if enough and priors and not given.smoke else ():
-        if getattr(given, name) is None:
-            tried = [{**best, name: value} for value in SAMPLING[name]]
-            best = min(tried, key=lambda values: distance(**values))
-            print(f"sampling: {name} {best[name]:g} suits validation images")
-    sampling = {name: [best[name]] * vqvae.levels for name in SAMPLING}
+    can_choose = priors and min(map(len, sets)) >= LEAST_TO_CHOOSE
+    can_choose = can_choose and not given.smoke
+    levels = reversed(range(vqvae.levels)) if can_choose else ()
+    for level in levels:  # what is drawn above changes what suits below
+        for name, values in SAMPLING.items():
+            if getattr(given, name) is not None:
+                continue
+            tried = []
+            for value in values:
+                own = dataclasses.replace(best[level], **{name: value})
+                tried.append([*best[:level], own, *best[level + 1 :]])
+            best = min(tried, key=lambda sampling: distance(*sampling))
+            text = f"{getattr(best[level], name):g} suits validation images"
+            print(f"sampling: level {level + 1}, {name} {text}", flush=True)
+    sampling = {name: [getattr(x, name) for x in best] for name in SAMPLING}
     job.run.update(sampling=sampling)
     job.run.note_done("sampling")
 
@@ -843,9 +853,10 @@ def search(settings, argv, strategy, signals):
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(settings.run.run_dir or f"runs/{settings.recipe}-tune-{now}")
     settings = utils.replace(settings, run_dir=str(folder))
-    attempt = functools.partial(
-        try_settings, settings, space, strategy, signals
+    begin = functools.partial(
+        start, strategy=strategy, signals=signals, argv=argv
     )
+    attempt = functools.partial(try_settings, settings, space, begin)
     ended = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is experimental
@@ -872,13 +883,8 @@ def open_study(folder, settings, space):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     file = storages.journal.JournalFileBackend(str(path))
     storage = storages.JournalStorage(file)
-    # A study is called by what it searches, so that nothing else gets into it.
-    now = utils.flat(settings)
-    free = {"tune", "strategy", "force", "debug", "run_dir", *space}
-    about = {key: value for key, value in now.items() if key not in free}
-    name, begun = repr((about, space)), optuna.get_all_study_names(storage)
-    if begun and name not in begun:
-        refuse_other_search(folder, ast.literal_eval(begun[0]), (about, space))
+    begun = optuna.get_all_study_names(storage)
+    objectives = OBJECTIVES[settings.search.objective]
     study = optuna.create_study(
         storage=storage,
         # Processes that share a search must not try the same.
@@ -886,34 +892,29 @@ def open_study(folder, settings, space):
             seed=None if begun else settings.run.seed
         ),
         pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
-        study_name=name,
-        directions=OBJECTIVES[settings.search.objective].values(),
+        study_name="search",
+        directions=objectives.values(),
         load_if_exists=True,
     )
+    recipe = utils.flat(settings)
+    now = {k: utils.typed(v) for k, v in recipe.items() if k not in FREE}
+    now |= dict.fromkeys(space, "a range")
     if not begun:
-        study.set_metric_names(list(OBJECTIVES[settings.search.objective]))
-        recipe = {key: now[key] for key in space}
-        study.enqueue_trial(recipe, skip_if_exists=True)
+        study.set_metric_names(list(objectives))
+        study.set_user_attr("settings", now)
+        first = {key: recipe[key] for key in space}
+        study.enqueue_trial(first, skip_if_exists=True)
+    for key, before in study.user_attrs.get("settings", now).items():
+        if now.get(key) != before:
+            raise utils.FlagError(
+                f"--{key.replace('_', '-')}: the search in {folder} has "
+                f"{before}, found {now.get(key)}; repeat its command, or "
+                "choose another --run-dir"
+            )
     return study
 
 
-def refuse_other_search(folder, *searches):
-    """Name a flag that the search in a folder and this one differ in."""
-    before, now = (
-        {**about, **dict.fromkeys(space, "a range")}
-        for about, space in searches
-    )
-    changed = [key for key in now if now[key] != before.get(key)]
-    changed.sort(key=lambda key: "a range" in (before.get(key), now[key]))
-    key = changed[0] if changed else "recipe"
-    raise utils.FlagError(
-        f"--{key.replace('_', '-')}: the search in {folder} has "
-        f"{utils.typed(before.get(key))}, found {utils.typed(now[key])}; "
-        "repeat its command, or choose another --run-dir"
-    )
-
-
-def try_settings(settings, space, strategy, signals, trial):
+def try_settings(settings, space, begin, trial):
     """The objective of a search: train with settings that Optuna suggests.
 
     A training that is refused or diverges is a trial that ended early.
@@ -931,7 +932,7 @@ def try_settings(settings, space, strategy, signals, trial):
     values |= {"tune": 0, "stage": "vqvae" if only_ssim else "all"}
     try:
         settings = utils.replace(settings, **values)
-        return train_trial(settings, strategy, signals, trial)
+        return train_trial(settings, begin, trial)
     except (
         optuna.TrialPruned,
         utils.FlagError,
@@ -945,14 +946,14 @@ def try_settings(settings, space, strategy, signals, trial):
         raise optuna.TrialPruned(note) from error
 
 
-def train_trial(settings, strategy, signals, trial):
+def train_trial(settings, begin, trial):
     """Train the run of a trial; return the scores it is judged by.
 
     Of the weights that the run kept: of the last epoch of the VQ-VAE, of the
     best epoch of each prior.
     """
-    job = start(settings, strategy, signals)
-    run, bits = job.run, settings.run.stage == "all"
+    job, bits = begin(settings), settings.run.stage == "all"
+    run = job.run
     try:
         if not len(job.images["validate"]):
             raise utils.DataError("--tune: no validation images to choose by")

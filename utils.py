@@ -102,6 +102,7 @@ class ResourceError(UserError):
 # What is wrong with a disk or its permissions, not with the program.
 RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE}
 RESOURCE_ERRNOS |= {errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
+RESOURCE_ERRNOS |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
 # Lines that TensorFlow writes at every start, before its log level is read.
 NOTICES = r"^WARNING: All log messages before|^[IW][0-9]{4} |cuInit"
 
@@ -299,19 +300,14 @@ class Between:
         return f"{self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
 
 
-class Number:
-    """`Number[low, high]` is the type of a whole number with bounds."""
-
-    kind = int
-
-    def __class_getitem__(cls, bounds):
-        return Annotated[cls.kind, Between(*bounds)]
+def integer(low, high):
+    """Return the type of a whole number with bounds."""
+    return Annotated[int, Between(low, high)]
 
 
-class Real(Number):
-    """`Real[low, high]` or `Real[low, high, "(]"`: a number with bounds."""
-
-    kind = float
+def number(low, high, ends="[]"):
+    """Return the type of a number with bounds."""
+    return Annotated[float, Between(low, high, ends)]
 
 
 def _read_size(words):
@@ -324,18 +320,18 @@ def size_text(size):
     return "x".join(str(side) for side in size)
 
 
-Count = Number[1, 1_000_000]
-Whole = Number[0, 1_000_000_000]
-Seed = Number[0, 2**31 - 1]
-Channels = Number[1, 4096]
-Weight = Real[0, 1000]
-Fraction = Real[0, 1]
-Momentum = Real[0, 1, "[)"]
-Share = Rate = Real[0, 1, "(]"]
-Temperature = Real[0, 10, "(]"]
+Count = integer(1, 1_000_000)
+Whole = integer(0, 1_000_000_000)
+Seed = integer(0, 2**31 - 1)
+Channels = integer(1, 4096)
+Weight = number(0, 1000)
+Fraction = number(0, 1)
+Momentum = number(0, 1, "[)")
+Share = Rate = number(0, 1, "(]")
+Temperature = number(0, 10, "(]")
 Folder = Annotated[str | None, arg(metavar="DIR")]
 ImageSize = Annotated[
-    tuple[Number[16, 4096], Number[16, 4096]],
+    tuple[integer(16, 4096), integer(16, 4096)],
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="H[xW]",
@@ -479,50 +475,54 @@ def replace(settings, **values):
 
 
 @settings
-class DataSettings:
+class ReadSettings:
+    """How a folder of images is read."""
+
+    subject_pattern: str | None = None
+    """For --dataset folder: regular expression of paths with groups named
+    subject, slice, label (default: guessed)."""
+    image_size: ImageSize | None = None
+    """Height and width in pixels, a multiple of the total downsampling
+    (default: the most common size of the data)."""
+    resize: bool = False
+    """Resample images of another size."""
+    skip_bad: bool = False
+    """Leave out unfit files instead of stopping."""
+
+
+@settings
+class DataSettings(ReadSettings):
     """The images."""
 
     dataset: Literal["phantom", "oasis", "adni", "hipmri", "folder"] = "phantom"
     """Layout of the data; phantom: simulated brains, no data needed."""
     data_dir: Folder = None
     """Folder of a real data set."""
-    subject_pattern: str | None = None
-    """For --dataset folder: regular expression of file names with groups
-    named subject, slice, label (default: guessed)."""
-    phantom_subjects: Number[3, 100_000] = 80
+    phantom_subjects: integer(3, 100_000) = 80
     """Simulated subjects."""
-    image_size: ImageSize | None = None
-    """Height and width in pixels, a multiple of the total downsampling
-    (default: the most common size of the data)."""
-    resize: bool = False
-    """Resample images of another size."""
     crop: bool = True
     """Train on the box that holds content; outputs have the whole frame."""
-    skip_bad: bool = False
-    """Leave out unfit files instead of stopping."""
 
 
 @settings
 class VQVAESettings:
     """The VQ-VAE."""
 
-    levels: Number[1, 3] = 1
+    levels: integer(1, 3) = 1
     """Latent grids, each half the size of the one below."""
     downsampling: Literal[2, 4, 8, 16, 32] = 4
     """Pixels per latent of the bottom grid, each way."""
     channels: Channels = 128
     """Feature channels."""
-    residual_blocks: Number[0, 64] = 2
+    residual_blocks: integer(0, 64) = 2
     """Residual blocks in a stack."""
     residual_channels: Channels = 32
     """Channels inside a residual block."""
-    upsampling_blocks: Number[0, 64] = 0
-    """Residual blocks after each doubling in the decoder."""
-    num_embeddings: Number[2, 65_536] = 512
+    num_embeddings: integer(2, 65_536) = 512
     """Code vectors, K."""
     embedding_dim: Channels = 64
     """Length of a code vector, D."""
-    commitment_cost: Real[0, 100] = 0.25
+    commitment_cost: number(0, 100) = 0.25
     """Weight of the commitment loss, beta."""
     codebook_update: Literal["ema", "gradient"] = "ema"
     """How code vectors learn: moving averages (ema), or gradients."""
@@ -548,15 +548,15 @@ class PriorSettings:
     """Network."""
     channels: Annotated[Channels, arg(name="prior-channels")] = 128
     """Feature channels."""
-    blocks: Annotated[Number[1, 128], arg(name="prior-blocks")] = 5
+    blocks: Annotated[integer(1, 128), arg(name="prior-blocks")] = 5
     """Residual blocks."""
     kernel_size: Annotated[
         Literal[3, 5, 7, 9, 11, 13, 15], arg(name="prior-kernel-size")
     ] = 7
     """Side of the first kernel, in latents."""
-    head_layers: Annotated[Number[0, 16], arg(name="prior-head-layers")] = 2
+    head_layers: Annotated[integer(0, 16), arg(name="prior-head-layers")] = 2
     """1x1 layers after the blocks."""
-    dropout: Annotated[Real[0, 0.9], arg(name="prior-dropout")] = 0.0
+    dropout: Annotated[number(0, 0.9), arg(name="prior-dropout")] = 0.0
     """Share of features dropped in training."""
     attention: Annotated[
         Literal["top", "all", "none"], arg(name="prior-attention")
@@ -566,7 +566,7 @@ class PriorSettings:
     """Give every layer sine features of the grid position."""
     condition: Literal["none", "label", "slice", "label,slice"] = "none"
     """Class label, slice position or both, which samples can be asked for."""
-    condition_dropout: Real[0, 0.9] = 0.1
+    condition_dropout: number(0, 0.9) = 0.1
     """Share of conditions hidden in training, for guidance."""
 
 
@@ -619,7 +619,7 @@ class RunSettings:
     """Folder of results (default: runs/RECIPE-DATE-TIME)."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Continue the training of this run folder, with more epochs if given."""
-    prior_level: Number[1, 3] | None = None
+    prior_level: integer(1, 3) | None = None
     """Train the prior of this level only; 1: the bottom."""
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = (
         "auto"
@@ -633,7 +633,7 @@ class RunSettings:
     """Seed of every random choice."""
     evaluate: bool = True
     """Evaluate at the end; predict.py evaluate does it, too."""
-    num_samples: Number[1, 5_000] = 256
+    num_samples: integer(1, 5_000) = 256
     """Images sampled for the evaluation."""
     temperature: Temperature | None = None
     """Sampling temperature (default: chosen on validation subjects)."""
@@ -651,7 +651,7 @@ class RunSettings:
 class SearchSettings:
     """Search for settings."""
 
-    tune: Number[0, 100_000] = 0
+    tune: integer(0, 100_000) = 0
     """Trials, each for --epochs and --prior-epochs; 0: train once."""
     objective: Literal["ssim", "ssim+bits"] = "ssim"
     """SSIM of validation images; or that and bits per image of the prior."""
@@ -786,7 +786,8 @@ def list_recipes():
     for name, recipe in RECIPES.items():
         rows += [f"{name}: {recipe.description}", f"  {recipe.source}"]
         rows += [f"  figure of the original: {recipe.figure}"]
-        rows += [f"  {line}" for line in textwrap.wrap(recipe.flags, 76)]
+        flags = textwrap.wrap(recipe.flags, 76, break_on_hyphens=False)
+        rows += [f"  {line}" for line in flags]
     return "\n".join(rows)
 
 
@@ -824,7 +825,7 @@ def _refuse(flags, event):
     tokens = getattr(event, "tokens", getattr(event, "unrecognized_tokens", []))
     if tokens:
         name = tokens[0].split("=")[0]
-        near = difflib.get_close_matches(name, flags, 1)
+        near = difflib.get_close_matches(name, flags, 1, cutoff=0.7)
         advice = f"did you mean {near[0]}?" if near else "see --help"
         raise FlagError(f"{name}: unknown argument; {advice}")
     if isinstance(event, tyro._errors.MissingArgs):
@@ -875,7 +876,8 @@ def flags_given(argv):
         if word.startswith("--"):
             name, equals, text = word.removeprefix("--").partition("=")
             key = name.replace("-", "_").removeprefix("no_")
-            given[key] = text if equals else after
+            is_value = not after.startswith("--")
+            given[key] = text if equals else after * is_value
     return given
 
 
@@ -954,7 +956,7 @@ def _check_together(chosen, is_new):
 
 # ------------------------------------------------------------ 3. Run folder
 
-FORMAT = 3
+FORMAT = 4
 # Whose versions a run notes; the last four decide scores.
 PACKAGES = "tensorflow keras numpy pandas matplotlib nibabel "
 PACKAGES += "scikit-image scikit-learn scipy pillow"
@@ -971,6 +973,7 @@ def write_atomic(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = f"tmp-{_HOST}-{os.getpid()}"
     temporary = path.with_name(f"{path.name}.{mark}{path.suffix}")
+    _remove(temporary)  # in a container numbers of processes repeat
     try:
         write(temporary)
         for written in (*temporary.rglob("*"), temporary):
@@ -987,13 +990,13 @@ def remove_temporary_files(paths):
     Only this machine's: whether a process of another one lives is not known.
     """
     for path in list(paths):
-        found = re.search(rf"\.tmp-{_HOST}-(\d+)", path.name)
-        try:
-            os.kill(int(found[1]) if found else os.getpid(), 0)
-        except ProcessLookupError:
-            _remove(path)
-        except PermissionError:  # a process of someone else
-            pass
+        if found := re.search(rf"\.tmp-{_HOST}-(\d+)", path.name):
+            try:
+                os.kill(int(found[1]), 0)
+            except ProcessLookupError:
+                _remove(path)
+            except PermissionError:  # a process of someone else
+                pass
 
 
 def _remove(path):
@@ -1109,7 +1112,9 @@ class Run:
     def training_settings(self):
         """`Settings` of the training under way, else of the models."""
         training = self.info.get("training")
-        return self._read(training["settings"]) if training else self.settings
+        if training:
+            return self._read_settings(training["settings"])
+        return self.settings
 
     @classmethod
     def create(cls, settings):
@@ -1220,18 +1225,15 @@ class Run:
                 "the version that made it"
             )
         run = cls(path, Settings(), info)
-        run.settings, run._of_models = run._read(stored), stored
+        run.settings, run._of_models = run._read_settings(stored), stored
         return run
 
-    def _read(self, stored):
+    def _read_settings(self, stored):
         """Return settings that `config.json` holds, checked like flags."""
         try:
-            # Settings that an earlier version had are left out.
             values = {key: stored[key] for key in flat(Settings())}
             for key, value in values.items():
                 values[key] = tuple(value) if isinstance(value, list) else value
-            if values["stage"] == "decoder":  # so is its stage
-                values["stage"] = "all"
             return replace(Settings(), **values)
         except (AttributeError, KeyError, TypeError, FlagError) as error:
             text = f"{self.config_path}: unfit setting: {error}"
@@ -1272,16 +1274,21 @@ class Run:
 _DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
-def _read_arrays(path):
+def read_arrays(path):
     """Return the arrays of an npz file, and leave no damaged one open."""
     with open(path, "rb") as opened, np.load(opened) as archive:
         return dict(archive)
 
 
+def write_arrays(path, arrays, save=np.savez_compressed):
+    """Write an npz file atomically."""
+    write_atomic(path, lambda p: save(p, **arrays))
+
+
 def write_checkpoint(path, state, arrays):
     """Write a dict of JSON values and one of arrays to `path`.npz."""
     text = json.dumps(state, allow_nan=False)
-    write_atomic(f"{path}.npz", lambda p: np.savez(p, state=text, **arrays))
+    write_arrays(f"{path}.npz", {**arrays, "state": text}, np.savez)
 
 
 def read_checkpoint(path):
@@ -1290,7 +1297,7 @@ def read_checkpoint(path):
     if not path.exists():
         return {}, {}
     try:
-        arrays = _read_arrays(path)
+        arrays = read_arrays(path)
         return json.loads(str(arrays.pop("state"))), arrays
     except _DAMAGE as error:
         raise RunError(
@@ -1316,7 +1323,7 @@ def read_evaluation(run):
 
 def read_indices(run):
     """Return `indices.npz` of a run as a dict of arrays."""
-    return _read(run.indices_path, _read_arrays)
+    return _read(run.indices_path, read_arrays)
 
 
 def read_history(run):
@@ -1432,17 +1439,16 @@ def _sum_of_workers(strategy):
     return tf.function(total)
 
 
-def any_worker(strategy, flags):
-    """Return which `flags` any worker has set; each worker must call this."""
+def any_worker(strategy, flag):
+    """Return whether any worker has set `flag`; each worker must call this."""
     if not is_multi_worker(strategy):
-        return list(flags)
-    totals = _sum_of_workers(strategy)(tf.constant(flags, tf.int32))
-    return [bool(total) for total in totals]
+        return flag
+    return bool(_sum_of_workers(strategy)(tf.constant(flag, tf.int32)))
 
 
 def wait_for_workers(strategy):
     """Return when every worker has come this far."""
-    any_worker(strategy, [False])
+    any_worker(strategy, False)
 
 
 def peak_memory_mb():
@@ -1551,6 +1557,8 @@ def bootstrap(statistic, subjects, n=2000, seed=0):
         return {"mean": None, "ci95": [None, None]}
     share = np.full(len(names), 1 / len(names))
     draws = np.random.default_rng(seed).multinomial(len(names), share, n)
+    if len(names) == 1:
+        return {"mean": float(value), "ci95": [None, None]}
     values = [statistic(draw[owner]) for draw in draws]
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return {"mean": float(value), "ci95": [float(low), float(high)]}
@@ -1569,9 +1577,14 @@ def mean_of(values):
     return mean
 
 
+def code_counts(indices, num_embeddings):
+    """Return how often each code occurs, (K,)."""
+    return np.bincount(np.ravel(indices), minlength=num_embeddings)
+
+
 def codebook_stats(indices, num_embeddings):
-    """Return usage (0..1), perplexity, entropy and counts of the codes."""
-    counts = np.bincount(np.ravel(indices), minlength=num_embeddings)
+    """Return usage (0..1), perplexity and entropy of the codes."""
+    counts = code_counts(indices, num_embeddings)
     used = counts[counts > 0]
     share = used / used.sum()
     entropy = float(-(share * np.log2(share)).sum()) + 0.0  # no "-0.0"
@@ -1579,7 +1592,6 @@ def codebook_stats(indices, num_embeddings):
         "usage": len(used) / num_embeddings,
         "perplexity": 2.0**entropy,
         "entropy_bits": entropy,
-        "counts": counts,
     }
 
 
@@ -1589,11 +1601,9 @@ def unigram_bits(train_indices, test_indices, num_embeddings):
     What a prior that sees no neighbours would reach; every count is raised
     by one, so that a code new to the test set has a finite cost.
     """
-    train, test = (
-        np.bincount(np.ravel(indices), minlength=num_embeddings)
-        for indices in (train_indices, test_indices)
-    )
-    share = (train + 1) / (train + 1).sum()
+    train = code_counts(train_indices, num_embeddings) + 1
+    test = code_counts(test_indices, num_embeddings)
+    share = train / train.sum()
     return float(test @ -np.log2(share) / test.sum())
 
 
@@ -2082,38 +2092,28 @@ def image_grid(path, rows, captions=None, titles=None, title=""):
     _save_figure(figure, path)
 
 
-def plot_samples(path, images, title, captions=None, columns=None):
-    """Draw every image given, in order; without `columns` nearly a square."""
-    images, texts = list(_planes(images)), captions and list(captions)
-    if columns is None:
-        ideal = math.sqrt(len(images) * np.divide(*images[0].shape))
-        columns = min(len(images), max(1, round(ideal)))
+def plot_samples(path, images, title, captions=None, columns=8):
+    """Draw every image given, in order."""
+    images = _planes(images)
     parts = [slice(k, k + columns) for k in range(0, len(images), columns)]
-    rows = [images[part] for part in parts]
-    image_grid(path, rows, texts and [texts[p] for p in parts], title=title)
+    texts = captions and [captions[part] for part in parts]
+    image_grid(path, [images[p] for p in parts], texts, title=title)
 
 
-def _with_difference(a, b, high=None):
-    """Return two rows of images, and one of their difference up to `high`."""
+def plot_pairs(path, a, b, names, texts, title, high=None):
+    """Draw two rows of images called `names`, and how they differ."""
     a, b = _planes(a), _planes(b)
-    return [a, b, maps(np.abs(a - b), "intensity", high)]
+    rows = [a, b, maps(np.abs(a - b), "intensity", high)]
+    image_grid(path, rows, texts, [*names, "|difference|"], title)
 
 
 def plot_reconstructions(
-    path, originals, results, ssim_values, title="", captions=None
+    path, originals, results, scores, title="reconstruction", captions=None
 ):
     """Draw originals, reconstructions with their SSIM, and differences."""
-    texts = [None, [f"SSIM {float(v):.3f}" for v in ssim_values], captions]
-    titles = ["original", "reconstruction", "|difference|"]
-    rows, title = _with_difference(originals, results), title or titles[1]
-    image_grid(path, rows, texts, titles, title)
-
-
-def plot_memorization(path, generated, nearest, captions, title):
-    """Draw generated images, their nearest training images, differences."""
-    titles = ["generated", "nearest\nin training", "|difference|"]
-    rows = _with_difference(generated, nearest, high=0.5)
-    image_grid(path, rows, [None, None, captions], titles, title)
+    texts = [None, [f"SSIM {value:.3f}" for value in scores], captions]
+    names = "original", "reconstruction"
+    plot_pairs(path, originals, results, names, texts, title)
 
 
 def plot_index_maps(path, images, indices_per_level, num_embeddings):

@@ -34,7 +34,8 @@ def test_speed():
 
 def test_lesions(tiny_run):
     for row in measure(lesions, tiny_run.path, "--restorations", 1)["lesions"]:
-        assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
+        assert 0 <= row["value"] <= 1
+        assert row["low"] is row["high"] is None  # of one subject
     image = np.pad(np.full((48, 40), 0.5, np.float32), ((8, 8), (12, 12)))
     changed, mask = lesions.add_lesion(image, 3)
     assert (changed == lesions.add_lesion(image, 3)[0]).all()

@@ -171,7 +171,6 @@ GIVEN = (INDICES, UPPER, NUMBERS, POSITIONS)
 GRADIENT = {"codebook_update": "gradient"}
 VQ = SMALL_VQVAE | {"image_size": (16, 16)}
 BOX = VQ | {"crop": (2, 0, 12, 16), "mask_weight": 0.5}
-DETAILS = BOX | {"upsampling_blocks": 2}
 PLAIN = SMALL_PRIOR | {"latent_grid": (4, 8), "blocks": 1}
 FULL = PLAIN | LOWER | {"condition_dropout": 0.3, "dropout": 0.1}
 # Mix, place, slice and its null, labels; codes above, two units, split.
@@ -182,7 +181,6 @@ M = modules
 MODELS = {
     # A level: encoder 8, projection 2, decoder 8; above the first a preview.
     "vqvae": (M.VQVAE, BOX, [IMAGES], 18, 4),
-    "vqvae-details": (M.VQVAE, DETAILS, [IMAGES], 18 + 2 + 8, 4),
     "vqvae-g": (M.VQVAE, VQ | GRADIENT | {"levels": 2}, [IMAGES], 40, 6),
     "vqvae-3": (M.VQVAE, VQ | {"levels": 3, "seed": 3}, [IMAGES], 58, 12),
     # Embedding, stem, blocks, head, logits; with conditions the context map.

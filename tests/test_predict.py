@@ -403,7 +403,7 @@ def test_nothing_of_the_removed_part_leaks(run, tmp_path):
         np.testing.assert_array_equal(values, expected[name])
 
 
-def test_kept_region_resembles_the_image(run):
+def test_indices_that_are_kept(run):
     test = dataset.load_run(run, needed=("test",))["test"].take([0, 1])
     paths = [test.root / path for path in test.table["path"]]
     found = completions(run, *paths, "-n", "6", "--seed", "3")
@@ -413,29 +413,8 @@ def test_kept_region_resembles_the_image(run):
     for one, grids in zip(known, drawn, strict=True):
         assert np.all((grids == one) | (one < 0))
         assert not np.all(grids == grids[0])
-    rebuilt = modules.load_models(run)[0].reconstruct(test.read()).numpy()
-    error = np.abs(found["images"] / 255 - rebuilt[:, None, ..., 0])
-    assert error[:, :, :8].mean() < 0.5 * error[:, :, 16:].mean()
+    assert known.shape[1] * 0.3 < (known >= 0).any(axis=2).sum(axis=1).min()
     assert "completions" in figures(run.figures_path)
-
-
-def test_cells_kept_are_a_cell_from_the_cut():
-    whole, box = (0, 0, 64, 32), (8, 4, 48, 24)
-    for crop, fraction, cut, kept in (
-        (whole, 0.5, 32, 7),
-        (whole, 0.36, 23, 4),
-        (box, 0.5, 32, 5),
-        (box, 1.0, 64, 12),
-    ):
-        rows = crop[2] // 4
-        vqvae = types.SimpleNamespace(
-            image_size=(64, 32), box=crop, latent_grids=[(rows, 8)]
-        )
-        pixels, cells = predict.kept_part(vqvae, fraction)
-        assert (pixels, cells.sum()) == (cut, kept)
-        assert cells[:kept].all() and len(cells) == rows
-    with pytest.raises(utils.FlagError, match="^--keep-fraction: 0.05 keeps"):
-        predict.kept_part(vqvae, 0.05)
 
 
 # Anomaly

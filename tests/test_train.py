@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,32 +314,35 @@ def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
     assert seen == [(0.5, True, rows, 0), (0.25, True, rows, 1)]
 
 
-def test_sampling_is_chosen_on_validation_images(
+def test_sampling_of_each_level_is_chosen_on_validation_images(
     tiny_run, tmp_path, monkeypatch
 ):
     def score(trained, train, real, n):
         assert set(real.table["split"]) == {"validate"}
-        (only,) = trained.sampling
-        distance = abs(only.temperature - 0.8) + abs(only.top_p - 0.95)
+        distance = 0
+        for k, level in enumerate(trained.sampling):
+            distance += abs(level.temperature - 0.7 - 0.1 * k)
+            distance += abs(level.top_p - 0.95)
         return {"frechet": {"generated_vs_test": distance}}
 
     monkeypatch.setattr(predict, "score_samples", score)
     monkeypatch.setattr(train, "LEAST_TO_CHOOSE", SLICES)
     run = copy_run(tiny_run, tmp_path)
-    models, images = modules.load_models(run), dataset.load_run(run)
-    for given, temperature, top_p in (
-        ({}, 0.8, 0.95),
-        ({"temperature": 0.9}, 0.9, 0.95),
-        ({"temperature": 0.7, "top_p": 0.5}, 0.7, 0.5),
-        ({"smoke": True}, 1.0, 1.0),
+    images, two_levels = dataset.load_run(run), SimpleNamespace(levels=2)
+    for given, temperatures, top_p in (
+        ({}, [0.7, 0.8], 0.95),
+        ({"temperature": 0.9}, [0.9, 0.9], 0.95),
+        ({"temperature": 0.7, "top_p": 0.5}, [0.7, 0.7], 0.5),
+        ({"smoke": True}, [1.0, 1.0], 1.0),
     ):
         free = {"temperature": None, "top_p": None, "smoke": False}
         run.settings = utils.replace(run.settings, **{**free, **given})
+        run.info["sampling"] = None
         job = train.Job(run, None, None)
         job.begin({"sampling"})
-        train.choose_sampling(job, *models, images)
+        train.choose_sampling(job, two_levels, [None] * 2, images)
         found = utils.Run.open(run.path).info["sampling"]
-        assert found == {"temperature": [temperature], "top_p": [top_p]}
+        assert found == {"temperature": temperatures, "top_p": [top_p] * 2}
 
 
 def test_no_prior_over_a_collapsed_codebook_unless_forced(

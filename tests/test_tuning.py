@@ -52,7 +52,7 @@ def fake(monkeypatch, measure):
     """Replace the training of a trial; return the settings that it gets."""
     seen = []
 
-    def train_trial(settings, strategy, signals, trial):
+    def train_trial(settings, begin, trial):
         seen.append(settings)
         return measure(settings, len(seen))
 
