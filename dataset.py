@@ -245,10 +245,10 @@ def _in_order(table):
 
 
 def _list_files(root, dataset):
-    """Return the folder of the split folders, a table of what is in them, and
-    the lists `ignored` and `notes` of `Index`.
+    """Return the folder of the split folders and a table of what is in them.
 
-    Columns: path, relative to that folder; split, "" for none; stem, the path
+    The lists `ignored` and `notes` of `Index` come after these two. Columns of
+    the table: path, relative to that folder; split, "" for none; stem, the path
     without the folder that gives the split. Of "folder" all images are listed,
     of a layout the files that are named as its.
     """
@@ -371,11 +371,8 @@ def _tells_subjects(guess, stems):
     found = stems.str.extract(guess)["subject"].dropna()
     # pandas takes all names for one that are not valid UTF-8.
     count, doubtful = len(set(map(_canonical, found))), guess in GUESSES[-2:]
-    if (
-        count < 1 + 2 * doubtful
-        or doubtful
-        and len(found) > MOST_SLICES * count
-    ):
+    least = 3 if doubtful else 1
+    if count < least or (doubtful and len(found) > MOST_SLICES * count):
         return False
     return len(found) >= 0.9 * len(stems)
 
@@ -1878,7 +1875,7 @@ def _subject_folders(paths):
     )
     folders = {tuple(p) for p in parts}
     for level in zip(*parts, strict=False) if alike else ():
-        # The first that is no class: there are nearly as many as folders.
+        # The first that is no class: of classes there are few.
         count = len(set(level))
         if count == len(folders) or count > 1 and 4 * count >= len(folders):
             return level

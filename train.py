@@ -60,8 +60,9 @@ OBJECTIVES = {
     "ssim": {"ssim": "maximize"},
     "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
 }
-# Flags of a search that the training of its best trial does not have.
+# What may differ when a search is continued.
 FREE = {"tune", "strategy", "force", "debug", "run_dir"}
+# Flags of a search that the training of its best trial does not have.
 OF_SEARCH = {"tune", "objective", "run_dir", "smoke", "epochs", "prior_epochs"}
 
 
@@ -578,10 +579,10 @@ def choose_sampling(job, vqvae, priors, images):
         # Here "test" are validation images.
         return scores["frechet"]["generated_vs_test"]
 
-    can_choose = priors and min(map(len, sets)) >= LEAST_TO_CHOOSE
-    can_choose = can_choose and not given.smoke
-    levels = reversed(range(vqvae.levels)) if can_choose else ()
-    for level in levels:  # what is drawn above changes what suits below
+    enough = min(map(len, sets)) >= LEAST_TO_CHOOSE
+    can_choose = priors and enough and not given.smoke
+    # From the top down: what is drawn above changes what suits below.
+    for level in reversed(range(vqvae.levels)) if can_choose else ():
         for name, values in SAMPLING.items():
             if getattr(given, name) is not None:
                 continue
@@ -896,13 +897,13 @@ def open_study(folder, settings, space):
         directions=objectives.values(),
         load_if_exists=True,
     )
-    recipe = utils.flat(settings)
-    now = {k: utils.typed(v) for k, v in recipe.items() if k not in FREE}
+    values = utils.flat(settings)
+    now = {k: utils.typed(v) for k, v in values.items() if k not in FREE}
     now |= dict.fromkeys(space, "a range")
     if not begun:
         study.set_metric_names(list(objectives))
         study.set_user_attr("settings", now)
-        first = {key: recipe[key] for key in space}
+        first = {key: values[key] for key in space}
         study.enqueue_trial(first, skip_if_exists=True)
     for key, before in study.user_attrs.get("settings", now).items():
         if now.get(key) != before:
