@@ -843,12 +843,13 @@ def search(settings, argv, strategy, signals):
     folder of each trial. Test images have no part in it.
     """
     bits = settings.search.objective == "ssim+bits"
-    space = {
-        key: how
-        for key, how in utils.RECIPES[settings.recipe].search.items()
-        if key not in utils.flags_given(argv)
-        and (bits or not key.startswith("prior"))
-    }
+    own, space = utils.flat(settings), {}
+    for key, how in utils.RECIPES[settings.recipe].search.items():
+        searched = bits or not key.startswith("prior")
+        if searched and key not in utils.flags_given(argv):
+            if "choices" in how:  # the first trial tries the recipe's own
+                how = {"choices": sorted({*how["choices"], own[key]})}
+            space[key] = how
     if not space:
         raise utils.FlagError("--tune: the flags given leave nothing to search")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -20,6 +20,7 @@ SPACE = {
     "prior_blocks": {"low": 1, "high": 8},
 }
 NAMES = ["learning_rate", "residual_blocks", "embedding_dim"]
+BOTH = ["--objective", "ssim+bits"]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_a_search_and_its_continuation(oasis_dir, tmp_path, capsys, plain):
 
 
 def test_two_objectives(oasis_dir, tmp_path, plain):
-    flags = [*tiny_flags(oasis_dir), "--objective", "ssim+bits"]
+    flags = [*tiny_flags(oasis_dir), *BOTH]
     run_dir = tmp_path / "search"
     (trial,) = search(run_dir, 1, *flags).itertuples()
     run = utils.Run.open(run_dir / trial.run)
@@ -120,6 +121,19 @@ def test_trials_follow_from_the_seed_and_begin_with_the_recipe(
     assert {settings.run.stage for settings in seen} == {"vqvae"}
 
 
+@pytest.mark.parametrize("name", utils.RECIPES)
+def test_the_first_trial_is_the_recipe(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "RECIPES", utils._read_recipes())
+    seen = fake(monkeypatch, lambda settings, number: (0.5, 10))
+    flags = ["--recipe", name, "--data-dir", str(tmp_path), *BOTH]
+    if name == "quickstart":
+        flags[2:4] = []
+    search(tmp_path / "search", 1, *flags)
+    tried, asked = utils.flat(seen[0]), utils.flat(utils.RECIPES[name].settings)
+    searched = utils.RECIPES[name].search
+    assert searched and all(tried[key] == asked[key] for key in searched)
+
+
 def test_a_trial_that_fails_does_not_end_the_search(tmp_path, monkeypatch):
     errors = {
         1: utils.NumericsError("vqvae: not finite in step 3"),
@@ -143,7 +157,7 @@ def test_a_trial_that_fails_does_not_end_the_search(tmp_path, monkeypatch):
 def test_pareto_front(tmp_path, monkeypatch, capsys):
     values = [(0.5, 10), (0.6, 20), (0.55, 30), (0.4, 5)]
     fake(monkeypatch, lambda settings, number: values[number - 1])
-    table = search(tmp_path / "search", 4, "--objective", "ssim+bits")
+    table = search(tmp_path / "search", 4, *BOTH)
     assert list(table["best"]) == [True, True, False, True]
     lines = capsys.readouterr().out.split("with:\n")[1].splitlines()
     assert lines[0] == "trial 1: ssim 0.6, bits per image 20"
