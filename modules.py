@@ -1768,7 +1768,7 @@ class GatedPixelCNN(AutoregressivePrior):
     """
 
     attention = False
-    ATTENTION_EVERY = 4  # blocks
+    ATTENTION_EVERY = 2  # blocks
 
     def _build_layers(self):
         kernel_size, dropout = self.settings.kernel_size, self.settings.dropout
@@ -1807,7 +1807,7 @@ class GatedPixelCNN(AutoregressivePrior):
 
 @register
 class PixelSNAIL(GatedPixelCNN):
-    """Gated blocks with causal attention after every fourth and the last.
+    """Gated blocks with causal attention after every second and the last.
 
     Convolutions see what is near in detail, attention sees everything; without
     `attention` the prior is for grids too large to attend to. `channels` is a

@@ -657,7 +657,7 @@ class SearchSettings:
     """SSIM of validation images; or that and bits per image of the prior."""
 
 
-ATTENTION_HEADS = 8  # of a PixelSNAIL
+ATTENTION_HEADS = 2  # of a PixelSNAIL
 SMOKE_STEPS = 3
 SMOKE_IMAGES = 8
 SMOKE_SUBJECTS = 4
@@ -956,7 +956,7 @@ def _check_together(chosen, is_new):
 
 # ------------------------------------------------------------ 3. Run folder
 
-FORMAT = 4
+FORMAT = 5
 # Whose versions a run notes; the last four decide scores.
 PACKAGES = "tensorflow keras numpy pandas matplotlib nibabel "
 PACKAGES += "scikit-image scikit-learn scipy pillow"

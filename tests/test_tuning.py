@@ -123,15 +123,12 @@ def test_trials_follow_from_the_seed_and_begin_with_the_recipe(
 
 @pytest.mark.parametrize("name", utils.RECIPES)
 def test_the_first_trial_is_the_recipe(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "RECIPES", utils._read_recipes())
-    seen = fake(monkeypatch, lambda settings, number: (0.5, 10))
-    flags = ["--recipe", name, "--data-dir", str(tmp_path), *BOTH]
-    if name == "quickstart":
-        flags[2:4] = []
-    search(tmp_path / "search", 1, *flags)
-    tried, asked = utils.flat(seen[0]), utils.flat(utils.RECIPES[name].settings)
-    searched = utils.RECIPES[name].search
-    assert searched and all(tried[key] == asked[key] for key in searched)
+    recipe = utils._read_recipes()[name]
+    monkeypatch.setitem(utils.RECIPES, name, recipe)
+    seen = fake(monkeypatch, lambda *_: (0.5, 10))
+    search(tmp_path / "search", 1, "--recipe", name, "--smoke", *BOTH)
+    tried, own = map(utils.flat, (seen[0], recipe.settings))
+    assert all(tried[key] == own[key] for key in recipe.search)
 
 
 def test_a_trial_that_fails_does_not_end_the_search(tmp_path, monkeypatch):

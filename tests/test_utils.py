@@ -167,7 +167,7 @@ def test_the_environment_of_the_user_does_not_matter(tmp_path):
     --prior-level 4 | a whole number in [1, 3], found 4
     --prior-level x | a whole number in [1, 3], found 'x'
     --prior-level 2 | at most 1, found 2
-    --prior-channels 9 --prior pixelsnail | expected a multiple of 8
+    --prior-channels 9 --prior pixelsnail | expected a multiple of 2
     --recompute --prior-dropout 0.1 | does not go with --prior-dropout
     --recipe x | one of quickstart, adni-vqvae-pixelcnn
     --image-size axb | H or HxW, both a whole number in [16, 4096], found 'a'
@@ -200,9 +200,6 @@ def test_every_flag_shows_help_bounds_and_default(capsys):
         "--channels [1, 4096] Feature channels. (default: 48)",
         "--top-p (0, 1] Probability that the codes sampled from hold (default:",
         "--image-size {None}|H[xW] Height and width in pixels",
-        "--crop, --no-crop",
-        "{pixelcnn,gated,pixelsnail}",
-        "Side of the first kernel, in latents. (default: 5)",
     ):
         assert part in text
 
@@ -216,12 +213,9 @@ def test_values_are_read_by_type():
     assert (chosen.run.seed, chosen.run.run_dir) == (7, "r")
     assert chosen.vqvae.ssim_weight == 1.0 and chosen.prior.network == "gated"
     assert chosen.conditions == ("label", "slice")
-    assert utils.Settings().conditions == ()
     for word, size in (("64", (64, 64)), ("None", None)):
         chosen = utils.parse_training(["--image-size", word])
         assert chosen.data.image_size == size
-    chosen = utils.parse_training(["--dataset", "oasis", "--smoke"])
-    assert chosen.run.smoke and chosen.data.data_dir is None
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(capsys):
@@ -235,7 +229,6 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(capsys):
     text = capsys.readouterr().out
     for name, recipe in utils.RECIPES.items():
         assert recipe.settings.recipe == name and recipe.figure in text
-        assert set(recipe.search) <= set(utils.flat(recipe.settings))
 
 
 # Files
@@ -367,7 +360,7 @@ def test_create_needs_a_folder_it_can_write(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "run") == []
 
 
-ALL = '"format": 4, "settings": {' + json.dumps(
+ALL = '"format": 5, "settings": {' + json.dumps(
     utils.flat(utils.Settings())
 ).strip("{")
 
@@ -375,11 +368,11 @@ ALL = '"format": 4, "settings": {' + json.dumps(
 @cases(f"""
     {{ | not readable
     [] | not readable
-    {{"format": 4}} | not readable
-    {{"format": 5, "settings": {{}}}} | format 5.*the version that made
+    {{"format": 5}} | not readable
+    {{"format": 6, "settings": {{}}}} | format 6.*the version that made
     {{"format": 2, "settings": {{}}}} | format 2.*the version that made
-    {{"format": 4, "settings": {{"epochs": 3}}}} | unfit setting.*recipe
-    {{"format": 4, "settings": [1]}} | unfit
+    {{"format": 5, "settings": {{"epochs": 3}}}} | unfit setting.*recipe
+    {{"format": 5, "settings": [1]}} | unfit
     {{{ALL[:-1]}, "epochs": -1}}}} | unfit.*--epochs
     {{{ALL[:-1]}, "epochs": true}}}} | unfit.*--epochs
     {{{ALL[:-1]}, "seed": 1.0}}}} | unfit.*--seed
