@@ -1161,10 +1161,10 @@ class CausalAttention(CausalLayer):
     # the memory and skip half of what is masked.
     WHOLE, PIECE = 1024, 256
 
-    def __init__(self, channels, heads=utils.ATTENTION_HEADS, dropout=0.0):
+    def __init__(self, channels, dropout=0.0):
         super().__init__()
-        self.channels, self.heads = channels, heads
-        self.scale = (channels // heads) ** -0.5
+        self.channels, self.heads = channels, utils.ATTENTION_HEADS
+        self.scale = (channels // self.heads) ** -0.5
         self.query = keras.layers.Dense(channels)
         self.key = keras.layers.Dense(channels)
         self.value = keras.layers.Dense(channels)
@@ -1781,7 +1781,7 @@ class GatedPixelCNN(AutoregressivePrior):
         ]
         count = -(-self.settings.blocks // self.ATTENTION_EVERY)
         self.attentions = [
-            CausalAttention(self.channels, dropout=dropout)
+            CausalAttention(self.channels, dropout)
             for _ in range(count if self.attention else 0)
         ]
 

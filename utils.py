@@ -1555,10 +1555,10 @@ def bootstrap(statistic, subjects, n=2000, seed=0):
     value = statistic(np.ones(len(owner), int)) if len(names) else math.nan
     if math.isnan(value):
         return {"mean": None, "ci95": [None, None]}
-    share = np.full(len(names), 1 / len(names))
-    draws = np.random.default_rng(seed).multinomial(len(names), share, n)
     if len(names) == 1:
         return {"mean": float(value), "ci95": [None, None]}
+    share = np.full(len(names), 1 / len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), share, n)
     values = [statistic(draw[owner]) for draw in draws]
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return {"mean": float(value), "ci95": [float(low), float(high)]}
