@@ -1245,6 +1245,10 @@ class ContextMap(keras.layers.Layer):
     label, the indices of the levels above. None of these depends on the grid
     to be predicted, so none can leak it.
 
+    An atlas tells what is usual at a place: features that are learned for
+    every place at a few slice positions, and interpolated between these. An
+    unknown slice position gets their mean.
+
     Slice position and label are each replaced by a learned null embedding
     where they are negative, and in training for a share `dropout` of the
     images: so one network also learns the distribution without them.
@@ -1255,12 +1259,13 @@ class ContextMap(keras.layers.Layer):
 
     CHANNELS = 64
     OCTAVES = 5
+    ATLAS_CHANNELS = 32
 
     def __init__(self, prior):
         super().__init__()
         self.grid, self.num_embeddings = prior.latent_grid, prior.num_embeddings
         self.levels_above, channels = len(prior.upper_grids), self.CHANNELS
-        self.place = self.slice = self.label = None
+        self.place = self.slice = self.atlas = self.label = None
         self.drop = keras.layers.Dropout(prior.settings.condition_dropout)
         self.mix = keras.layers.Dense(channels, activation="relu")
         if prior.settings.position_features:
@@ -1269,6 +1274,11 @@ class ContextMap(keras.layers.Layer):
             self.slice = keras.layers.Dense(channels)
             shape = (channels,)
             self.no_slice = self.add_weight(shape, "zeros", name="no_slice")
+        if prior.settings.atlas:
+            planes = prior.settings.atlas if prior.slice_condition else 1
+            shape = (planes, *self.grid, self.ATLAS_CHANNELS)
+            self.atlas = self.add_weight(shape, "zeros", name="atlas")
+            self.from_atlas = keras.layers.Dense(channels)
         if prior.labels:
             self.label = keras.layers.Embedding(len(prior.labels) + 1, channels)
         if self.levels_above:
@@ -1282,12 +1292,14 @@ class ContextMap(keras.layers.Layer):
         context = tf.zeros(shape, self.compute_dtype)
         if self.place:
             context += self.place(self._grid_features())
+        known = self._known(slice_position, training)[:, None]
         if self.slice:
-            known = self._known(slice_position, training)[:, None]
             features = sine_features(slice_position, self.OCTAVES)
             vector = self.slice(features)
             null = tf.cast(tf.convert_to_tensor(self.no_slice), vector.dtype)
             context += tf.where(known, vector, null)[:, None, None]
+        if self.atlas is not None:
+            context += self.from_atlas(self._atlas_at(slice_position, known))
         if self.label:
             known = self._known(label, training)
             vector = self.label(tf.where(known, label + 1, 0))
@@ -1301,6 +1313,14 @@ class ContextMap(keras.layers.Layer):
         ones = tf.ones(tf.shape(condition), self.compute_dtype)
         kept = self.drop(ones, training=training) > 0
         return kept & (condition >= 0)
+
+    def _atlas_at(self, slice_position, known):
+        """Features of every place at the slice positions of a batch."""
+        planes = np.arange(self.atlas.shape[0], dtype="float32")
+        away = slice_position[:, None] * planes[-1] - planes
+        shares = tf.where(known, tf.nn.relu(1 - abs(away)), 1 / len(planes))
+        atlas = tf.convert_to_tensor(self.atlas)
+        return tf.tensordot(tf.cast(shares, atlas.dtype), atlas, 1)
 
     def _grid_features(self):
         height, width = self.grid
@@ -1646,8 +1666,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         self.upper_grids = tuple(map(tuple, upper_grids))
         self.codebook_sha256 = codebook_sha256
         self.embedding = keras.layers.Embedding(num_embeddings, self.channels)
-        conditions = slice_condition, labels, upper_grids
-        self.use_context = settings.position_features or any(conditions)
+        place = settings.position_features, settings.atlas
+        self.use_context = any((*place, slice_condition, labels, upper_grids))
         if self.use_context:
             self.context = ContextMap(self)
         self._build_layers()

@@ -564,6 +564,8 @@ class PriorSettings:
     """Levels at which a pixelsnail attends to all codes before."""
     position_features: bool = False
     """Give every layer sine features of the grid position."""
+    atlas: Annotated[integer(0, 64), arg(name="prior-atlas")] = 0
+    """Slice positions at which features of every place are learned; 0: none."""
     condition: Literal["none", "label", "slice", "label,slice"] = "none"
     """Class label, slice position or both, which samples can be asked for."""
     condition_dropout: number(0, 0.9) = 0.1

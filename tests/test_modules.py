@@ -26,7 +26,7 @@ NETWORKS = {
     "pixelsnail": modules.PixelSNAIL,
 }
 LABELS = ("NC", "AD")
-CONTEXT = {"position_features": True, "slice_condition": True}
+CONTEXT = {"position_features": True, "slice_condition": True, "atlas": 4}
 CONTEXT |= {"labels": LABELS, "condition_dropout": 0.0}
 LOWER = CONTEXT | {"latent_grid": (4, 8), "upper_grids": ((2, 4), (1, 2))}
 # Without conditions; with those of a lower level, and in mixed precision.
@@ -586,7 +586,7 @@ def test_conditions_are_dropped_in_training_only():
     Slice position and label drop independently.
     """
     given, n = CONTEXT | {"condition_dropout": 0.3, "latent_grid": (2, 2)}, 200
-    layer = tiny_prior(**given | {"position_features": False}).context
+    layer = tiny_prior(**given).context
     given = np.full(n, 0.7, "float32"), np.ones(n, "int32")
     layer(*given)
     perturb(layer)
@@ -599,6 +599,16 @@ def test_conditions_are_dropped_in_training_only():
         deviation = np.sqrt(n * share * (1 - share))
         assert abs(found[-1].sum() - n * share) < 4 * deviation
     np.testing.assert_array_equal(sum(found), np.ones(n))
+
+
+def test_atlas():
+    """Prevents: what is usual at another slice position, or an unfit mix."""
+    layer = tiny_prior(**CONTEXT).context
+    layer.atlas.assign(atlas := noise(4, 3, 5, 32))
+    given = np.array([0, 1, 2.5, 3, -1], "float32") / 3
+    found = layer._atlas_at(given, (given >= 0)[:, None])
+    expected = *atlas[:2], atlas[2:].mean(0), atlas[3], atlas.mean(0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_attention_in_parts(monkeypatch):
