@@ -1276,7 +1276,8 @@ class ContextMap(keras.layers.Layer):
             self.no_slice = self.add_weight(shape, "zeros", name="no_slice")
         if prior.settings.atlas:
             planes = prior.settings.atlas if prior.slice_condition else 1
-            shape = (planes, *self.grid, self.ATLAS_CHANNELS)
+            shape = (planes, max(1, len(prior.labels)), *self.grid)
+            shape += (self.ATLAS_CHANNELS,)
             self.atlas = self.add_weight(shape, "zeros", name="atlas")
             self.from_atlas = keras.layers.Dense(channels)
         if prior.labels:
@@ -1292,18 +1293,19 @@ class ContextMap(keras.layers.Layer):
         context = tf.zeros(shape, self.compute_dtype)
         if self.place:
             context += self.place(self._grid_features())
-        known = self._known(slice_position, training)[:, None]
+        # Null where unknown or dropped.
+        known = self._known(slice_position, training)
+        slice_position = tf.where(known, slice_position, -1)
+        label = tf.where(self._known(label, training), label, -1)
         if self.slice:
             features = sine_features(slice_position, self.OCTAVES)
             vector = self.slice(features)
             null = tf.cast(tf.convert_to_tensor(self.no_slice), vector.dtype)
-            context += tf.where(known, vector, null)[:, None, None]
-        if self.atlas is not None:
-            context += self.from_atlas(self._atlas_at(slice_position, known))
+            context += tf.where(known[:, None], vector, null)[:, None, None]
         if self.label:
-            known = self._known(label, training)
-            vector = self.label(tf.where(known, label + 1, 0))
-            context += vector[:, None, None]
+            context += self.label(label + 1)[:, None, None]
+        if self.atlas is not None:
+            context += self.from_atlas(self._atlas_at(slice_position, label))
         if self.levels_above:
             context += self._from_above(upper)
         return self.mix(tf.nn.relu(context))
@@ -1314,13 +1316,17 @@ class ContextMap(keras.layers.Layer):
         kept = self.drop(ones, training=training) > 0
         return kept & (condition >= 0)
 
-    def _atlas_at(self, slice_position, known):
+    def _atlas_at(self, slice_position, label):
         """Features of every place at the slice positions of a batch."""
-        planes = np.arange(self.atlas.shape[0], dtype="float32")
-        away = slice_position[:, None] * planes[-1] - planes
-        shares = tf.where(known, tf.nn.relu(1 - abs(away)), 1 / len(planes))
-        atlas = tf.convert_to_tensor(self.atlas)
-        return tf.tensordot(tf.cast(shares, atlas.dtype), atlas, 1)
+        planes, labels = self.atlas.shape[:2]
+        numbers = np.arange(planes, dtype="float32")
+        away = slice_position[:, None] * (planes - 1) - numbers
+        near = tf.nn.relu(1 - abs(away))
+        near = tf.where(slice_position[:, None] >= 0, near, 1 / planes)
+        own = tf.one_hot(label, labels, dtype=near.dtype)
+        own = tf.where(label[:, None] >= 0, own, 1 / labels)
+        shares = near[:, :, None] * own[:, None]
+        return tf.tensordot(shares, tf.convert_to_tensor(self.atlas), 2)
 
     def _grid_features(self):
         height, width = self.grid

@@ -958,7 +958,7 @@ def _check_together(chosen, is_new):
 
 # ------------------------------------------------------------ 3. Run folder
 
-FORMAT = 5
+FORMAT = 6
 # Whose versions a run notes; the last four decide scores.
 PACKAGES = "tensorflow keras numpy pandas matplotlib nibabel "
 PACKAGES += "scikit-image scikit-learn scipy pillow"

@@ -602,12 +602,13 @@ def test_conditions_are_dropped_in_training_only():
 
 
 def test_atlas():
-    """Prevents: what is usual at another slice position, or an unfit mix."""
+    """Prevents: what is usual elsewhere, or of another label."""
     layer = tiny_prior(**CONTEXT).context
-    layer.atlas.assign(atlas := noise(4, 3, 5, 32))
-    given = np.array([0, 1, 2.5, 3, -1], "float32") / 3
-    found = layer._atlas_at(given, (given >= 0)[:, None])
-    expected = *atlas[:2], atlas[2:].mean(0), atlas[3], atlas.mean(0)
+    layer.atlas.assign(atlas := noise(4, 2, 3, 5, 32))
+    given = np.array([0, 1, 2.5, -3, -3], "float32") / 3
+    found = layer._atlas_at(given, np.array([0, 1, -1, 0, -1]))
+    expected = atlas[0, 0], atlas[1, 1], atlas[2:].mean((0, 1))
+    expected += atlas[:, 0].mean(0), atlas.mean((0, 1))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
