@@ -1245,9 +1245,9 @@ class ContextMap(keras.layers.Layer):
     label, the indices of the levels above. None of these depends on the grid
     to be predicted, so none can leak it.
 
-    An atlas tells what is usual at a place: features that are learned for
-    every place at a few slice positions, and interpolated between these. An
-    unknown slice position gets their mean.
+    An atlas tells what is usual at a place: features that are learned for each
+    label, every place and a few slice positions, and interpolated between
+    these. Of an unknown label or slice position it tells the mean.
 
     Slice position and label are each replaced by a learned null embedding
     where they are negative, and in training for a share `dropout` of the

@@ -565,8 +565,7 @@ def test_upper_levels_show_the_image_by_themselves():
 
 def test_vqvae_refuses():
     """Prevents: a size that comes back larger, or a late shape error."""
-    crops = (0, 0, 6, 8), (0, 0, 8, 20), (-4, 0, 8, 8), (12, 0, 8, 8)
-    for crop in crops:
+    for crop in (0, 0, 6, 8), (0, 0, 8, 20), (-4, 0, 8, 8), (12, 0, 8, 8):
         with pytest.raises(ValueError, match="crop: expected multiples of 4"):
             tiny_vqvae(downsampling=4, crop=crop)
     with pytest.raises(ValueError, match="image_size: .* multiples of 8"):
@@ -632,8 +631,7 @@ def test_attention_after_every_second_block_and_the_last():
     """Prevents: attention elsewhere than documented, or where not asked for."""
     orders = (1, True, "GGC"), (3, True, "GGGCGC"), (1, False, "GG")
     for blocks, attention, expected in orders:
-        options = {"latent_grid": (2, 2), "attention": attention}
-        prior = tiny_prior("pixelsnail", blocks=blocks, **options)
+        prior = tiny_prior("pixelsnail", blocks=blocks, attention=attention)
         names = [type(layer).__name__[0] for layer in prior.causal_layers]
         assert "".join(names) == expected
 

@@ -112,14 +112,11 @@ def test_flags_exist():
     assert mentioned - known == set()
 
 
-def test_recipes_and_their_figures_are_those_of_the_program():
+def test_recipes_figures_and_exit_codes_are_those_of_the_program():
     for name, recipe in utils.RECIPES.items():
         (row,) = re.findall(rf"^\| `{name}` .*$", README, re.M)
         for number in re.findall(r"\d+\.\d+|\d{4,}", recipe.figure):
             assert number in row
-
-
-def test_exit_codes_and_packages_are_listed():
     for error in utils.UserError.__subclasses__():
         assert f"| {error.exit_code} |" in README
 
