@@ -173,8 +173,8 @@ VQ = SMALL_VQVAE | {"image_size": (16, 16)}
 BOX = VQ | {"crop": (2, 0, 12, 16), "mask_weight": 0.5}
 PLAIN = SMALL_PRIOR | {"latent_grid": (4, 8), "blocks": 1}
 FULL = PLAIN | LOWER | {"condition_dropout": 0.3, "dropout": 0.1}
-# Mix, place, slice and its null, labels; codes above, two units, split.
-ABOVE = 2 + 2 + 3 + 1 + 1 + 8 + 2
+# Mix, place, slice and its null, atlas, labels; codes above, two units, split.
+ABOVE = 2 + 2 + 3 + 3 + 1 + 1 + 8 + 2
 # Name: class, arguments, inputs, trainable weights, others. A convolution or
 # Dense has two, a residual unit two of them.
 M = modules
@@ -1003,7 +1003,7 @@ def chain():
     ]
     keras.config.set_dtype_policy("float32")
     for model in (vqvae.decoder_1, vqvae.decoder_2, *priors):
-        perturb(model, scale=0.2)
+        perturb(model)
     return vqvae, priors
 
 
@@ -1045,11 +1045,11 @@ def test_generate():
     np.testing.assert_allclose(images, decoded, atol=1e-2)
 
     options = {"label": "AD", "slice_position": asked["slice_position"][8:]}
-    part, same, _ = modules.generate(vqvae, priors, 2, 2, 11, **options)
+    part, _, _ = modules.generate(vqvae, priors, 2, 2, 11, **options)
     np.testing.assert_array_equal(part, images[8:])
-    options["label"] = [None, "NC"]
-    _, other, _ = modules.generate(vqvae, priors, 2, 2, 11, **options)
-    assert np.any(other[1] != same[1]) and np.any(other[0] != same[0])
+    asked["label"] = ["AD"] * 5 + [None] * 5
+    _, other, _ = modules.generate(vqvae, priors, 10, 2, 3, **asked)
+    assert np.any(other[1] != above) and np.any(other[0] != below)
     # Sampling of each level; known indices are not drawn.
     sampling = [modules.Sampling(1e-6), modules.Sampling()]
     known = [None, indices[1][:2].copy()]

@@ -369,7 +369,7 @@ ALL = '"format": 6, "settings": {' + json.dumps(
     {{ | not readable
     [] | not readable
     {{"format": 6}} | not readable
-    {{"format": 6, "settings": {{}}}} | format 6.*the version that made
+    {{"format": 7, "settings": {{}}}} | format 7.*the version that made
     {{"format": 2, "settings": {{}}}} | format 2.*the version that made
     {{"format": 6, "settings": {{"epochs": 3}}}} | unfit setting.*recipe
     {{"format": 6, "settings": [1]}} | unfit
