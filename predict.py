@@ -402,7 +402,7 @@ def generate(trained, options):
 
 def plot_samples(path, trained, images, name):
     """Draw generated images, all of them, in order."""
-    words = re.sub(r"([a-z])(\d)", r"\1 \2", name).replace("_", ", ")
+    words = re.sub(r"(label|[a-z](?=\d))", r"\1 ", name).replace("_", ", ")
     title = f"Generated slices, uncurated: {words}"
     utils.plot_samples(path, *trained.cut(images), title)
 
