@@ -1245,9 +1245,9 @@ class ContextMap(keras.layers.Layer):
     label, the indices of the levels above. None of these depends on the grid
     to be predicted, so none can leak it.
 
-    An atlas tells what is usual at a place: features that are learned for each
-    label, every place and a few slice positions, and interpolated between
-    these. Of an unknown label or slice position it tells the mean.
+    An atlas tells what is usual at a place. It holds learned features for each
+    label, every place and a few slice positions, and is interpolated between
+    these positions. For an unknown label or position it gives the mean.
 
     Slice position and label are each replaced by a learned null embedding
     where they are negative, and in training for a share `dropout` of the
@@ -1317,7 +1317,7 @@ class ContextMap(keras.layers.Layer):
         return kept & (condition >= 0)
 
     def _atlas_at(self, slice_position, label):
-        """Features of every place at the slice positions of a batch."""
+        """Features of every place for each image of a batch, `(B, h, w, F)`."""
         planes, labels = self.atlas.shape[:2]
         numbers = np.arange(planes, dtype="float32")
         away = slice_position[:, None] * (planes - 1) - numbers

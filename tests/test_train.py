@@ -120,9 +120,8 @@ def test_history_has_a_row_an_epoch_of_both_stages(tiny_run):
     assert list(history["epoch"]) == [1, 2, 1, 2]
     assert list(history["step"]) == [4, 8, 2, 4]
     assert list(history["images"]) == [16, 32, 16, 32]
-    vqvae = ["loss", "reconstruction_loss", "ssim"]
-    prior = ["loss", "bits_per_code"]
-    for rows, names in (history[:2], vqvae), (history[2:], prior):
+    told = ["loss", "reconstruction_loss", "ssim"], ["loss", "bits_per_code"]
+    for rows, names in zip((history[:2], history[2:]), told, strict=True):
         names += [f"val_{name}" for name in names]
         assert np.isfinite(rows[names]).all(axis=None)
         assert rows["loss"].is_monotonic_decreasing

@@ -375,6 +375,7 @@ ALL = '"format": 6, "settings": {' + json.dumps(
     {{"format": 6, "settings": [1]}} | unfit
     {{{ALL[:-1]}, "epochs": -1}}}} | unfit.*--epochs
     {{{ALL[:-1]}, "epochs": true}}}} | unfit.*--epochs
+    {{{ALL[:-1]}, "seed": 1.0}}}} | unfit.*--seed
     {{{ALL[:-1]}, "crop": 1}}}} | unfit.*--crop
     {{{ALL[:-1]}, "downsampling": "4"}}}} | unfit.*--downsampling
     {{{ALL[:-1]}, "image_size": [32, 8]}}}} | unfit.*--image-size
