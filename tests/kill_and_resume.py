@@ -30,8 +30,8 @@ SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --ssim-weight 0.5 --batch-size 8 --warmup-steps 5 --flips --augment 1
     --prior gated --prior-channels 8 --prior-blocks 2 --prior-kernel-size 3
     --prior-dropout 0.2 --prior-ema-momentum 0.9 --prior-weight-decay 0.01
-    --prior-augment 1 --prior-batch-size 8 --condition slice --no-evaluate
-    --precision float32 --round-steps 5""".split()
+    --prior-augment 1 --prior-batch-size 8 --condition slice --prior-atlas 4
+    --no-evaluate --precision float32 --round-steps 5""".split()
 EPOCHS_PER_KILL = 2  # of each stage, so that there is something left to kill
 LONGEST = 25  # seconds from a start to its kill, at random
 IN_TRAINING = 6  # most seconds from a first checkpoint to a kill in a save
