@@ -1375,7 +1375,7 @@ def distributed(strategy, make):
 
 
 def augment(
-    images, seed, numbers, strength=1.0, flips=False, epoch=0, mirror_axis=2
+    images, seed, numbers, strength=1.0, flips=0.0, epoch=0, mirror_axis=2
 ):
     """Return images (B, H, W, 1) in [0, 1] shifted and brightened a little.
 
@@ -1390,7 +1390,7 @@ def augment(
         numbers: (B,) ints >= 0, say the rows of a table.
         strength: float or scalar tensor >= 0; at 1 up to 3 pixels of 176 each
             way and 7 % of the intensity.
-        flips: whether to mirror every other image.
+        flips: float or scalar tensor in [0, 1]; share of images to mirror.
         mirror_axis: of the batch, as of `Slices.mirror_axis`.
     """
     images = tf.convert_to_tensor(images, tf.float32)
@@ -1401,9 +1401,8 @@ def augment(
     count = tf.reduce_max(numbers) + 1
     draws = tf.random.stateless_uniform([count, 4], key, -1, 1, alg="philox")
     draws = tf.gather(draws, numbers)
-    if flips:
-        flip = draws[:, 0, None, None, None] < 0
-        images = tf.where(flip, tf.reverse(images, [mirror_axis]), images)
+    flip = draws[:, 0, None, None, None] < 2 * tf.cast(flips, tf.float32) - 1
+    images = tf.where(flip, tf.reverse(images, [mirror_axis]), images)
     sides = images.shape[1:3]
     draws *= tf.cast(strength, tf.float32)
     shift = tf.cast(tf.round(3 / 176 * max(sides) * draws[:, 1:3]), tf.int32)

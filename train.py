@@ -459,11 +459,15 @@ def new_vqvae(job):
     )
 
 
-def varied(job, images, epoch, rows, strength):
-    """A batch of training images, varied at random as the settings say."""
-    seed, flips = job.settings.run.seed, job.settings.training.flips
-    axis = job.images["train"].mirror_axis
-    return dataset.augment(images, seed, rows, strength, flips, epoch, axis)
+def varied(job, images, epoch, rows, strength, left=1.0):
+    """A batch of training images, varied at random as the settings say.
+
+    `left`: share of the shifts, gains and flips that is left, 1 to 0.
+    """
+    seed, axis = job.settings.run.seed, job.images["train"].mirror_axis
+    flips = left / 2 if job.settings.training.flips else 0.0
+    options = seed, rows, strength * left, flips, epoch, axis
+    return dataset.augment(images, *options)
 
 
 def encode_splits(job, vqvae):
@@ -541,8 +545,8 @@ def new_prior(job, vqvae, level):
 def encoding(job, level):
     """Function that varies a batch of training images and encodes it anew.
 
-    Images vary less from epoch to epoch: at the end the prior learns them as
-    they are.
+    Images vary less from epoch to epoch. At the end the prior learns them as
+    they are: also which side is left.
     """
     options = job.settings.training
     with tf.device("CPU"):  # where batches are made
@@ -550,8 +554,8 @@ def encoding(job, level):
 
     def encode(batch, epoch, rows):
         left = 1 - tf.cast(epoch, tf.float32) / options.prior_epochs
-        strength = options.prior_augment * left
-        images = varied(job, batch["images"], epoch, rows, strength)
+        strength = options.prior_augment
+        images = varied(job, batch["images"], epoch, rows, strength, left)
         grids = vqvae.encode(images)
         inputs = {**batch["inputs"], "indices": grids[level - 1]}
         if "upper" in inputs:
@@ -581,8 +585,8 @@ def choose_sampling(job, vqvae, priors, images):
 
     enough = min(map(len, sets)) >= LEAST_TO_CHOOSE
     can_choose = priors and enough and not given.smoke
-    # From the top down: what is drawn above changes what suits below.
-    for level in reversed(range(vqvae.levels)) if can_choose else ():
+    # From the bottom up, or the noise of fine grids is laid to coarse ones.
+    for level in range(vqvae.levels) if can_choose else ():
         for name, values in SAMPLING.items():
             if getattr(given, name) is not None:
                 continue

@@ -705,16 +705,16 @@ def drawings():
 
 
 def test_augment_is_a_function_of_seed_epoch_and_number(drawings):
-    whole = dataset.augment(drawings, 1, [7, 8, 9], flips=True).numpy()
+    whole = dataset.augment(drawings, 1, [7, 8, 9], flips=0.5).numpy()
     for k in range(3):
         alone = drawings[k : k + 1]
-        alone = dataset.augment(alone, 1, [7 + k], flips=True).numpy()
+        alone = dataset.augment(alone, 1, [7 + k], flips=0.5).numpy()
         assert np.allclose(alone[0], whole[k], atol=1e-6)
     for seed, epoch in ((2, 0), (1, 1)):
-        other = dataset.augment(drawings, seed, [7, 8, 9], 1.0, True, epoch)
+        other = dataset.augment(drawings, seed, [7, 8, 9], 1.0, 0.5, epoch)
         assert (other.numpy() != whole).any(axis=(1, 2, 3)).all()
     again = tf.function(dataset.augment, autograph=False)(
-        drawings[1:], 1, tf.constant([8, 9]), tf.constant(1.0), True
+        drawings[1:], 1, tf.constant([8, 9]), tf.constant(1.0), 0.5
     )
     assert np.allclose(again, whole[1:], atol=1e-6)
 
@@ -723,10 +723,10 @@ def test_strength_zero_changes_nothing(drawings):
     same = dataset.augment(drawings, 5, range(3), tf.constant(0.0)).numpy()
     assert (same == drawings).all() and same.dtype == np.float32
     many, numbers = np.repeat(drawings[:1], 64, 0), range(64)
-    flipped = dataset.augment(many, 5, numbers, 0.0, True).numpy()
+    flipped = dataset.augment(many, 5, numbers, 0.0, 0.5).numpy()
     ways = [(flipped == x).all((1, 2, 3)) for x in (many, many[:, :, ::-1])]
     assert (ways[0] ^ ways[1]).all() and 20 < ways[1].sum() < 44
-    flipped = dataset.augment(many, 5, numbers, 0.0, True, 0, 1).numpy()
+    flipped = dataset.augment(many, 5, numbers, 0.0, 0.5, 0, 1).numpy()
     assert (flipped[ways[1]] == many[ways[1]][:, ::-1]).all()
 
 

@@ -290,7 +290,7 @@ def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
     seen, rows = [], [0, 5]
 
     def augment(images, seed, rows, strength, flips, epoch, mirror_axis):
-        seen.append((float(strength), flips, rows, int(epoch)))
+        seen.append((float(strength), float(flips), rows, int(epoch)))
         return images
 
     monkeypatch.setattr(dataset, "augment", augment)
@@ -305,7 +305,7 @@ def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
         for level, indices in enumerate(found, start=1):
             assert np.array_equal(indices, grids[f"train_{level}"][rows])
         assert inputs["label"] == 7
-    assert seen == [(0.5, True, rows, 0), (0.25, True, rows, 1)]
+    assert seen == [(0.5, 0.5, rows, 0), (0.25, 0.25, rows, 1)]
 
 
 def test_sampling_of_each_level_is_chosen_on_validation_images(
