@@ -14,6 +14,7 @@ Sections: 1. Layouts, 2. Scan, 3. Read one file, 4. Decode once, 5. Load,
 import atexit
 import collections
 import contextlib
+import csv
 import dataclasses
 import errno
 import fnmatch
@@ -21,6 +22,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -115,8 +117,8 @@ SUFFIX = re.compile(r"(?i)(\.nii)?\.(png|jpe?g|nii|nii\.gz)$")
 IMAGE_FILE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(png|jpe?g|nii|nii\.gz)")
 # Folders and files of masks, which may have names like those of slices.
 MASKS = re.compile(
-    r"(?i)(.*[_-])?([a-z]*seg(mentation)?|mask|label(s?tr|s?ts)?|annotation|"
-    r"ground_?truth|wmparc|ribbon|.*\+aseg)s?([_-].*)?|.*[_-]gt"
+    r"(?i)(.*[_-])?([a-z]*seg(m(entation)?)?|[a-z]*mask|msk|label(s?tr|s?ts)?|"
+    r"annotation|ground_?truth|wmparc|ribbon|.*\+aseg)s?([_-].*)?|.*[_-]gt"
 )
 # How a path names a subject, surely enough to look for it anywhere.
 SUBJECTS = (
@@ -127,17 +129,23 @@ SUBJECTS = (
 )
 # What a slice number follows, to be told from others: sub-03_z001_T1w.
 NUMBER = r"(?:.*[^a-z])?(?:z|slice|slc|img|image|frame)[-_ ]?(?P<slice>\d+)"
+# The highest folder with a number: never a part of a person.
+TOP = r"^(?:[^/\d]*/)*(?P<subject>[^/]*\d[^/]*)"
 # How a path without suffix may tell the subject and the slice, likely first;
-# the last two may mistake other words for subjects.
+# those from `DOUBTFUL` on may mistake other words for subjects.
 GUESSES = (
     *(rf"(?i)(?P<subject>{name})(?![^\W_]){NUMBER}(?!\d)" for name in SUBJECTS),
     *(
         rf"(?i)(?P<subject>{name})(?![^\W_])(?:.*?(?P<slice>\d+)\D*$)?"
         for name in SUBJECTS
     ),
+    rf"(?i){TOP}/{NUMBER}(?!\d)",
+    rf"{TOP}/(?:.*/)?[^/\d]*(?P<slice>\d+)[^/\d]*$",
     r"(?P<subject>[^/]*\d[^/]*)/[^/\d]*(?P<slice>\d+)[^/\d]*$",
     r"(?i)(?P<subject>[^/]*\d[^/]*?)[-_. ]+[a-z]*[-_. ]*(?P<slice>\d+)[^/\d]*$",
+    rf"{TOP}/.*?(?P<slice>\d+)[^/\d]*$",
 )
+DOUBTFUL = 2 * len(SUBJECTS)
 
 # ------------------------------------------------------------------ 2. Scan
 
@@ -169,14 +177,17 @@ def _some(names, most=5):
 
 def detect_layout(root):
     """Return the name of the layout that lies under `root`."""
-    counts = {name: len(_list_files(root, name)[1]) for name in LAYOUTS}
+    found = {name: _list_files(root, name) for name in LAYOUTS}
+    counts = {name: len(files) for name, (_, files, *_) in found.items()}
+    masks = [*filter(IMAGE_FILE.fullmatch, found["folder"][2])]
     names = [name for name in ("oasis", "hipmri") if counts[name]]
     if len(names) > 1 or not counts["folder"]:
         raise DataError(
             f"{_show(root)}: found the layouts {_some(names)}, expected one; "
             "looked for folders keras_png_slices_train, keras_slices_train, "
             "train, and for any PNG, JPEG or NIfTI files, found "
-            f"{_some(sorted(os.listdir(root)))}; name the folder of one"
+            f"{_some(sorted(os.listdir(root)))}, {len(masks)} of the images "
+            "named like masks; name the folder of one"
         )
     likely = "adni" if 2 * counts["adni"] > counts["folder"] else "folder"
     return names[0] if names else likely
@@ -202,6 +213,11 @@ def scan(root, dataset, pattern=None, split=None):
     """
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
     base, files, ignored, notes = _list_files(root, dataset)
+    if any_folder and not pattern:  # folders around all tell nothing
+        folders = [os.path.dirname(stem) for stem in files["stem"]] or [""]
+        around = os.path.join(os.path.commonpath(folders), "")
+        around = re.match(r"(?:[^/\d]*/)*", around)[0]
+        files["stem"] = files["stem"].str[len(around) :]
     known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
     rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
@@ -210,7 +226,7 @@ def scan(root, dataset, pattern=None, split=None):
     told = [m is not None or not pattern for m in matches]
     # A slice may be there twice, zipped and not.
     kept = table[np.array(told, bool)].drop_duplicates(
-        ["split", "scan", "slice"]
+        ["split", "scan", "slice", "label"]
     )
     given = kept["split"] != ""
     if not split and given.any():  # what lies beside the folders is not read
@@ -306,8 +322,8 @@ def files_below(folder, ignored=None, onerror=_refuse_folder):
     """
     seen, top = set(), os.fspath(folder)
     ignored = [] if ignored is None else ignored
-    # Of macOS, or a simulation being written.
-    hidden = re.compile(r"\.|__MACOSX$|.*\.tmp-")
+    # Of macOS, of BIDS beside its raw data, or a simulation being written.
+    hidden = re.compile(r"\.|(__MACOSX|derivatives|sourcedata)$|.*\.tmp-")
     for parent, names, files in os.walk(top, True, onerror, followlinks=True):
         real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
         names[:] = sorted(n for n in names if not hidden.match(n))
@@ -370,18 +386,25 @@ def _compile(pattern):
 def _tells_subjects(guess, stems):
     found = stems.str.extract(guess)["subject"].dropna()
     # pandas takes all names for one that are not valid UTF-8.
-    count, doubtful = len(set(map(_canonical, found))), guess in GUESSES[-2:]
-    least = 3 if doubtful else 1
-    if count < least or (doubtful and len(found) > MOST_SLICES * count):
-        return False
-    return len(found) >= 0.9 * len(stems)
+    count = len(set(map(_canonical, found)))
+    if guess in GUESSES[DOUBTFUL:]:
+        if count < 3 or not 2 * count <= len(found) <= MOST_SLICES * count:
+            return False
+        # Folders with numbers are people, but for classes: these hold people.
+        folders = stems.str.extract(TOP + "/")["subject"].dropna()
+        people = set(zip(folders, found.reindex(folders.index), strict=True))
+        if guess == GUESSES[-2] and people:
+            repeated = len(people) > len({name for _, name in people})
+            if repeated or any(str(b).startswith(a) for a, b in people):
+                return False
+    return count > 0 and len(found) >= 0.9 * len(stems)
 
 
 def _row(file, match, any_folder):
     """Return what the path of a slice tells, in the order of the table."""
     groups, stem = match.groupdict() if match else {}, file.stem
     number, label = (groups.get(name) or "" for name in ("slice", "label"))
-    subject = scan = groups.get("subject") or stem
+    subject = scan = groups.get("subject") or SUFFIX.sub("", file.path)
     if "week" in groups:
         scan = f"{subject}_week_{groups['week']}"
     if any_folder:
@@ -389,10 +412,13 @@ def _row(file, match, any_folder):
         scan = f"{stem[:begin]}*{stem[end:]}"
         first, slash, _ = stem.partition("/")
         named = rf"(?<![^\W_]){re.escape(subject)}(?![^\W_])"
-        below = match and match.start("subject") > len(first)
+        # Where nobody is told, names with numbers may be those of people.
+        below = not match and not re.search(r"\d", first)
+        below = below or match and match.start("subject") > len(first)
         if slash and below and not re.search(named, first):
             label = label or first  # a class, as it does not name people
-    number = int(re.sub(r"\D", "", number) or 0)
+    sign = -1 if number.startswith("-") else 1
+    number = sign * int(re.sub(r"\D", "", number) or 0)
     # Printable, for pandas takes all names for one that are not valid UTF-8.
     subject, scan, label = map(_show, (subject, scan, label))
     return file.path, subject, scan, number, label, file.split
@@ -1702,7 +1728,8 @@ VOLUME_FILE = re.compile(
 )
 # How the Brain Imaging Data Structure calls kinds of images.
 KINDS = re.compile(
-    r"_(T[12]\w*|PD\w*|FLAIR|bold|sbref|dwi|asl|epi|magnitude\d?|phase\w*)$"
+    r"(?i)(?:^|[_-])(T[12][a-z]*|PD[a-z\d]*|FLAIR|bold|sbref|dwi|asl|epi|"
+    r"magnitude\d?|phase\w*)$"
 )
 # Where the planes of a stack, their rows and their columns go to (Superior,
 # Posterior, Right and so on), and how a picture says so.
@@ -1711,7 +1738,7 @@ PLANES = {
     "coronal": ("AIR", "top: head, left: left of the body"),
     "sagittal": ("RIA", "top: head, left: back"),
 }
-MISSING = {"n/a", "na", "nan", "none", "?"}  # for a label, any case
+MISSING = {"", "n/a", "na", "nan", "none", "?"}  # for a label, any case
 INSIDE = 0.1  # of the intensity range: what is brighter is content
 
 
@@ -1833,7 +1860,7 @@ def _find_volumes(source, options):
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise FlagError(
             f"--match: found several kinds of volumes, {found}; expected one, "
-            f"such as --match '*{next(iter(kinds))}*'"
+            f"such as --match '*{next(iter(kinds))}.*'"
         )
     _compile(options.subject_pattern or "")
     table = pd.DataFrame({"source": [*files]})
@@ -1863,22 +1890,25 @@ def _stem(path):
 def _subject_folders(paths):
     """Return the part of each path that is the folder of a subject, or "".
 
-    It is where files of different folders have the same names, or begin with
-    the name of theirs: P01/T1.nii, P02/T1.nii; P01/P01_t1.nii.
+    It is where most files have the name of another, or begin with the name of
+    their folder: P01/T1.nii, P02/T1.nii; P01/P01_t1.nii.
     """
     stems = [*map(_stem, paths)]
     parts = [path.split("/")[:-1] for path in paths]
-    alike = len(set(stems)) < len(stems) or all(
-        p and re.search(r"\d", p[-1]) and stem.startswith(p[-1])
+    times, folders = collections.Counter(stems), {tuple(p) for p in parts}
+    numbered = re.compile(r".*\d").match
+    alike = [
+        times[stem] > 1 or bool(numbered(p[-1])) and stem.startswith(p[-1])
         for p, stem in zip(parts, stems, strict=True)
-    )
-    folders = {tuple(p) for p in parts}
-    for level in zip(*parts, strict=False) if alike else ():
-        # The first that is no class: of classes there are few.
-        count = len(set(level))
-        if count == len(folders) or count > 1 and 4 * count >= len(folders):
-            return level
-    return [""] * len(paths)
+        if p
+    ]
+    if 2 * sum(alike) <= len(paths):
+        return [""] * len(paths)
+    # The first that is no class: of these there are few, without numbers.
+    levels = [*itertools.zip_longest(*parts, fillvalue="")]
+    levels = [x for x in levels if 4 * len(set(x)) >= len(folders)]
+    levels = [x for x in levels if len(set(x)) > 1] or [[""] * len(paths)]
+    return min(levels, key=lambda x: 2 * len([*filter(numbered, x)]) < len(x))
 
 
 def _subject_of(path, folder="", pattern=None):
@@ -1907,20 +1937,26 @@ def _read_labels(subjects, options):
     try:
         text = {"dtype": str, "keep_default_na": False}
         known = pd.read_csv(options.labels, sep=None, engine="python", **text)
+        known = known.fillna("")  # of short rows
         labels = known.pop(options.label_column)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         raise DataError(
             f"{_show(options.labels)}: {error}; expected a table with the "
             f"column {options.label_column} of --label-column"
         ) from error
-    labels = labels.where(~labels.str.casefold().isin(MISSING), "")
+    labels = labels.mask(labels.str.strip().str.casefold().isin(MISSING))
     labels = labels.str.replace(r"[^\w.]+", "-", regex=True)
     wanted = subjects.map(_canonical)
-    # Of the other columns, the one that names most of the subjects.
+    # Of the other columns, the one that names most of the subjects; of two
+    # rather names than numbers, which may be those of the rows.
     keys = known.map(lambda value: _canonical(_subject_of(value)))
-    column = max(keys, key=lambda name: keys[name].isin(wanted).sum())
-    found = dict(zip(keys[column][::-1], labels[::-1], strict=True))
-    result = wanted.map(found).fillna("")
+    numbers = known.apply(lambda column: column.str.isdigit().mean())
+    fits = {k: (len({*keys[k]} & {*wanted}), -numbers[k]) for k in keys}
+    column = max(fits, key=fits.get)
+    found = labels.groupby(keys[column]).agg(["first", "nunique"])
+    result = wanted.map(found["first"]).fillna("")
+    if several := sum(found["nunique"][found.index.isin(wanted)] > 1):
+        print(f"{several} subjects have several labels; the first is taken")
     if (result == "").any():
         print(f"{(result == '').sum()} of {len(result)} volumes have no label")
     return result
@@ -1993,6 +2029,11 @@ def _open_volume(path, axes):
         voxels, spacing = _turn(image, axes)
         if spacing is None:
             raise _Unfit("found an affine without orientation, expected one")
+        if isinstance(image, nibabel.analyze.AnalyzeImage):  # also NIfTI
+            codes = map(image.header.get, ("sform_code", "qform_code"))
+            base = image.header.get_base_affine()  # of size and spacing alone
+            if not any(codes) and np.array_equal(image.affine, base):
+                notes.append("no orientation is stated: the sides are a guess")
     voxels = voxels.astype(np.float32)
     fit = np.isfinite(voxels)
     if not fit.all():

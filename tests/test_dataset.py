@@ -219,6 +219,10 @@ NAMES = {  # format of a path -> subject and scan of the first of them
     "sub-{p:02d}_z{k:03d}_T1w.png": "sub-01",
     "case_{p:03d}_week_0_slice_{k}.png": "case_001",
     "P{p:03d}/image_{k:02d}.png": "P001",
+    "AB{p:03d}/series_{k}/img_{k:03d}.png": "AB001",
+    "P{p:03d}/T1_{k:03d}_x2.png": "P001",
+    "P{p:03d}/P{p:03d}_ses{k}_{k:03d}.png": "P001",
+    "study_2020/P{p:03d}/z{k}.png": "P001",
     "IXI{p:03d}-Guys-{k:03d}.png": "IXI001",
     "{p}_{k}.jpeg": "1",
     os.fsdecode(b"{p}\xe9_{k}.jpeg"): "1\\udce9",  # not UTF-8
@@ -238,9 +242,11 @@ def write_folder(root, form, people=range(1, 9)):
 def test_subjects_are_guessed(tmp_path, form):
     index = dataset.scan(write_folder(tmp_path / "d", form), "folder")
     table = index.table
-    assert table["subject"].nunique() == 8 == table["scan"].nunique()
+    assert table["subject"].nunique() == 8
     assert NAMES[form] in set(table["subject"])
-    assert set(table["slice"]) == {0, 1, 2}
+    if form.count("{k") == 1 and "x2" not in form:
+        assert table["scan"].nunique() == 8
+        assert set(table["slice"]) == {0, 1, 2}
     assert set(table["split"]) == set(dataset.SPLITS)
     assert table.groupby("subject")["split"].nunique().max() == 1
     assert set(table["label"]) == {""}
@@ -248,19 +254,29 @@ def test_subjects_are_guessed(tmp_path, form):
 
 
 def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):
-    write_folder(tmp_path / "d", "brain{p}{k}.png")
-    index = dataset.scan(tmp_path / "d", "folder")
-    assert index.table["subject"].nunique() == 24
+    """In each split and class they may be numbered anew."""
+    root = tmp_path / "d"
+    for c in ("train/Non AD", "train/AD", "test/Non AD", "test/AD"):
+        write_folder(root, f"{c}/no{{p}}{{k}}.png", range(1, 3))
+    index = dataset.scan(root, "folder")
+    assert index.table["subject"].nunique() == 24 == len(index.table)
+    assert set(index.table["label"]) == {"AD", "Non AD"}
     assert "scores may be too good" in index.notes[0]
-    table = dataset.scan(
-        tmp_path / "d", "folder", r"brain(?P<subject>\d)(?P<slice>\d)"
-    ).table
-    assert table["subject"].nunique() == 8
-    with pytest.raises(DataError, match="found 0 subjects"):
-        dataset.scan(tmp_path / "d", "folder", "(?P<subject>nobody)")
     for pattern in ("(", "brain"):
         with pytest.raises(FlagError, match="--subject-pattern: found"):
-            dataset.scan(tmp_path / "d", "folder", pattern)
+            dataset.scan(root, "folder", pattern)
+    with pytest.raises(DataError, match="found 0 subjects"):
+        dataset.scan(root, "folder", "(?P<subject>nobody)")
+    for form in ("{p}_z-{k}_label.png", "{p}_z{k}_label.png"):
+        write_folder(tmp_path / "e", form)
+    with pytest.raises(DataError, match="48 of the images named like masks"):
+        dataset.detect_layout(tmp_path / "e")
+    for path in (tmp_path / "e").glob("*"):
+        path.rename(str(path).replace("_label", ""))
+    pattern = r"(?P<subject>\d)_z(?P<slice>-?\d)"
+    table = dataset.scan(tmp_path / "e", "folder", pattern).table
+    assert table["subject"].nunique() == 8
+    assert set(table["slice"]) == {-2, -1, 0, 1, 2} and len(table) == 40
 
 
 @pytest.mark.parametrize(
@@ -268,19 +284,22 @@ def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):
     [
         (("0", "1"), "sub-{p:02d}_z{k}.png"),
         (("glioma", "normal"), "{c}_{p:03d}_{k}.png"),
-        (("grade1", "grade2"), "{p}_{k}.png"),
+        (("grade1", "grade2", "grade3", "grade4"), "{p}_{k}.png"),
+        (("Data/AD", "Data/N C"), "sub-{p:02d}_z{k}.png"),
         (("AD", "NC"), "P{p:03d}/z{k}.png"),
     ],
 )
 def test_folders_are_classes_unless_they_name_people(tmp_path, classes, form):
-    for c, people in zip(classes, (range(1, 9), range(9, 17)), strict=True):
+    for n, c in enumerate(classes):
+        people = range(1 + 8 * n, 9 + 8 * n)
         write_folder(tmp_path / "d", f"{c}/{form.replace('{c}', c)}", people)
         masks = form.replace("{c}", c).replace(".png", "_mask.png")
         write_folder(tmp_path / "d", f"{c}/{masks}", people)
     index = dataset.scan(tmp_path / "d", "folder")
     subjects = index.table.groupby("label")["subject"].nunique().to_dict()
-    assert subjects == dict.fromkeys(classes, 8)
-    assert len(index.table) == 48 == len(index.ignored)
+    names = [name.removeprefix("Data/") for name in classes]
+    assert subjects == dict.fromkeys(names, 8)
+    assert len(index.table) == 24 * len(names) == len(index.ignored)
 
 
 def test_what_is_odd_about_names_is_said(tmp_path):
@@ -684,12 +703,14 @@ def test_parts_of_batches(slices):
 def test_a_failing_pipeline_does_not_hang(oasis_dir):
     """The interpreter ends although reads were under way."""
     code = (
-        "import dataset, utils\n"
+        "import os, dataset, utils\n"
         f"place = {str(oasis_dir)!r}\n"
         "data = utils.DataSettings(dataset='oasis', data_dir=place)\n"
         "slices = dataset.load(data)\n"
         "for k, _ in enumerate(dataset.training_batches(slices, 8, 3, 0)):\n"
-        "    if k == 20: open(slices.file, 'w').close()\n"
+        "    if k == 20:\n"  # not truncated: maps of it may be in use
+        "        open(place + '/x', 'w').close()\n"
+        "        os.replace(place + '/x', slices.file)\n"
     )
     assert "expected decoded images" in run_python("-c", code).stderr
 
@@ -961,7 +982,7 @@ def test_flags_of_slicing(brain, tmp_path, capsys):
         "--subject-pattern (": "--subject-pattern: found",
         f"--labels {root}/participants.tsv --label-column x": "--label-col",
         f"--labels {root}/none.csv": "none.csv",
-        "--match *": "--match: found several kinds of volumes, 24 T1w, 1 bold",
+        "--match *": r"24 T1w, 1 bold; .* --match '\*T1w\.\*'",
     }.items():
         if flags == "--match *":
             (root / "sub-01_bold.nii").touch()
@@ -1012,6 +1033,9 @@ def test_thick_planes_are_taken_as_they_are(tmp_path):
     nibabel.save(NIFTI(volume[..., :1], affine), tmp_path / "v.nii")
     images, _ = dataset.cut_volume(str(tmp_path / "v.nii"), options)
     assert len(images) == 1 and images.any()
+    nibabel.save(NIFTI(volume, None), tmp_path / "v.nii")
+    _, notes = dataset.cut_volume(str(tmp_path / "v.nii"), options)
+    assert notes == ["no orientation is stated: the sides are a guess"]
 
 
 def test_names_of_volumes():
@@ -1033,9 +1057,35 @@ def test_names_of_volumes():
         "v/B_{p}/B_{p}_{k}.nii": "B_1",
         "v/AD/{p}_{k}.nii": "",
         "v/{p}.{k}.nii": "",
+        "{p}/T1w/T1w.nii": "1",
     }.items():
         paths = [form.format(p=p, k=k) for p in range(1, 9) for k in "ab"]
         assert dataset._subject_folders(paths)[0] == folder
+        paths += ["mean.nii", paths[0] + ".gz"]  # change nothing
+        assert dataset._subject_folders(paths)[0] == folder
+    paths = [f"v/{c}/P{p}/T1.nii" for c in ("AD", "NC", "MCI") for p in "123"]
+    assert dataset._subject_folders(paths)[:2] == ("P1", "P2")
+    kinds = "X_t1 X_t1ce flair I-T2 sub-1_T1w_PD X_t1_2008".split()
+    found = [bool(dataset.KINDS.search(name)) for name in kinds]
+    assert found == [True] * 5 + [False]
+
+
+def test_labels_of_volumes(tmp_path, capsys):
+    """A column of names wins over those of numbers; the first label counts."""
+    subjects, table = pd.Series(["01", "02", "03"]), tmp_path / "people.csv"
+    table.write_text(
+        ",sex,id,group\n0,1,sub-01,A\n1,2,sub-02,B\n2,1,sub-03,A\n"
+        "3,2,sub-03, \n4,1,sub-04,B\nTotal: 5"
+    )
+    options = dataset.Slice(src="", dest="", labels=str(table))
+    assert list(dataset._read_labels(subjects, options)) == ["A", "B", "A"]
+    assert "several" not in capsys.readouterr().out
+    table.write_text(table.read_text().replace("03, ", "03,B"))
+    assert list(dataset._read_labels(subjects, options)) == ["A", "B", "A"]
+    assert "1 subjects have several labels" in capsys.readouterr().out
+    table.write_text("")
+    with pytest.raises(DataError, match="people.csv: .* expected a table"):
+        dataset._read_labels(subjects, options)
 
 
 # ------------------------------------------------------------- command line
