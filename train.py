@@ -462,10 +462,11 @@ def new_vqvae(job):
 def varied(job, images, epoch, rows, strength, left=1.0):
     """A batch of training images, varied at random as the settings say.
 
-    `left`: share of the shifts, gains and flips that is left, 1 to 0.
+    `left`: share of the shifts and gains that is left, 1 to 0. Mirrored images
+    fall from a half to none when it is a half: no prior ends in doubt.
     """
     seed, axis = job.settings.run.seed, job.images["train"].mirror_axis
-    flips = left / 2 if job.settings.training.flips else 0.0
+    flips = tf.nn.relu(left - 0.5) if job.settings.training.flips else 0.0
     options = seed, rows, strength * left, flips, epoch, axis
     return dataset.augment(images, *options)
 

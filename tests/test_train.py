@@ -305,7 +305,7 @@ def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
         for level, indices in enumerate(found, start=1):
             assert np.array_equal(indices, grids[f"train_{level}"][rows])
         assert inputs["label"] == 7
-    assert seen == [(0.5, 0.5, rows, 0), (0.25, 0.25, rows, 1)]
+    assert seen == [(0.5, 0.5, rows, 0), (0.25, 0.0, rows, 1)]
 
 
 def test_sampling_of_each_level_is_chosen_on_validation_images(
