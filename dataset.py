@@ -131,6 +131,10 @@ SUBJECTS = (
 NUMBER = r"(?:.*[^a-z])?(?:z|slice|slc|img|image|frame)[-_ ]?(?P<slice>\d+)"
 # The highest folder with a number: never a part of a person.
 TOP = r"^(?:[^/\d]*/)*(?P<subject>[^/]*\d[^/]*)"
+# A file name that tells both.
+IN_FILE = (
+    r"(?i)(?P<subject>[^/]*\d[^/]*?)[-_. ]+[a-z]*[-_. ]*(?P<slice>\d+)[^/\d]*$"
+)
 # How a path without suffix may tell the subject and the slice, likely first;
 # those from `DOUBTFUL` on may mistake other words for subjects.
 GUESSES = (
@@ -142,7 +146,7 @@ GUESSES = (
     rf"(?i){TOP}/{NUMBER}(?!\d)",
     rf"{TOP}/(?:.*/)?[^/\d]*(?P<slice>\d+)[^/\d]*$",
     r"(?P<subject>[^/]*\d[^/]*)/[^/\d]*(?P<slice>\d+)[^/\d]*$",
-    r"(?i)(?P<subject>[^/]*\d[^/]*?)[-_. ]+[a-z]*[-_. ]*(?P<slice>\d+)[^/\d]*$",
+    IN_FILE,
     rf"{TOP}/.*?(?P<slice>\d+)[^/\d]*$",
 )
 DOUBTFUL = 2 * len(SUBJECTS)
@@ -180,14 +184,14 @@ def detect_layout(root):
     found = {name: _list_files(root, name) for name in LAYOUTS}
     counts = {name: len(files) for name, (_, files, *_) in found.items()}
     masks = [*filter(IMAGE_FILE.fullmatch, found["folder"][2])]
+    masked = f" ({len(masks)} images are named like masks)" if masks else ""
     names = [name for name in ("oasis", "hipmri") if counts[name]]
     if len(names) > 1 or not counts["folder"]:
         raise DataError(
             f"{_show(root)}: found the layouts {_some(names)}, expected one; "
             "looked for folders keras_png_slices_train, keras_slices_train, "
             "train, and for any PNG, JPEG or NIfTI files, found "
-            f"{_some(sorted(os.listdir(root)))}, {len(masks)} of the images "
-            "named like masks; name the folder of one"
+            f"{_some(sorted(os.listdir(root)))}{masked}; name the folder of one"
         )
     likely = "adni" if 2 * counts["adni"] > counts["folder"] else "folder"
     return names[0] if names else likely
@@ -213,11 +217,8 @@ def scan(root, dataset, pattern=None, split=None):
     """
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
     base, files, ignored, notes = _list_files(root, dataset)
-    if any_folder and not pattern:  # folders around all tell nothing
-        folders = [os.path.dirname(stem) for stem in files["stem"]] or [""]
-        around = os.path.join(os.path.commonpath(folders), "")
-        around = re.match(r"(?:[^/\d]*/)*", around)[0]
-        files["stem"] = files["stem"].str[len(around) :]
+    if any_folder and not pattern:
+        files["stem"] = files["stem"].str[_around(files["stem"]) :]
     known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
     rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
@@ -245,6 +246,16 @@ def scan(root, dataset, pattern=None, split=None):
         _fill_splits(table, any_folder, notes)
     _check_table(table, base, layout, split, ignored)
     return Index(base, _in_order(table), ignored, notes)
+
+
+def _around(stems):
+    """Return how much of each path is folders that hold everything.
+
+    A folder with a number counts as one that may name a person.
+    """
+    folders = [os.path.dirname(stem) for stem in stems] or [""]
+    shared = os.path.join(os.path.commonpath(folders), "")
+    return re.match(r"(?:[^/\d]*/)*", shared).end()
 
 
 def _in_order(table):
@@ -390,13 +401,16 @@ def _tells_subjects(guess, stems):
     if guess in GUESSES[DOUBTFUL:]:
         if count < 3 or not 2 * count <= len(found) <= MOST_SLICES * count:
             return False
-        # Folders with numbers are people, but for classes: these hold people.
+    if guess == IN_FILE:
+        # A folder with a number is a class if it has people of its own, and a
+        # person if its names return in other folders, or begin with its name.
         folders = stems.str.extract(TOP + "/")["subject"].dropna()
-        people = set(zip(folders, found.reindex(folders.index), strict=True))
-        if guess == GUESSES[-2] and people:
-            repeated = len(people) > len({name for _, name in people})
-            if repeated or any(str(b).startswith(a) for a, b in people):
-                return False
+        names = found.reindex(folders.index).map(str)
+        pairs = set(zip(folders, names, strict=True))
+        if len(pairs) > names.nunique():
+            return False
+        if any(name.startswith(folder) for folder, name in pairs):
+            return False
     return count > 0 and len(found) >= 0.9 * len(stems)
 
 
@@ -412,10 +426,11 @@ def _row(file, match, any_folder):
         scan = f"{stem[:begin]}*{stem[end:]}"
         first, slash, _ = stem.partition("/")
         named = rf"(?<![^\W_]){re.escape(subject)}(?![^\W_])"
-        # Where nobody is told, names with numbers may be those of people.
-        below = not match and not re.search(r"\d", first)
-        below = below or match and match.start("subject") > len(first)
-        if slash and below and not re.search(named, first):
+        if match:
+            is_class = match.start("subject") > len(first)
+        else:  # a folder with a number may be a person
+            is_class = not re.search(r"\d", first)
+        if slash and is_class and not re.search(named, first):
             label = label or first  # a class, as it does not name people
     sign = -1 if number.startswith("-") else 1
     number = sign * int(re.sub(r"\D", "", number) or 0)
@@ -1904,10 +1919,12 @@ def _subject_folders(paths):
     ]
     if 2 * sum(alike) <= len(paths):
         return [""] * len(paths)
-    # The first that is no class: of these there are few, without numbers.
-    levels = [*itertools.zip_longest(*parts, fillvalue="")]
-    levels = [x for x in levels if 4 * len(set(x)) >= len(folders)]
-    levels = [x for x in levels if len(set(x)) > 1] or [[""] * len(paths)]
+    # The first level that is no class: classes are few, and have no numbers.
+    levels = [
+        level
+        for level in itertools.zip_longest(*parts, fillvalue="")
+        if len(set(level)) > 1 and 4 * len(set(level)) >= len(folders)
+    ] or [[""] * len(paths)]
     return min(levels, key=lambda x: 2 * len([*filter(numbered, x)]) < len(x))
 
 

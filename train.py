@@ -462,8 +462,8 @@ def new_vqvae(job):
 def varied(job, images, epoch, rows, strength, left=1.0):
     """A batch of training images, varied at random as the settings say.
 
-    `left`: share of the shifts and gains that is left, 1 to 0. Mirrored images
-    fall from a half to none when it is a half: no prior ends in doubt.
+    `left`: share of the training that is left, 1 to 0. Shifts and gains shrink
+    with it. Mirrored images end halfway, so that samples are not mirrored.
     """
     seed, axis = job.settings.run.seed, job.images["train"].mirror_axis
     flips = tf.nn.relu(left - 0.5) if job.settings.training.flips else 0.0
@@ -546,8 +546,8 @@ def new_prior(job, vqvae, level):
 def encoding(job, level):
     """Function that varies a batch of training images and encodes it anew.
 
-    Images vary less from epoch to epoch. At the end the prior learns them as
-    they are: also which side is left.
+    Images vary less from epoch to epoch: at the end the prior learns them as
+    they are.
     """
     options = job.settings.training
     with tf.device("CPU"):  # where batches are made
@@ -586,7 +586,8 @@ def choose_sampling(job, vqvae, priors, images):
 
     enough = min(map(len, sets)) >= LEAST_TO_CHOOSE
     can_choose = priors and enough and not given.smoke
-    # From the bottom up, or the noise of fine grids is laid to coarse ones.
+    # From the bottom up: chosen first, the top grid would make up for the
+    # noise of the bottom grid.
     for level in range(vqvae.levels) if can_choose else ():
         for name, values in SAMPLING.items():
             if getattr(given, name) is not None:

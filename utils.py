@@ -585,7 +585,8 @@ class TrainingSettings:
     warmup_steps: Whole = 100
     """Steps of linear warm-up, in every stage."""
     flips: bool = False
-    """Mirror half of the images left to right; for priors early on only."""
+    """Mirror half of the images left to right; for a prior only in the first
+    half of its training."""
     augment: Weight = 0.0
     """Strength of random changes of images for the VQ-VAE; 1: shifts up to 3
     pixels of 176, 7 % in intensity."""

@@ -269,7 +269,7 @@ def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):
         dataset.scan(root, "folder", "(?P<subject>nobody)")
     for form in ("{p}_z-{k}_label.png", "{p}_z{k}_label.png"):
         write_folder(tmp_path / "e", form)
-    with pytest.raises(DataError, match="48 of the images named like masks"):
+    with pytest.raises(DataError, match="48 images are named like masks"):
         dataset.detect_layout(tmp_path / "e")
     for path in (tmp_path / "e").glob("*"):
         path.rename(str(path).replace("_label", ""))
