@@ -213,7 +213,8 @@ class FiniteCheck(keras.callbacks.Callback):
         if hasattr(self.model.optimizer, "inner_optimizer"):
             bad = [name for name in bad if name != "gradient_norm"]
         if bad:
-            prefix = "" if self.stage == "vqvae" else "prior-"
+            prefix = {"vqvae": "", "texture": "texture-"}
+            prefix = prefix.get(self.stage, "prior-")
             raise utils.NumericsError(
                 f"{self.stage}: not finite {when}: {', '.join(bad)}; no model "
                 f"was saved from it, try a smaller --{prefix}learning-rate"
@@ -911,6 +912,144 @@ class VQVAE(TrainableModel):
             if training:
                 self.part("quantizer", level).update(result)
         return values["loss"]
+
+
+# === Texture ===
+
+
+class TextureBlock(keras.layers.Layer):
+    """Two 3x3 convolutions, added to their input, scaled and moved by a time.
+
+    Input shapes: `(B, h, w, channels)` and features of the time `(B, F)`.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.modulation = keras.layers.Dense(2 * channels)
+        self.inner = conv(channels, 3)
+        self.outer = conv(channels, 3, kernel_initializer="zeros")
+
+    def call(self, x, time):
+        scale, move = tf.split(self.modulation(time)[:, None, None], 2, -1)
+        hidden = tf.nn.silu(x * (1 + scale) + move)
+        return x + self.outer(tf.nn.silu(self.inner(hidden)))
+
+
+@register
+class Texture(TrainableModel):
+    """Fine detail that generated images get after decoding.
+
+    A decoder gives the mean of all slices that share their codes, which is
+    smoother than any of them. This network models what is missing: the
+    difference of real images and their reconstructions. It is a flow: along
+    `x_t = (1 - t) noise + t x` it learns the velocity `x - noise`, so `STEPS`
+    small steps lead from noise to a difference, which is added. Where a
+    decoded image is black, nothing is.
+
+    Args:
+        channels: int. Features of a position; twice as many on half the grid.
+        residual_std: float > 0. Standard deviation of the differences.
+        codebook_sha256: str. Of the VQ-VAE whose images it is for.
+        seed: int. Of the noise in training.
+
+    Input: differences over `residual_std` on the way, `(B, H, W, 1)`; times
+        `(B,)` in [0, 1]; decoded images `(B, H, W, 1)` in [0, 1]. H and W are
+        multiples of 4.
+    Output shape: `(B, H, W, 1)` float32, velocities.
+
+    Reference: Lipman et al., 2023, arXiv:2210.02747.
+    """
+
+    OCTAVES = 5
+    STEPS = 8
+    # Strength of the first noise. Few steps lose some variance, and more
+    # noise makes up for it (resources/experiments.md).
+    NOISE = 1.1
+
+    def __init__(
+        self,
+        channels=48,
+        residual_std=1.0,
+        codebook_sha256="",
+        seed=0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.autocast = False  # the state of a flow stays float32
+        self.residual_std, self.codebook_sha256 = residual_std, codebook_sha256
+        wide, deep = channels, 2 * channels
+        self.times = [keras.layers.Dense(64, "silu") for _ in range(2)]
+        self.stem = conv(wide, 3)
+        self.before = [TextureBlock(wide) for _ in range(2)]
+        self.halving = conv(deep, 2, strides=2)
+        self.middle = [TextureBlock(deep) for _ in range(3)]
+        self.doubling = keras.layers.Conv2DTranspose(wide, 2, strides=2)
+        self.after = [TextureBlock(wide) for _ in range(3)]
+        options = {"kernel_initializer": "zeros", "dtype": "float32"}
+        self.head = conv(4, 3, **options)
+        self.noise = keras.random.SeedGenerator(seed)
+        self._make_trackers("loss")
+        image = tf.zeros((1, 16, 16, 1))
+        self(image, tf.zeros(1), image)  # makes the weights
+
+    def call(self, x, time, decoded):
+        features = sine_features(time, self.OCTAVES)
+        for layer in self.times:
+            features = layer(features)
+        parts = [x, 4 * decoded - 1, shown(decoded)]
+        x = self.stem(tf.nn.space_to_depth(tf.concat(parts, axis=-1), 2))
+        for block in self.before:
+            x = block(x, features)
+        small = self.halving(x)
+        for block in self.middle:
+            small = block(small, features)
+        x += self.doubling(small)
+        for block in self.after:
+            x = block(x, features)
+        return tf.nn.depth_to_space(self.head(x), 2)
+
+    def _batch_loss(self, batch, training):
+        """Mean squared error of the velocities where images are not black."""
+        decoded, inside = batch["decoded"], shown(batch["decoded"])
+        x = inside * (batch["images"] - decoded) / self.residual_std
+        time = keras.random.uniform(tf.shape(x)[:1], seed=self.noise)
+        noise = inside * keras.random.normal(tf.shape(x), seed=self.noise)
+        at = time[:, None, None, None]
+        found = self((1 - at) * noise + at * x, time, decoded)
+        error = inside * (found - (x - noise))
+        loss = tf.reduce_sum(error**2) / tf.maximum(tf.reduce_sum(inside), 1)
+        self._track(decoded, loss=loss)
+        return loss
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def add(self, images, seed, numbers):
+        """Images `(B, H, W, 1)` with texture, in [0, 1].
+
+        That of an image is a function of the seed, its number, of which
+        `numbers` `(B,)` has one for each image, and the image.
+        """
+        shape, inside = images.shape[1:], shown(images)
+        seed = tf.cast(seed, tf.int64)
+
+        def noise_of(number):
+            # Codes were drawn with (seed, number) itself.
+            key = tf.stack([seed, tf.cast(number, tf.int64)])
+            key = tf.random.experimental.stateless_fold_in(key, 1)
+            return tf.random.stateless_normal(shape, key, alg="philox")
+
+        def step(k, x):
+            time = tf.fill(tf.shape(images)[:1], k / self.STEPS)
+            return k + 1, x + inside * self(x, time, images) / self.STEPS
+
+        noise = tf.map_fn(noise_of, numbers, fn_output_signature=tf.float32)
+        state = (0.0, self.NOISE * inside * noise)
+        _, x = tf.while_loop(lambda k, _: k < self.STEPS, step, state)
+        return tf.clip_by_value(images + self.residual_std * x, 0.0, 1.0)
+
+
+def shown(images):
+    """1 where images are not black, else 0."""
+    return tf.cast(images > 0, tf.float32)
 
 
 # === Causal layers ===
@@ -1901,10 +2040,48 @@ def codebook_sha256(vqvae, level=1):
     return utils.array_sha256(np.concatenate([*map(np.asarray, codebooks)]))
 
 
+def load_texture(run, vqvae):
+    """The texture of a run, None if it has none.
+
+    Raises:
+        utils.RunError: if it is damaged, or was trained for another VQ-VAE.
+    """
+    if not run.texture_path.exists():
+        return None
+    texture = load_model(run.texture_path)
+    if texture.codebook_sha256 != codebook_sha256(vqvae):
+        raise utils.RunError(
+            f"{run.texture_path}: trained for another VQ-VAE than "
+            f"{run.vqvae_path}; train it again"
+        )
+    if utils.choose_precision()[0] == "float32":  # all else is slow here
+        for layer in texture._flatten_layers():
+            layer.dtype_policy = "float32"
+    return texture
+
+
 def encode_dataset(vqvae, batches) -> list[np.ndarray]:
     """Indices `(N, h, w)` of each level of batches `(B, H, W, 1)` of images."""
     encoded = [vqvae.encode(batch) for batch in batches]
     return [np.concatenate(level) for level in zip(*encoded, strict=True)]
+
+
+def rebuild(vqvae, batches, texture=None, seed=0) -> np.ndarray:
+    """Images `(N, H, W)` of batches `(B, H, W, 1)`, encoded and decoded."""
+    images, first = [], 0
+    for batch in batches:
+        decoded = vqvae.reconstruct(batch)
+        if texture:
+            numbers = tf.range(first, first + len(batch))
+            decoded = with_texture(vqvae, texture, decoded, seed, numbers)
+        images.append(np.asarray(decoded)[..., 0])
+        first += len(batch)
+    return np.concatenate(images)
+
+
+def with_texture(vqvae, texture, images, seed, numbers):
+    """Decoded frames `(B, H, W, 1)` with texture; see `Texture.add`."""
+    return vqvae.framed(texture.add(vqvae.cropped(images), seed, numbers))
 
 
 def prior_inputs(prior, indices, table):
@@ -1964,6 +2141,7 @@ def generate(
     label=None,
     slice_position=None,
     known=None,
+    texture=None,
     progress=iter,
 ):
     """Draw new images: indices from the priors, decoded by the VQ-VAE.
@@ -1982,6 +2160,7 @@ def generate(
             default `slice_positions`.
         known: for each level indices that are not drawn, or None; see
             `AutoregressivePrior.sample`.
+        texture: `Texture` that decoded images get, or None.
         progress: wraps the iterable of chunks, such as `tqdm.tqdm`.
 
     Returns: `(n, H, W)` float32 images in [0, 1]; list of the indices
@@ -1999,31 +2178,36 @@ def generate(
     }
     if not isinstance(sampling, list):
         sampling = [sampling or Sampling()] * len(priors)
-    draw = functools.partial(_generate_chunk, vqvae, priors, sampling, seed)
+    models = vqvae, priors, texture
+    draw = functools.partial(_generate_chunk, models, sampling, seed)
     images, log_prob, *indices = priors[0].in_chunks(
         draw, n, first, inputs, progress
     )
     return images, indices, log_prob
 
 
-def _generate_chunk(vqvae, priors, sampling, *request, conditions, known=None):
+def _generate_chunk(models, sampling, seed, chunk, conditions, known=None):
     """Images of one chunk, log-probabilities, indices; also in a graph."""
-    indices, total = [], 0.0
+    (vqvae, priors, texture), indices, total = models, [], 0.0
     for level in reversed(range(len(priors))):
         given = {**conditions, "upper": tuple(indices)}
         fixed = known[level] if known else None
         grid, log_prob = priors[level].sample_chunk(
-            sampling[level], *request, given, fixed
+            sampling[level], seed, chunk, given, fixed
         )
         indices.insert(0, grid)
         total += log_prob
-    return vqvae.decode_indices(indices)[..., 0], total, *indices
+    images, size = vqvae.decode_indices(indices), priors[0].chunk_size
+    if texture:
+        numbers = chunk * size + tf.range(size)
+        images = with_texture(vqvae, texture, images, seed, numbers)
+    return images[..., 0], total, *indices
 
 
 # === Export ===
 
 
-def export_archive(vqvae, priors=()):
+def export_archive(vqvae, priors=(), texture=None):
     """The models as functions of plain tensors, to be written as SavedModel.
 
     >>> export_archive(vqvae, priors).write_out("exported", verbose=False)
@@ -2057,14 +2241,15 @@ def export_archive(vqvae, priors=()):
         types["label"] = tf.string
         archive.add_endpoint(
             "generate",
-            functools.partial(_generate_in_graph, vqvae, priors),
+            functools.partial(_generate_in_graph, (vqvae, priors, texture)),
             [tf.TensorSpec((), x, name) for name, x in types.items()],
         )
     return archive
 
 
-def _generate_in_graph(vqvae, priors, n, seed, temperature, label):
+def _generate_in_graph(models, n, seed, temperature, label):
     """Images and indices of `generate`, the loop over chunks in the graph."""
+    vqvae, priors, _ = models
     size, labels = priors[0].chunk_size, priors[0].labels
     found = tf.constant(["", *labels]) == label
     asked = tf.argmax(found, output_type=tf.int32) - 1
@@ -2086,7 +2271,7 @@ def _generate_in_graph(vqvae, priors, n, seed, temperature, label):
         position = tf.cast(position, tf.float32)
         conditions = {"label": label, "slice_position": position}
         images, _, *indices = _generate_chunk(
-            vqvae, priors, sampling, seed, chunk, conditions=conditions
+            models, sampling, seed, chunk, conditions
         )
         return images, *indices
 

@@ -110,6 +110,8 @@ class SamplingArguments:
     """Sample from the k likeliest codes only; 0: all."""
     guidance: utils.number(0, 100) = 1.0
     """Classifier-free guidance; above 1: more typical of the label."""
+    texture: bool = True
+    """Give images the texture that was trained for the run, if there is."""
 
 
 @utils.settings
@@ -254,6 +256,7 @@ class Trained:
     priors: list  # bottom first; [] without any
     seed: int
     sampling: list  # `modules.Sampling` of each level, bottom first
+    texture: typing.Any = None  # that images get, or None
 
     @classmethod
     def load(cls, run, options):
@@ -294,12 +297,16 @@ class Trained:
             modules.Sampling(**{k: v[level] for k, v in chosen.items()} | given)
             for level in range(vqvae.levels)
         ]
-        return cls(run, output, vqvae, priors, seed, sampling)
+        texture = None
+        if priors and asked.get("texture", True):
+            texture = modules.load_texture(run, vqvae)
+        return cls(run, output, vqvae, priors, seed, sampling, texture)
 
     def generate(self, n, **conditions):
         """Images, indices, log-probabilities; see `modules.generate`."""
         bar = utils.progress_bar("sampling", "chunk")
-        options = {"sampling": self.sampling, "progress": bar} | conditions
+        options = {"sampling": self.sampling, "texture": self.texture}
+        options |= {"progress": bar} | conditions
         return modules.generate(
             self.vqvae, self.priors, n, self.seed, **options
         )
@@ -433,10 +440,11 @@ def sample_folder(trained):
 
     Files of an earlier prior stay in a folder of their own: they are never
     taken for new ones, and no process clears away what another writes. The
-    hash is that of `cat vqvae.keras prior.keras`.
+    hash is that of `cat vqvae.keras prior.keras`, and of the texture if used.
     """
-    digest = hashlib.sha256()
-    for path in (trained.run.vqvae_path, *trained.run.prior_paths):
+    digest, run = hashlib.sha256(), trained.run
+    texture = [run.texture_path] * (trained.texture is not None)
+    for path in (run.vqvae_path, *run.prior_paths, *texture):
         digest.update(path.read_bytes())
     return trained.output.path / "samples" / digest.hexdigest()[:8]
 
@@ -566,6 +574,8 @@ def anomaly(trained, options):
     run, output, times = trained.run, trained.output, options.restorations
     reference = some_of_split(run, options.data_dir, "validate", CALIBRATION)
     slices = chosen_images(run, options)
+    # Texture differs by chance, and is no finding.
+    trained = dataclasses.replace(trained, texture=None)
     # A label must not explain a finding away.
     unknown = {"label": ""}
     if slices.table["position"].isna().any():
@@ -677,7 +687,8 @@ def export(trained, options):
     about["signatures"] = signatures
 
     def write(folder):
-        archive = modules.export_archive(trained.vqvae, trained.priors)
+        models = trained.vqvae, trained.priors, trained.texture
+        archive = modules.export_archive(*models)
         archive.write_out(folder, verbose=False)
         utils.write_json(folder / "export.json", about)
 
@@ -939,13 +950,15 @@ def evaluate_samples(trained, splits, options):
     images = sets["generated"]
     plot_least_likely(trained, images, bits)
     memorization, nearest = evaluate_memorization(trained, images, train, test)
-    sets["rebuilt"] = rebuild(trained.vqvae, like["train"])
+    sets["rebuilt"] = rebuild(trained, like["train"])
     if len(trained.priors) > 1:
         batches = dataset.ordered_batches(like["train"])
         lowest, *upper = modules.encode_dataset(trained.vqvae, batches)
         known = [np.full_like(lowest, -1), *upper]
         drawn = trained.generate_like(like["train"].table, known=known)
         sets["upper_real"] = drawn[0]
+    # All as files hold them: fine texture shows how images were rounded.
+    sets = {k: utils.to_pixels(x) / np.float32(255) for k, x in sets.items()}
     real = like["test"].subjects  # whose conditions the generated have
     owners = {"generated": real, "train": like["train"].subjects}
     scores = utils.compare_sets(sets, options.features, owners["train"], real)
@@ -957,6 +970,7 @@ def evaluate_samples(trained, splits, options):
     }
     about = {"n": len(images), "seed": trained.seed}
     about["sampling"] = trained.sampling_values()
+    about["texture"] = trained.texture is not None
     return {"generation": about | scores, "memorization": memorization}
 
 
@@ -1019,10 +1033,10 @@ def match_images(test, train, prior, count, seed):
     return rows, np.array(peers)
 
 
-def rebuild(vqvae, slices):
-    """Images (N, H, W), encoded and decoded."""
-    batches = map(vqvae.reconstruct, dataset.ordered_batches(slices))
-    return np.concatenate([np.asarray(batch)[..., 0] for batch in batches])
+def rebuild(trained, slices):
+    """Images (N, H, W), encoded and decoded as generated ones are."""
+    batches, vqvae = dataset.ordered_batches(slices), trained.vqvae
+    return modules.rebuild(vqvae, batches, trained.texture, trained.seed)
 
 
 def evaluate_memorization(trained, images, train, test):
@@ -1036,7 +1050,7 @@ def evaluate_memorization(trained, images, train, test):
     """
     shown = np.random.default_rng(0).permutation(len(test))[:UNSEEN_IMAGES]
     test = test.take(np.sort(shown))
-    both = np.concatenate([images, rebuild(trained.vqvae, test)])
+    both = np.concatenate([images, rebuild(trained, test)])
     bar = utils.progress_bar("looking for copies", "batch")
     batches = bar(dataset.ordered_batches(train))
     found, n = utils.nearest_images(both, batches, utils.SPACES), len(images)
@@ -1265,8 +1279,10 @@ def run_facts(trained):
     levels = [{"level": k, "grid": list(grid)} for k, grid in grids]
     sizes = ("num_embeddings", "embedding_dim")
     sizes = {name: getattr(vqvae.settings, name) for name in sizes}
-    files = [run.vqvae_path, *run.prior_paths]
-    models = zip(files, [vqvae, *trained.priors], strict=False)
+    paths = [run.vqvae_path, *run.prior_paths[: len(trained.priors)]]
+    models = [vqvae, *trained.priors]
+    if trained.texture:
+        paths, models = [*paths, run.texture_path], [*models, trained.texture]
     return {
         **{key: run.info[key] for key in run.info if key != "training"},
         "settings": utils.flat(run.settings),
@@ -1274,7 +1290,10 @@ def run_facts(trained):
         "complete": "training" not in run.info,
         "data": evaluation.get("data") or about_data(run),
         "codebook": [x | sizes for x in evaluation.get("codebook") or levels],
-        "models": {path.name: model_facts(model) for path, model in models},
+        "models": {
+            path.name: model_facts(model)
+            for path, model in zip(paths, models, strict=True)
+        },
         "evaluation": evaluation,
     }
 

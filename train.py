@@ -6,6 +6,8 @@
         one of the published systems, on a folder of its data set
     python train.py --stage prior --run-dir runs/NAME --prior-epochs 50
         another prior over the VQ-VAE of an earlier run
+    python train.py --stage texture --run-dir runs/NAME --texture-epochs 6
+        texture for the generated images of an earlier run
     python train.py --resume runs/NAME [--epochs 40]
         continue a training that was stopped or killed; with more epochs than
         before, train a complete run on
@@ -13,8 +15,8 @@
         search for settings, 30 trials
     python train.py --list-recipes
 
-The stages: images -> VQ-VAE -> indices -> priors -> sampling settings ->
-evaluation. All results go to one run folder.
+The stages: images -> VQ-VAE -> indices -> priors -> texture (if wanted) ->
+sampling settings -> evaluation. All results go to one run folder.
 """
 
 import contextlib
@@ -50,7 +52,7 @@ PICTURES = 5  # times that they are shown
 SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
 # Relative times for an epoch, by which stages not yet begun are guessed.
-TIMES = {"vqvae": 2}  # a prior: 3
+TIMES = {"vqvae": 2, "texture": 4}  # a prior: 3
 SHOWN = ("loss", "ssim", "codebook_usage", "bits_per_code", "val_ssim")
 SHOWN += ("val_bits_per_code",)
 NOT_COPIED = shutil.ignore_patterns(
@@ -108,7 +110,7 @@ def settings_of_worker(settings, strategy):
         contextlib.redirect_stdout(nowhere),
     ):
         own = f"{folder}/run"
-        if run.resume or run.stage == "prior":
+        if run.resume or run.stage in utils.LATER_STAGES:
             shutil.copytree(getattr(run, name), own, ignore=NOT_COPIED)
         yield utils.replace(settings, **{name: own})
 
@@ -181,12 +183,13 @@ class Job:
 
 def all_parts(run):
     """Names of what a training makes, in order."""
-    return ["vqvae", "indices", *run.prior_names, "sampling"]
+    texture = ["texture"] * (run.settings.training.texture_epochs > 0)
+    return ["vqvae", "indices", *run.prior_names, *texture, "sampling"]
 
 
 def option(settings, stage, name):
     """Setting of a stage, such as `epochs`; 0 if it has no such one."""
-    prefix = "" if stage == "vqvae" else "prior_"
+    prefix = {"vqvae": "", "texture": "texture_"}.get(stage, "prior_")
     return getattr(settings.training, prefix + name, 0)
 
 
@@ -195,8 +198,9 @@ def start(settings, strategy, signals, argv=()):
     if settings.run.smoke and not settings.run.resume:
         settings = settings.smoked()
     given = utils.flags_given(argv)
-    other_prior = settings.run.stage == "prior" and not settings.run.resume
-    folder = settings.run.run_dir if other_prior else settings.run.resume
+    later = settings.run.stage in utils.LATER_STAGES
+    later = later and not settings.run.resume
+    folder = settings.run.run_dir if later else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
     data_dir = settings.data.data_dir if "data_dir" in given else None
@@ -204,7 +208,7 @@ def start(settings, strategy, signals, argv=()):
     try:
         if folder:
             run.lock()
-        if other_prior:
+        if later:
             begin_stage(job, earlier)
         elif not run.split_path.exists():  # new, or stopped before that
             load_images(job, "condition" in given)
@@ -217,10 +221,12 @@ def start(settings, strategy, signals, argv=()):
 
 
 def begin_stage(job, earlier):
-    """Let other priors of a trained VQ-VAE be made."""
+    """Let other priors of a trained VQ-VAE be made, or its texture."""
     run, level = job.run, job.settings.run.prior_level
     modules.load_model(run.vqvae_path)  # refused before anything is changed
     check_batches(job)
+    if job.settings.run.stage == "texture":
+        return job.begin({"texture"})
     run.info |= settle_conditions(job, run.split_path)
     names = run.prior_names
     parts = {"sampling", *(names[level - 1 : level] if level else names)}
@@ -246,9 +252,10 @@ def plan_resume(job, earlier):
     check_batches(job)
     run, under_way = job.run, "training" in job.run.info
     priors = run.prior_names if run.has_priors else []
+    trained = ["vqvae", "texture", *priors]
     parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
     more, before = (
-        {part: option(settings, part, "epochs") for part in ["vqvae", *priors]}
+        {part: option(settings, part, "epochs") for part in trained}
         for settings in (job.settings, earlier)
     )
     longer = {p for p in more.keys() - parts if more[p] > before[p]}
@@ -265,7 +272,7 @@ def plan_resume(job, earlier):
     parts |= longer | {"sampling"}
     if "vqvae" in longer:  # other codes need other indices and priors
         longer = {"vqvae"}
-        parts |= {"indices", *priors}
+        parts |= {"indices", *priors} | ({"texture"} & {*all_parts(run)})
     epochs = utils.read_history(run).groupby("stage")["epoch"].max()
     job.begin(parts, **{part: int(epochs.get(part, 0)) for part in longer})
 
@@ -423,6 +430,8 @@ def train_models(job, *callbacks):
                 "another --learning-rate, or insist with --force"
             )
         train_prior(job, vqvae, indices, level)
+    if "texture" in all_parts(run) and not run.is_done("texture"):
+        train_texture(job, vqvae)
     if all(path.exists() for path in run.prior_paths):
         vqvae, priors = modules.load_models(run)
     return vqvae, priors, collapsed
@@ -520,6 +529,37 @@ def train_prior(job, vqvae, indices, level):
     job.finish(name, prior, path)
 
 
+def train_texture(job, vqvae):
+    """Train the texture of generated images and save it."""
+    path, train = job.run.texture_path, job.images["train"]
+    texture = job.make_model("texture", path, lambda: new_texture(job, vqvae))
+    print(f"texture: {texture.count_params():,} weights")
+    with tf.device("CPU"):  # where batches are made
+        vqvae = modules.load_model(job.run.vqvae_path)
+
+    def pairs(images, epoch, rows):
+        images = varied(job, images, epoch, rows, 0.0)
+        pair = {"images": images, "decoded": vqvae.reconstruct(images)}
+        return {name: vqvae.cropped(x) for name, x in pair.items()}
+
+    Fit(job, "texture", texture, train, None, pairs).run()
+    job.finish("texture", texture, path)
+
+
+def new_texture(job, vqvae):
+    """Return an untrained texture."""
+    images = job.images["train"]
+    some = images.take(utils.spread(len(images), 512))
+    decoded = modules.rebuild(vqvae, dataset.ordered_batches(some))
+    residual = (some.read()[..., 0] - decoded)[decoded > 0]
+    return modules.Texture(
+        job.settings.training.texture_channels,
+        residual_std=float(residual.std()) if residual.size else 1.0,
+        codebook_sha256=modules.codebook_sha256(vqvae),
+        seed=job.settings.run.seed,
+    )
+
+
 def new_prior(job, vqvae, level):
     """Return an untrained prior of a level, conditioned on those above.
 
@@ -576,6 +616,7 @@ def choose_sampling(job, vqvae, priors, images):
     best = [plain] * vqvae.levels
     sets = [images.get(name, ()) for name in ("train", "validate")]
     trained = predict.Trained.of(job.run, vqvae, priors)
+    trained = dataclasses.replace(trained, texture=None)  # which takes long
 
     @functools.cache
     def distance(*sampling):
@@ -616,7 +657,8 @@ class Fit:
 
     Args:
         stage: name in the history, the logs and the checkpoint.
-        training, validation: `dataset.Slices`, or dicts of arrays and these.
+        training, validation: `dataset.Slices`, or dicts of arrays and these;
+            None for no validation.
         transform: function of (batch, epoch, rows) for training batches.
     """
 
@@ -634,7 +676,7 @@ class Fit:
         self.rounds = -(-steps // self.options.round_steps)  # of an epoch
         self.steps = -(-steps // self.rounds)  # of a round
         self.stopping = None
-        if stage != "vqvae" and len(job.tables["validate"]):
+        if stage in job.run.prior_names and len(job.tables["validate"]):
             # It looks at every round, most of which have no validation.
             warnings.filterwarnings("ignore", "Early stopping conditioned")
             self.stopping = keras.callbacks.EarlyStopping(
@@ -707,8 +749,8 @@ class Fit:
 
     def _validation(self):
         """Arguments of `fit` for the validation; none without images."""
-        strategy = self.job.strategy
-        if not (count := len(self.job.tables["validate"])):
+        strategy, count = self.job.strategy, len(self.job.tables["validate"])
+        if self.validation is None or not count:
             return {}
         size = dataset.divisible_batch_size(
             count, min(self.batch_size, count), strategy.num_replicas_in_sync
@@ -781,7 +823,7 @@ class Fit:
     def _minutes_left(self, epoch, seconds):
         """Of this stage by its pace so far, of later ones by `TIMES`."""
         job, left = self.job, self.epochs - epoch
-        for stage in ("vqvae", *job.run.prior_names):
+        for stage in ("vqvae", *job.run.prior_names, "texture"):
             if stage != self.stage and not job.run.is_done(stage):
                 epochs = option(job.settings, stage, "epochs")
                 epochs -= job.epochs_before(stage)
@@ -938,6 +980,7 @@ def try_settings(settings, space, begin, trial):
     values["run_dir"] = f"{settings.run.run_dir}/{folder}"
     only_ssim = settings.search.objective == "ssim"
     values |= {"tune": 0, "stage": "vqvae" if only_ssim else "all"}
+    values["texture_epochs"] = 0  # no score depends on it
     try:
         settings = utils.replace(settings, **values)
         return train_trial(settings, begin, trial)

@@ -590,6 +590,15 @@ class TrainingSettings:
     augment: Weight = 0.0
     """Strength of random changes of images for the VQ-VAE; 1: shifts up to 3
     pixels of 176, 7 % in intensity."""
+    texture_epochs: Whole = 0
+    """Passes over the training images of the texture that generated images
+    get; 0: none."""
+    texture_channels: Channels = 48
+    """Feature channels of the texture."""
+    texture_batch_size: Count = 4
+    """Images per step of the texture."""
+    texture_learning_rate: Rate = 1e-3
+    """Adam's step size for the texture."""
     prior_epochs: Count = 100
     """Passes of the prior over the training grids."""
     prior_batch_size: Count = 64
@@ -616,8 +625,8 @@ class TrainingSettings:
 class RunSettings:
     """The run."""
 
-    stage: Literal["all", "vqvae", "prior"] = "all"
-    """What to train; prior: in the --run-dir of a VQ-VAE."""
+    stage: Literal["all", "vqvae", "prior", "texture"] = "all"
+    """What to train; prior, texture: in the --run-dir of a VQ-VAE."""
     run_dir: Folder = None
     """Folder of results (default: runs/RECIPE-DATE-TIME)."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
@@ -703,6 +712,13 @@ class Settings:
                 f"--prior-channels: expected a multiple of {ATTENTION_HEADS} "
                 f"for pixelsnail, found {channels}"
             )
+        if self.training.texture_epochs and self.total_downsampling % 4:
+            raise FlagError(
+                "--texture-epochs: needs a total downsampling of 4 or more, "
+                f"found {self.total_downsampling}"
+            )
+        if self.run.stage == "texture" and not self.training.texture_epochs:
+            raise FlagError("--stage texture: say --texture-epochs, too")
         # The second computation would drop other features.
         if self.training.recompute and self.prior.dropout:
             raise FlagError("--recompute: does not go with --prior-dropout")
@@ -725,7 +741,7 @@ class Settings:
             for key, value in flat(self).items()
             for end, most in _SMOKE_LIMITS.items()
             if key.endswith(end)
-            and not (self.run.stage == "prior" and key in OF_VQVAE)
+            and not (self.run.stage in LATER_STAGES and key in OF_VQVAE)
         }
         return replace(self, **small)
 
@@ -735,6 +751,10 @@ OF_VQVAE = {"recipe", "epochs", "batch_size", "learning_rate"}
 OF_VQVAE |= {
     key for key, (group, *_), _ in _walk(Settings) if group in ("data", "vqvae")
 } - {"data_dir", "skip_bad"}
+LATER_STAGES = {"prior", "texture"}  # over the VQ-VAE of an earlier run
+# Settings that the priors were trained with.
+OF_PRIOR = {"prior", "position_features", "condition", "condition_dropout"}
+OF_PRIOR |= {k for k, *_ in _walk(Settings) if k.startswith("prior_")}
 # Those that `--resume` may change.
 FREE_ON_RESUME = {"resume", "strategy", "force", "debug", "data_dir"}
 
@@ -887,9 +907,9 @@ def flags_given(argv):
 def parse_training(argv, description=None):
     """Return the `Settings` that a command line of train.py asks for.
 
-    Flags override the recipe. With `--resume RUN`, and with `--stage prior
-    --run-dir RUN`, they override the settings of the run; `FlagError` for
-    those that contradict what is trained already.
+    Flags override the recipe. With `--resume RUN`, and with a `--stage` over
+    the VQ-VAE of `--run-dir RUN`, they override the settings of the run;
+    `FlagError` for those that contradict what is trained already.
     """
     if "--list-recipes" in argv:
         print(list_recipes())
@@ -902,8 +922,10 @@ def parse_training(argv, description=None):
     if given.get("resume"):
         default = Run.open(given["resume"]).training_settings
         fixed = set(flat(default)) - FREE_ON_RESUME
-    elif stage == "prior":
-        default, fixed = _settings_for_prior(given.get("run_dir")), OF_VQVAE
+    elif stage in LATER_STAGES:
+        default, fixed = _settings_for(stage, given.get("run_dir")), OF_VQVAE
+        if stage == "texture":
+            fixed = OF_VQVAE | OF_PRIOR
     chosen = parse(Settings, argv, description, default)
     _check_together(chosen, is_new=not fixed)
     before = flat(default)
@@ -919,12 +941,12 @@ def parse_training(argv, description=None):
     return chosen
 
 
-def _settings_for_prior(folder):
+def _settings_for(stage, folder):
     """Return the settings of the run whose VQ-VAE gets another prior."""
     if not folder:
         raise FlagError(
-            "--stage prior needs --run-dir: the folder of a run that holds a "
-            "trained VQ-VAE"
+            f"--stage {stage} needs --run-dir: the folder of a run that holds "
+            "a trained VQ-VAE"
         )
     run = Run.open(folder)
     once = {"prior_level": None, "smoke": False, "force": False}
@@ -950,16 +972,16 @@ def _check_together(chosen, is_new):
     whole = run.stage == "all" or run.stage == "vqvae" and not bits
     if search.tune and (run.resume or run.prior_level or not whole):
         raise FlagError(
-            "--tune does not go with --resume, --prior-level, --stage prior or "
-            "--stage vqvae with --objective ssim+bits: a search trains every "
-            "trial from the beginning; to continue one, repeat its command "
-            "with its --run-dir"
+            "--tune does not go with --resume, --prior-level, a later --stage, "
+            "or --stage vqvae with --objective ssim+bits: a search trains "
+            "every trial from the beginning; to continue one, repeat its "
+            "command with its --run-dir"
         )
 
 
 # ------------------------------------------------------------ 3. Run folder
 
-FORMAT = 6
+FORMAT = 7
 # Whose versions a run notes; the last four decide scores.
 PACKAGES = "tensorflow keras numpy pandas matplotlib nibabel "
 PACKAGES += "scikit-image scikit-learn scipy pillow"
@@ -1084,6 +1106,7 @@ class Run:
     split_path = property(lambda self: self.path / "split.csv")
     rejected_path = property(lambda self: self.path / "rejected.csv")
     vqvae_path = property(lambda self: self.path / "vqvae.keras")
+    texture_path = property(lambda self: self.path / "texture.keras")
     indices_path = property(lambda self: self.path / "indices.npz")
     history_path = property(lambda self: self.path / "history.csv")
     evaluation_path = property(lambda self: self.path / "evaluation.json")

@@ -92,7 +92,7 @@ TINY = (
     "--residual-blocks 1 --residual-channels 4 --num-embeddings 16 "
     "--embedding-dim 4 --ssim-weight 0 --prior-epochs 2 "
     "--prior-learning-rate 0.01 --prior-batch-size 8 --prior-channels 8 "
-    "--prior-ema-momentum 0 "
+    "--prior-ema-momentum 0 --texture-channels 4 "
     "--prior-blocks 1 --condition slice --num-samples 3 --precision float32 "
     "--temperature 1 --top-p 1 --round-steps 2"
 ).split()
@@ -129,7 +129,8 @@ def levels_run(adni_dir, tmp_path_factory):
     """Two levels on `adni_dir`, with priors that have all there is."""
     flags = (
         "--dataset adni --levels 2 --prior pixelsnail --condition label,slice "
-        "--prior-ema-momentum 0.9 --prior-augment 0.5 --flips"
+        "--prior-ema-momentum 0.9 --prior-augment 0.5 --flips "
+        "--texture-epochs 1"
     ).split()
     folder = tmp_path_factory.mktemp("levels") / "run"
     return train_tiny(folder, *flags, data=adni_dir)

@@ -31,6 +31,7 @@ SETTINGS = """--dataset oasis --image-size 32 --downsampling 4 --channels 8
     --prior gated --prior-channels 8 --prior-blocks 2 --prior-kernel-size 3
     --prior-dropout 0.2 --prior-ema-momentum 0.9 --prior-weight-decay 0.01
     --prior-augment 1 --prior-batch-size 8 --condition slice --prior-atlas 4
+    --texture-epochs 2 --texture-channels 8
     --no-evaluate --precision float32 --round-steps 5""".split()
 EPOCHS_PER_KILL = 2  # of each stage, so that there is something left to kill
 LONGEST = 25  # seconds from a start to its kill, at random

@@ -1065,19 +1065,67 @@ def test_generate():
     np.testing.assert_array_equal(found[0], logits.argmax(axis=-1))
 
 
+def tiny_texture():
+    keras.utils.set_random_seed(0)
+    texture = modules.Texture(channels=8, residual_std=0.1)
+    perturb(texture, 0.03)
+    return texture
+
+
+def test_texture_belongs_to_an_image():
+    """Prevents: texture that depends on the request, or outside of a head."""
+    vqvae, priors = chain()
+    texture, positions = tiny_texture(), np.linspace(0, 1, 9, dtype="float32")
+    draw = functools.partial(modules.generate, vqvae, priors, seed=5)
+    options = {"label": "AD", "slice_position": positions}
+    plain, indices, _ = draw(9, **options)
+    images, same, _ = draw(9, texture=texture, **options)
+    assert_all_equal(indices, same)
+    assert 0 <= images.min() and images.max() <= 1
+    outside = np.ones((24, 32), bool)
+    outside[4:20, :24] = False
+    assert not images[:, outside].any() and not images[plain == 0].any()
+    added = np.ptp(images - plain, axis=(1, 2))
+    assert (added > 0.05).all() and len(np.unique(added)) == 9
+    options["slice_position"] = positions[7:]
+    part, _, _ = draw(2, first=7, texture=texture, **options)
+    np.testing.assert_array_equal(part, images[7:])
+
+
+def test_texture_learns_what_reconstructions_lack(tmp_path):
+    """Prevents: a wrong scale or direction of the flow."""
+    keras.utils.set_random_seed(0)
+    texture = modules.Texture(24, residual_std=0.05, codebook_sha256="x")
+    texture.compile(keras.optimizers.Adam(2e-3, global_clipnorm=1.0))
+    decoded = np.full((8, 16, 16, 1), 0.5, "float32")
+    decoded[:, :4] = 0
+    stripes = np.float32(0.05 * (-1) ** np.arange(16))[:, None, None]
+    batch = {"images": decoded + stripes * (decoded > 0), "decoded": decoded}
+    data = tf.data.Dataset.from_tensors(batch).repeat(80)
+    texture.fit(data, shuffle=False, verbose=0)
+    texture.save(tmp_path / "texture.keras")
+    texture = modules.load_model(tmp_path / "texture.keras")
+    assert texture.codebook_sha256 == "x"
+    found = texture.add(decoded, 3, tf.range(8)).numpy() - decoded
+    assert not found[:, :4].any()
+    assert abs(found - stripes)[:, 4:].mean() < 0.015 < 0.03 < found.std()
+
+
 def test_generate_in_a_graph():
     """Prevents: another rounding, label or order in the exported graph.
 
     That a process without our code can open it is tested with the run.
     """
     vqvae, priors = chain()
+    models = vqvae, priors, tiny_texture()
     kinds = (tf.int32, tf.int32, tf.float32, tf.string)
     generate = tf.function(
-        functools.partial(modules._generate_in_graph, vqvae, priors),
+        functools.partial(modules._generate_in_graph, models),
         [tf.TensorSpec((), kind) for kind in kinds],
     )
     for label in ("", "NC"):
         options = {"sampling": modules.Sampling(0.9), "label": label or None}
+        options["texture"] = models[-1]
         images, grids, _ = modules.generate(vqvae, priors, 11, 7, **options)
         drawn = generate(11, 7, 0.9, label)
         np.testing.assert_array_equal(drawn["images"], images)

@@ -1,6 +1,7 @@
 """Tests of predict.py: every verb on tiny runs, evaluation, report, export."""
 
 import base64
+import functools
 import html
 import json
 import math
@@ -34,16 +35,18 @@ LOADED = {}
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch):
     """Models are loaded, and their samplers compiled, once a session."""
-    load = modules.load_models
 
-    def cached(run):
-        paths = [run.vqvae_path, *run.prior_paths]
-        key = hash(tuple(p.exists() and p.read_bytes() for p in paths))
+    def cached(load, run, *models):
+        paths = [run.vqvae_path, *run.prior_paths, run.texture_path]
+        files = [p.exists() and p.read_bytes() for p in paths]
+        key = hash((load, *files))
         if key not in LOADED:
-            LOADED[key] = load(run)
+            LOADED[key] = load(run, *models)
         return LOADED[key]
 
-    monkeypatch.setattr(modules, "load_models", cached)
+    for name in ("load_models", "load_texture"):
+        own = functools.partial(cached, getattr(modules, name))
+        monkeypatch.setattr(modules, name, own)
 
 
 @pytest.fixture

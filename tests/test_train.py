@@ -79,8 +79,8 @@ def test_a_run_holds_every_file_of_the_design_and_no_other(
     tiny_run, levels_run
 ):
     assert names_in(tiny_run.path) == FILES | {"prior.keras"}
-    both = {"prior_bottom.keras", "prior_top.keras"}
-    assert names_in(levels_run.path) == FILES | both
+    more = {"prior_bottom.keras", "prior_top.keras", "texture.keras"}
+    assert names_in(levels_run.path) == FILES | more
 
 
 def test_config_tells_how_to_repeat_the_run(tiny_run, oasis_dir):
@@ -197,11 +197,12 @@ def test_recipes_without_data_train_on_simulated_ones(
     monkeypatch.chdir(tmp_path)
     train.main(["--recipe", recipe, "--smoke", "--image-size", "64x32"])
     run = utils.Run.newest(tmp_path / "runs")
-    asked = utils.RECIPES[recipe].settings.data
-    assert run.info["simulated"] and run.info["dataset"] == asked.dataset
+    asked = utils.RECIPES[recipe].settings
+    assert run.info["simulated"] and run.info["dataset"] == asked.data.dataset
     assert run.info["image_size"] == [64, 32]
     stages = list(utils.read_history(run)["stage"])
-    assert stages == ["vqvae", *run.prior_names]
+    texture = ["texture"] * (asked.training.texture_epochs > 0)
+    assert stages == ["vqvae", *run.prior_names, *texture]
 
 
 def test_data_without_labels_need_no_flag(oasis_dir, tmp_path, capsys):
@@ -285,6 +286,32 @@ def test_stage_prior_needs_no_image(
     assert utils.Run.open(run.path).info["data_dir"] == str(oasis_dir)
 
 
+def test_stage_texture(levels_run, tmp_path, capsys, plain):
+    """Of a run with and without one; all else stays as it is."""
+    run = copy_run(levels_run, tmp_path)
+    stage, before = ["--stage", "texture", "--run-dir", str(run.path)], {}
+    for name in ("vqvae.keras", "prior_top.keras", "texture.keras"):
+        before[name] = (run.path / name).read_bytes()
+    error = refused(2, capsys, *stage, "--prior-epochs", 9)
+    assert "--prior-epochs: the run was trained with 2, found 9" in error
+    train.main([*stage, "--texture-epochs", "2"])
+    after = {name: (run.path / name).read_bytes() for name in before}
+    assert [n for n in before if after[n] != before[n]] == ["texture.keras"]
+    rows = utils.read_history(run).query("stage == 'texture'")
+    assert list(rows["epoch"]) == [1, 2]
+    assert utils.Run.open(run.path).info["sampling"] == run.info["sampling"]
+    vqvae, _ = modules.load_models(run)
+    assert modules.load_texture(run, vqvae)
+    vqvae.quantizer_1.codebook.assign_add([[1.0] * 4] * 16)
+    with pytest.raises(utils.RunError, match="for another VQ-VAE"):
+        modules.load_texture(run, vqvae)
+    for flags, part in (
+        (["--downsampling", 2], "--texture-epochs: needs"),
+        (["--stage", "texture"], "--stage texture needs --run-dir"),
+    ):
+        assert part in refused(2, capsys, *flags, "--texture-epochs", 1)
+
+
 def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
     """By their row numbers, less from epoch to epoch."""
     seen, rows = [], [0, 5]
@@ -360,7 +387,8 @@ def test_no_prior_over_a_collapsed_codebook_unless_forced(
 # All that has a state: dropout, averages, restarts, augmentation, two levels.
 FLAGS = (
     "--levels 2 --prior gated --prior-dropout 0.2 --condition-dropout 0.3 "
-    "--prior-ema-momentum 0.9 --flips --augment 1 --prior-augment 1"
+    "--prior-ema-momentum 0.9 --flips --augment 1 --prior-augment 1 "
+    "--texture-epochs 2"
 ).split()
 
 
