@@ -6,7 +6,7 @@
         one of the published systems, on a folder of its data set
     python train.py --stage prior --run-dir runs/NAME --prior-epochs 50
         another prior over the VQ-VAE of an earlier run
-    python train.py --stage texture --run-dir runs/NAME --texture-epochs 6
+    python train.py --stage texture --run-dir runs/NAME --texture-epochs 5
         texture for the generated images of an earlier run
     python train.py --resume runs/NAME [--epochs 40]
         continue a training that was stopped or killed; with more epochs than
