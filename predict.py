@@ -303,13 +303,16 @@ class Trained:
         return cls(run, output, vqvae, priors, seed, sampling, texture)
 
     def generate(self, n, **conditions):
-        """Images, indices, log-probabilities; see `modules.generate`."""
+        """Images as files hold them, indices, log-probabilities.
+
+        See `modules.generate`.
+        """
         bar = utils.progress_bar("sampling", "chunk")
         options = {"sampling": self.sampling, "texture": self.texture}
         options |= {"progress": bar} | conditions
-        return modules.generate(
-            self.vqvae, self.priors, n, self.seed, **options
-        )
+        models = self.vqvae, self.priors
+        images, *rest = modules.generate(*models, n, self.seed, **options)
+        return in_8_bits(images), *rest
 
     def generate_like(self, table, **options):
         """`generate` with the labels and slice positions of a table.
@@ -337,6 +340,11 @@ class Trained:
         content = [images > utils.FOREGROUND for images in sets]
         whole = any(part.sum() > part[box].sum() for part in content)
         return sets if whole else [images[box] for images in sets]
+
+
+def in_8_bits(images):
+    """Images [0, 1] rounded as in files, which shows in fine texture."""
+    return utils.to_pixels(images) / np.float32(255)
 
 
 def show(trained, options):
@@ -957,8 +965,6 @@ def evaluate_samples(trained, splits, options):
         known = [np.full_like(lowest, -1), *upper]
         drawn = trained.generate_like(like["train"].table, known=known)
         sets["upper_real"] = drawn[0]
-    # All as files hold them: fine texture shows how images were rounded.
-    sets = {k: utils.to_pixels(x) / np.float32(255) for k, x in sets.items()}
     real = like["test"].subjects  # whose conditions the generated have
     owners = {"generated": real, "train": like["train"].subjects}
     scores = utils.compare_sets(sets, options.features, owners["train"], real)
@@ -1036,7 +1042,8 @@ def match_images(test, train, prior, count, seed):
 def rebuild(trained, slices):
     """Images (N, H, W), encoded and decoded as generated ones are."""
     batches, vqvae = dataset.ordered_batches(slices), trained.vqvae
-    return modules.rebuild(vqvae, batches, trained.texture, trained.seed)
+    images = modules.rebuild(vqvae, batches, trained.texture, trained.seed)
+    return in_8_bits(images)
 
 
 def evaluate_memorization(trained, images, train, test):
