@@ -734,10 +734,19 @@ class Slices:
             yield self.read_bytes(rows)[..., 0]
 
 
+@functools.cache
+def _place_in(file):
+    """Return shape and offset of the bytes in an array file."""
+    # Once: Python 3.11 may fail if several threads parse such a header.
+    array = np.load(file, mmap_mode="r")
+    return array.shape, array.offset
+
+
 def _open_array(file):
     """Return a map of an array; one each time, for pages read stay in it."""
     try:
-        return np.load(file, mmap_mode="r")
+        shape, offset = _place_in(file)
+        return np.memmap(file, np.uint8, "r", offset, shape)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(
             f"{_show(file)}: {error}; expected decoded images, delete it"

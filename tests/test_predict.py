@@ -320,7 +320,9 @@ def test_npz_holds_images_and_what_they_are_of(levels, draws):
     positions = modules.slice_positions(21)
     np.testing.assert_array_equal(chunk["slice_position"], positions)
     indices = [chunk["indices_1"], chunk["indices_2"]]
-    decoded = modules.load_models(levels)[0].decode_indices(indices)
+    vqvae, _ = modules.load_models(levels)
+    models, decoded = [vqvae, trained(levels).texture], vqvae.decode_indices
+    decoded = modules.with_texture(*models, decoded(indices), 0, np.arange(21))
     np.testing.assert_allclose(images / 255, decoded[..., 0], atol=0.51 / 255)
 
 
@@ -737,7 +739,7 @@ def test_labels_of_simulated_brains_are_told_by_ventricles(monkeypatch):
 
     def generate(vqvae, priors, n, seed, label, slice_position, **options):
         assert 0.5 <= min(slice_position) and max(slice_position) <= 0.8
-        return np.full(n, {"AD": 9.0, "MCI": 5.0}[label]), [], None
+        return np.full(n, {"AD": 1.0, "MCI": 0.0}[label]), [], None
 
     def ventricles(images, positions):
         return np.where(np.asarray(positions) < 0.5, np.nan, images)
@@ -749,7 +751,7 @@ def test_labels_of_simulated_brains_are_told_by_ventricles(monkeypatch):
     prior = types.SimpleNamespace(labels=("AD", "MCI"), slice_condition=True)
     state = predict.Trained(run, run, None, [prior], 5, [])
     found = pd.DataFrame(predict.evaluate_labels(state, test)).to_dict("list")
-    areas = {"real": 1.0, "generated": 9.0}, {"real": None, "generated": 5.0}
+    areas = {"real": 1.0, "generated": 1.0}, {"real": None, "generated": 0.0}
     assert found["test_images"] == [3, 0] and found["images_drawn"] == [3, 3]
     assert found["ventricle_area"] == [*areas]
     run.info["simulated"] = False
@@ -877,8 +879,10 @@ def test_inspect_as_json(any_run, capsys):
     wanted = [{**level, "embedding_dim": 4} for level in evaluation["codebook"]]
     assert facts["codebook"] == wanted
     vqvae, priors = modules.load_models(any_run)
-    models = facts["models"].values()
-    for model, found in zip([vqvae, *priors], models, strict=True):
+    models = [vqvae, *priors]
+    if texture := modules.load_texture(any_run, vqvae):
+        models.append(texture)
+    for model, found in zip(models, facts["models"].values(), strict=True):
         assert found["weights"] == model.count_params()
         assert sum(x["weights"] for x in found["layers"]) == found["weights"]
     assert files(any_run.path) == before

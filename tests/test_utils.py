@@ -348,7 +348,7 @@ def test_create_needs_a_folder_it_can_write(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "run") == []
 
 
-ALL = '"format": 6, "settings": {' + json.dumps(
+ALL = '"format": 7, "settings": {' + json.dumps(
     utils.flat(utils.Settings())
 ).strip("{")
 
@@ -356,11 +356,11 @@ ALL = '"format": 6, "settings": {' + json.dumps(
 @cases(f"""
     {{ | not readable
     [] | not readable
-    {{"format": 6}} | not readable
-    {{"format": 7, "settings": {{}}}} | format 7.*the version that made
+    {{"format": 7}} | not readable
+    {{"format": 8, "settings": {{}}}} | format 8.*the version that made
     {{"format": 2, "settings": {{}}}} | format 2.*the version that made
-    {{"format": 6, "settings": {{"epochs": 3}}}} | unfit setting.*recipe
-    {{"format": 6, "settings": [1]}} | unfit
+    {{"format": 7, "settings": {{"epochs": 3}}}} | unfit setting.*recipe
+    {{"format": 7, "settings": [1]}} | unfit
     {{{ALL[:-1]}, "epochs": -1}}}} | unfit.*--epochs
     {{{ALL[:-1]}, "epochs": true}}}} | unfit.*--epochs
     {{{ALL[:-1]}, "seed": 1.0}}}} | unfit.*--seed
