@@ -1,4 +1,4 @@
-"""Models: VQ-VAE of one to three levels, three priors over its indices.
+"""Models: VQ-VAE of one to three levels, priors over its indices, texture.
 
 Import this module before opening a saved model::
 
@@ -996,6 +996,7 @@ class Texture(TrainableModel):
         features = sine_features(time, self.OCTAVES)
         for layer in self.times:
             features = layer(features)
+        # Tissue is bright: so its values lie about as far apart as noise does.
         parts = [x, 4 * decoded - 1, shown(decoded)]
         x = self.stem(tf.nn.space_to_depth(tf.concat(parts, axis=-1), 2))
         for block in self.before:
