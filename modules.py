@@ -996,7 +996,7 @@ class Texture(TrainableModel):
         features = sine_features(time, self.OCTAVES)
         for layer in self.times:
             features = layer(features)
-        # Tissue is bright: so its values lie about as far apart as noise does.
+        # Dark and bright tissue are about as far apart as noise is wide.
         parts = [x, 4 * decoded - 1, shown(decoded)]
         x = self.stem(tf.nn.space_to_depth(tf.concat(parts, axis=-1), 2))
         for block in self.before:
