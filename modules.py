@@ -213,8 +213,7 @@ class FiniteCheck(keras.callbacks.Callback):
         if hasattr(self.model.optimizer, "inner_optimizer"):
             bad = [name for name in bad if name != "gradient_norm"]
         if bad:
-            prefix = {"vqvae": "", "texture": "texture-"}
-            prefix = prefix.get(self.stage, "prior-")
+            prefix = utils.stage_prefix(self.stage).replace("_", "-")
             raise utils.NumericsError(
                 f"{self.stage}: not finite {when}: {', '.join(bad)}; no model "
                 f"was saved from it, try a smaller --{prefix}learning-rate"

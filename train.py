@@ -189,8 +189,7 @@ def all_parts(run):
 
 def option(settings, stage, name):
     """Setting of a stage, such as `epochs`; 0 if it has no such one."""
-    prefix = {"vqvae": "", "texture": "texture_"}.get(stage, "prior_")
-    return getattr(settings.training, prefix + name, 0)
+    return getattr(settings.training, utils.stage_prefix(stage) + name, 0)
 
 
 def start(settings, strategy, signals, argv=()):
@@ -615,8 +614,8 @@ def choose_sampling(job, vqvae, priors, images):
     plain = modules.Sampling(given.temperature or 1.0, top_p=given.top_p or 1.0)
     best = [plain] * vqvae.levels
     sets = [images.get(name, ()) for name in ("train", "validate")]
-    trained = predict.Trained.of(job.run, vqvae, priors)
-    trained = dataclasses.replace(trained, texture=None)  # which takes long
+    options = predict.Evaluate(texture=False)  # texture takes long
+    trained = predict.Trained.of(job.run, vqvae, priors, options)
 
     @functools.cache
     def distance(*sampling):

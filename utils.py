@@ -718,7 +718,7 @@ class Settings:
                 f"found {self.total_downsampling}"
             )
         if self.run.stage == "texture" and not self.training.texture_epochs:
-            raise FlagError("--stage texture: say --texture-epochs, too")
+            raise FlagError("--stage texture needs --texture-epochs, found 0")
         # The second computation would drop other features.
         if self.training.recompute and self.prior.dropout:
             raise FlagError("--recompute: does not go with --prior-dropout")
@@ -744,6 +744,11 @@ class Settings:
             and not (self.run.stage in LATER_STAGES and key in OF_VQVAE)
         }
         return replace(self, **small)
+
+
+def stage_prefix(stage):
+    """Return how the keys of settings of a stage of training begin."""
+    return {"vqvae": "", "texture": "texture_"}.get(stage, "prior_")
 
 
 # Settings that the VQ-VAE of a run was trained with.
@@ -942,7 +947,7 @@ def parse_training(argv, description=None):
 
 
 def _settings_for(stage, folder):
-    """Return the settings of the run whose VQ-VAE gets another prior."""
+    """Return the settings of the run whose VQ-VAE gets a prior or texture."""
     if not folder:
         raise FlagError(
             f"--stage {stage} needs --run-dir: the folder of a run that holds "
