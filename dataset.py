@@ -483,7 +483,7 @@ def split_subjects(subjects, shares):
     ends = np.array([validate, validate + test])
     splits = {s: in_order[np.sum(place[s] >= ends)] for s in ranked}
     # No split may be empty, however few the subjects.
-    if ranked and "train" not in splits.values():
+    if ranked and "train" not in splits.values() and validate + test < 1:
         splits[ranked[-1]] = "train"
     for split, share in (("test", test), ("validate", validate)):
         train = [s for s in ranked if splits[s] == "train"]
@@ -538,7 +538,7 @@ def _read_bytes(path):
     except OSError as error:
         raise _Unfit(f"cannot read the file ({error.strerror})") from error
     if not 0 < len(data) <= MOST_BYTES:
-        found = "too many" if data else "no"
+        found = os.path.getsize(path) if data else "no"
         raise _Unfit(f"found {found} bytes, expected 1 to {MOST_BYTES}")
     return data
 
@@ -636,7 +636,10 @@ def _read_nifti(path, notes):
         sides = [n for n in image.shape if n > 1]
         size = np.prod(sides, dtype=float) * image.get_data_dtype().itemsize
         if len(sides) > 2 or size > MOST_BYTES:
-            raise _Unfit(f"found shape {image.shape}, expected one plane")
+            raise _Unfit(
+                f"found shape {image.shape}, expected one plane; cut volumes "
+                "with python dataset.py slice"
+            )
         voxels, spacing = _turn(image, "RAS")
         codes = "".join(map(str, nibabel.aff2axcodes(image.affine)))
         if spacing is not None and codes != "RAS":
@@ -853,7 +856,8 @@ def _complete(plan, names):
             values, image = _read_file(names[row])
             sizes.append(image.shape)
             if values["full"]:
-                shades.append(image.ravel()[::3] / values["full"])
+                some = image.ravel()[:: max(3, image.size // 2**15)]
+                shades.append(some / values["full"])
     white = float(np.percentile(np.concatenate(shades[1:] or shades), WHITE))
     return _Plan(
         plan.size or max(statistics.multimode(sizes), default=(32, 32)),
@@ -862,10 +866,10 @@ def _complete(plan, names):
     )
 
 
-def _in_parallel(title, work, *arguments):
+def _in_parallel(title, work, *arguments, most=64):
     """Return what `work` returns for each of the arguments, in order."""
     options = {"desc": title, "disable": None, "delay": 2}  # seconds
-    options["max_workers"] = 2 * (os.cpu_count() or 1)
+    options["max_workers"] = min(2 * (os.cpu_count() or 1), most)
     return concurrent.thread_map(work, *arguments, **options)
 
 
@@ -967,13 +971,14 @@ def load(settings, image_size=None):
     return slices
 
 
-def load_external(data_dir, dataset, run, skip_bad=False):
+def load_external(data_dir, dataset, run, skip_bad=False, pattern=None):
     """Return another data set, all of it as test images of a `utils.Run`.
 
     They are brought to the frame of the run; sizes that it does not know are
-    scaled. With `skip_bad` unfit files are left out instead of refused.
+    scaled. With `skip_bad` unfit files are left out instead of refused. The
+    pattern is that of `scan`.
     """
-    index, plan = scan(data_dir, dataset, split="test"), _plan_of_run(run)
+    index, plan = scan(data_dir, dataset, pattern, "test"), _plan_of_run(run)
     return _load(index, plan, dataset, skip_bad, data_dir)[0]
 
 
@@ -1197,7 +1202,7 @@ def read_files(paths, run):
     numbers = ["slice", "position", "low", "high"]
     known = _split_table(run).drop_duplicates("sha256").set_index("sha256")
     known = known[["subject", "label", *numbers]]
-    table = known.reindex([*map(_digest, files)]).reset_index(drop=True)
+    table = known.reindex([*map(file_sha256, files)]).reset_index(drop=True)
     table = table.assign(path=files, split="test")
     table[numbers] = table[numbers].astype(float)
     table["scan"] = [
@@ -1218,7 +1223,8 @@ def read_files(paths, run):
     return slices
 
 
-def _digest(path):
+def file_sha256(path):
+    """Return the digest of a file; `DataError` if it cannot be read."""
     try:
         return hashlib.sha256(_read_bytes(path)).hexdigest()
     except _Unfit as error:
@@ -1833,10 +1839,19 @@ def slice_volumes(options):
         f"{len(splits)} subjects, such as {_some(splits, 3)}: "
         + ", ".join(f"{counts[split]} {split}" for split in SPLITS)
     )
-    with tempfile.TemporaryDirectory() as folder:
+    if len(splits) == 1 < len(table):
+        _warn(
+            f"all {len(table)} volumes are taken for those of one subject; "
+            "tell subjects with --subject-pattern"
+        )
+    # Beside the new folder: temporary folders may be small.
+    place = dest.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".tmp-cut", ".", place) as folder:
         table["file"] = [f"{folder}/{k}.npy" for k in table.index]
         work = functools.partial(_cut_to_file, options)
-        done = _in_parallel("slicing", work, table["source"], table["file"])
+        pairs = table["source"], table["file"]
+        done = _in_parallel("slicing", work, *pairs, most=8)  # large volumes
         table = table.join(pd.DataFrame(done, columns=["reason", "notes"]))
         unfit = table[table["reason"] != ""]
         unfit = unfit.rename(columns={"source": "path"})
@@ -1873,8 +1888,9 @@ def _find_volumes(source, options):
     files = {f: n for f, n in names.items() if fits(n)}
     if not files:
         raise DataError(
-            f"{_show(source)}: found no volume that fits {options.match}, "
-            "expected NIfTI, Analyze, MGZ or MINC files"
+            f"{_show(source)}: found {len(names)} volumes "
+            f"({_some(names.values(), 3)}), expected NIfTI, Analyze, MGZ or "
+            f"MINC files that fit --match '{options.match}'"
         )
     if masks:
         print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
@@ -1940,17 +1956,16 @@ def _subject_folders(paths):
 def _subject_of(path, folder="", pattern=None):
     """Return the subject that a path names, in letters and digits."""
     found = folder or _stem(path)
-    ends = ("", "") if pattern else (r"(?<![^\W_])", r"(?![^\W_])")
-    for name in [pattern] if pattern else SUBJECTS:
-        if match := re.search(rf"(?i){ends[0]}(?:{name}){ends[1]}", path):
-            found = match.groupdict().get("subject") or match[0]
-            break
-    else:
-        if pattern:
-            raise DataError(
-                f"{_show(path)}: found no subject by the --subject-pattern "
-                f"{pattern}, expected one"
-            )
+    words = [rf"(?<![^\W_])(?:{name})(?![^\W_])" for name in SUBJECTS]
+    rules = [pattern] if pattern else words
+    tried = (re.search(rule, path, re.IGNORECASE) for rule in rules)
+    if match := next(filter(None, tried), None):
+        found = match.groupdict().get("subject") or match[0]
+    elif pattern:
+        raise DataError(
+            f"{_show(path)}: found no subject by the --subject-pattern "
+            f"{pattern}, expected one"
+        )
     return re.sub(r"^sub-|[\W_]", "", found) or "x"
 
 
@@ -1961,11 +1976,13 @@ def _read_labels(subjects, options):
     if options.layout == "oasis":
         raise FlagError("--labels: the OASIS layout has none; use folder")
     try:
-        text = {"dtype": str, "keep_default_na": False}
-        known = pd.read_csv(options.labels, sep=None, engine="python", **text)
-        known = known.fillna("")  # of short rows
+        text = {"dtype": str, "keep_default_na": False, "engine": "python"}
+        text["sep"] = "\t" if options.labels.endswith(".tsv") else None
+        known = pd.read_csv(options.labels, **text).fillna("")  # short rows
+        if options.label_column not in known:
+            raise ValueError(f"found the columns {_some(known)}")
         labels = known.pop(options.label_column)
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"{_show(options.labels)}: {error}; expected a table with the "
             f"column {options.label_column} of --label-column"
@@ -1978,7 +1995,12 @@ def _read_labels(subjects, options):
     keys = known.map(lambda value: _canonical(_subject_of(value)))
     numbers = known.apply(lambda column: column.str.isdigit().mean())
     fits = {k: (len({*keys[k]} & {*wanted}), -numbers[k]) for k in keys}
-    column = max(fits, key=fits.get)
+    column = max(fits, key=fits.get, default=None)
+    if not fits or not fits[column][0]:
+        raise DataError(
+            f"{_show(options.labels)}: no column names a subject of the "
+            f"volumes, expected ids such as {_some(subjects, 3)}"
+        )
     found = labels.groupby(keys[column]).agg(["first", "nunique"])
     result = wanted.map(found["first"]).fillna("")
     if several := sum(found["nunique"][found.index.isin(wanted)] > 1):
@@ -2082,7 +2104,7 @@ def _write_slices(folder, table, options):
     shapes = [np.load(name, "r").shape[1:] for name in table["file"]]
     size = options.image_size or tuple(-(-np.max(shapes, axis=0) // 16) * 16)
     names = ["subject", "scan", "label", "split", "source", "notes"]
-    rows = []
+    rows, cut, black = [], 0, INSIDE * 65535
     for volume in table.itertuples():
         about = {name: getattr(volume, name) for name in names}
         for number, image in enumerate(np.load(volume.file)):
@@ -2091,17 +2113,24 @@ def _write_slices(folder, table, options):
             if options.layout == "oasis":
                 name = f"case_{volume.number:03d}_slice_{number}.nii.png"
                 name = f"{LAYOUTS['oasis'].prefix}{volume.split}/{name}"
-            image = fit_to(image, size)
+            whole, image = image, fit_to(image, size)
+            cut += np.sum(whole > black) > np.sum(image > black)
             if options.bits == 8:
                 image = np.rint(image / 257).astype(np.uint8)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / name)
             rows.append({"path": name, "slice": number, **about})
     utils.write_csv(folder / "manifest.csv", pd.DataFrame(rows))
-    shown = map(np.load, table["file"][:4])
+    if cut:
+        size_text = utils.size_text(size)
+        _warn(f"--image-size {size_text} cuts content of {cut} slices")
+    shown = [[*np.load(name, "r")] for name in table["file"][:4]]
     utils.image_grid(
         folder / "orientation.png",
-        [cut[utils.spread(len(cut), 8)] / 65535 for cut in shown],
+        [
+            [fit_to(x[k], size) / 65535 for k in utils.spread(len(x), 8)]
+            for x in shown
+        ],
         titles=list(table["scan"][:4]),
         title=PLANES[options.plane][1],
     )

@@ -32,6 +32,8 @@ import numpy as np
 import tensorflow as tf
 
 utils.configure_keras()
+# Float32 on a GPU is to be float32: TF32 would pick wrong codes.
+tf.config.experimental.enable_tensor_float_32_execution(False)
 register = keras.saving.register_keras_serializable("mri_vqvae")
 policy_lock = threading.Lock()  # chunks of samples are traced in threads
 
@@ -232,6 +234,7 @@ class RoundCheckpoint(keras.callbacks.Callback):
     Args:
         path: of a checkpoint; see `utils.write_checkpoint`.
         stopping: `EarlyStopping` earlier in the list, saved too, or None.
+        best: score to be beaten of the weights that a training begins with.
         signals: `utils.StopSignals`. A signal stops the training at the end of
             the round if that is `NEAR`, else at once.
 
@@ -242,9 +245,10 @@ class RoundCheckpoint(keras.callbacks.Callback):
 
     NEAR = 3.0  # seconds
 
-    def __init__(self, path, stopping=None, signals=None):
+    def __init__(self, path, stopping=None, signals=None, best=None):
         super().__init__()
         self.path, self.stopping, self.signals = Path(path), stopping, signals
+        self.best = best
         self.state, self.arrays = utils.read_checkpoint(self.path)
         self.round = self.state.get("round", 0)
         self.started = time.monotonic() - self.state.get("seconds", 0.0)
@@ -256,6 +260,9 @@ class RoundCheckpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.state:
             self._restore()
+        elif self.best is not None:
+            self.stopping.best = self.best
+            self.stopping.best_weights = self.model.get_weights()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.round_started = time.monotonic()
@@ -278,11 +285,12 @@ class RoundCheckpoint(keras.callbacks.Callback):
 
     def _variables(self):
         """Variables of the model and of its optimizer by name."""
-        model, optimizer = self.model, self.model.optimizer
-        names = [f"model/{k}" for k in range(len(model.variables))]
-        names += [f"optimizer_0/{k}" for k in range(len(optimizer.variables))]
-        variables = [*model.variables, *optimizer.variables]
-        return dict(zip(names, variables, strict=True))
+        parts = {"model": self.model, "optimizer_0": self.model.optimizer}
+        return {
+            f"{name}/{number}": variable
+            for name, part in parts.items()
+            for number, variable in enumerate(part.variables)
+        }
 
     def _save(self):
         variables = self._variables().items()
@@ -290,8 +298,7 @@ class RoundCheckpoint(keras.callbacks.Callback):
         state = {"round": self.round, "seconds": self.seconds}
         if self.stopping and self.stopping.best_weights is not None:
             names = ("best", "best_epoch", "wait")
-            found = {name: getattr(self.stopping, name) for name in names}
-            state["best"] = found | {"best": float(self.stopping.best)}
+            state["best"] = {x: getattr(self.stopping, x) for x in names}
             best = enumerate(self.stopping.best_weights)
             arrays |= {f"best/{number}": weight for number, weight in best}
         utils.write_checkpoint(self.path, state, arrays)
@@ -307,9 +314,9 @@ class RoundCheckpoint(keras.callbacks.Callback):
             variable.assign(value)
         if self.stopping and "best" in self.state:
             vars(self.stopping).update(self.state["best"])
-            count = sum(name.startswith("best/") for name in self.arrays)
-            best = [self.arrays[f"best/{number}"] for number in range(count)]
-            self.stopping.best_weights = best
+            self.stopping.best_weights = [
+                x for name, x in self.arrays.items() if name.startswith("best/")
+            ]
 
 
 class Pictures(keras.callbacks.Callback):
@@ -1009,15 +1016,14 @@ class Texture(TrainableModel):
         return tf.nn.depth_to_space(self.head(x), 2)
 
     def _batch_loss(self, batch, training):
-        """Mean squared error of the velocities where images are not black."""
+        """Mean squared error of the velocities; 0 where images are black."""
         decoded, inside = batch["decoded"], shown(batch["decoded"])
         x = inside * (batch["images"] - decoded) / self.residual_std
         time = keras.random.uniform(tf.shape(x)[:1], seed=self.noise)
         noise = inside * keras.random.normal(tf.shape(x), seed=self.noise)
         at = time[:, None, None, None]
         found = self((1 - at) * noise + at * x, time, decoded)
-        error = inside * (found - (x - noise))
-        loss = tf.reduce_sum(error**2) / tf.maximum(tf.reduce_sum(inside), 1)
+        loss = tf.reduce_mean((inside * (found - (x - noise))) ** 2)
         self._track(decoded, loss=loss)
         return loss
 
@@ -1025,11 +1031,10 @@ class Texture(TrainableModel):
     def add(self, images, seed, numbers):
         """Images `(B, H, W, 1)` with texture, in [0, 1].
 
-        That of an image is a function of the seed, its number, of which
-        `numbers` `(B,)` has one for each image, and the image.
+        That of an image is a function of the seed, an int64 tensor, its
+        number, of which `numbers` `(B,)` has one for each image, and the image.
         """
         shape, inside = images.shape[1:], shown(images)
-        seed = tf.cast(seed, tf.int64)
 
         def noise_of(number):
             # Codes were drawn with (seed, number) itself.
@@ -1402,6 +1407,7 @@ class ContextMap(keras.layers.Layer):
 
     def __init__(self, prior):
         super().__init__()
+        self.autocast = False  # bfloat16 would move slice positions
         self.grid, self.num_embeddings = prior.latent_grid, prior.num_embeddings
         self.levels_above, channels = len(prior.upper_grids), self.CHANNELS
         self.place = self.slice = self.atlas = self.label = None
@@ -1805,6 +1811,7 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
     ):
         settings = take(utils.PriorSettings, kwargs)
         super().__init__(**kwargs)
+        self.autocast = False  # see `ContextMap`
         self.num_embeddings, self.settings = num_embeddings, settings
         self.latent_grid, self.channels = tuple(latent_grid), settings.channels
         self.slice_condition, self.labels = slice_condition, tuple(labels)
@@ -2022,15 +2029,20 @@ def load_models(run):
         utils.RunError: if one is missing, damaged, or was trained on the
             indices of another VQ-VAE.
     """
-    vqvae, priors = load_model(run.vqvae_path), []
-    for level, path in enumerate(run.prior_paths if run.has_priors else (), 1):
-        priors.append(load_model(path))
-        if priors[-1].codebook_sha256 != codebook_sha256(vqvae, level):
-            raise utils.RunError(
-                f"{path}: trained on another codebook than that of "
-                f"{run.vqvae_path}; train it again"
-            )
-    return vqvae, priors
+    vqvae = load_model(run.vqvae_path)
+    paths = enumerate(run.prior_paths if run.has_priors else (), start=1)
+    return vqvae, [load_for(vqvae, path, level) for level, path in paths]
+
+
+def load_for(vqvae, path, level=1):
+    """Load a model of the codebooks of a VQ-VAE from a level up."""
+    model = load_model(path)
+    if model.codebook_sha256 != codebook_sha256(vqvae, level):
+        raise utils.RunError(
+            f"{path}: trained on another codebook than that of the VQ-VAE "
+            "beside it; train it again"
+        )
+    return model
 
 
 def codebook_sha256(vqvae, level=1):
@@ -2048,12 +2060,7 @@ def load_texture(run, vqvae):
     """
     if not run.texture_path.exists():
         return None
-    texture = load_model(run.texture_path)
-    if texture.codebook_sha256 != codebook_sha256(vqvae):
-        raise utils.RunError(
-            f"{run.texture_path}: trained for another VQ-VAE than "
-            f"{run.vqvae_path}; train it again"
-        )
+    texture = load_for(vqvae, run.texture_path)
     if utils.choose_precision()[0] == "float32":  # all else is slow here
         for layer in texture._flatten_layers():
             layer.dtype_policy = "float32"
@@ -2081,6 +2088,7 @@ def rebuild(vqvae, batches, texture=None, seed=0) -> np.ndarray:
 
 def with_texture(vqvae, texture, images, seed, numbers):
     """Decoded frames `(B, H, W, 1)` with texture; see `Texture.add`."""
+    seed = tf.cast(seed, tf.int64)  # a tensor: no trace for each
     return vqvae.framed(texture.add(vqvae.cropped(images), seed, numbers))
 
 

@@ -101,7 +101,7 @@ class SamplingArguments:
     seed: utils.Seed | None = None
     """Seed of image k, with k and what is asked for (default: the run's)."""
     temperature: utils.Temperature | None = None
-    """Sampling temperature; below 1 gives likelier, less varied slices
+    """Sampling temperature; below 1 favours likely codes
     (default: chosen for the run; 1 with --top-p)."""
     top_p: utils.Share | None = None
     """Sample from the likeliest codes that together have this probability
@@ -159,6 +159,8 @@ class Evaluate(SamplingArguments, DataArguments):
 
     skip_bad: bool = False
     """Leave out bad files of another data set instead of stopping."""
+    subject_pattern: str | None = None
+    """Of another data set: as for train.py (default: guessed)."""
     num_samples: utils.integer(1, 5000) | None = None
     """Number of images generated, at most one for each test image (default:
     as in training)."""
@@ -272,6 +274,9 @@ class Trained:
                 f"prior --run-dir {shlex.quote(str(run.path))}{level}"
             )
         # Priors may still be in training.
+        if missing and run.has_priors:
+            name = run.prior_names[missing[0]]
+            print(f"warning: {name}.keras is missing: no priors are used")
         if missing or isinstance(options, Reconstruct):
             return cls.of(run, modules.load_model(run.vqvae_path), [], options)
         return cls.of(run, *modules.load_models(run), options)
@@ -751,8 +756,7 @@ def is_external(run, options):
         first = utils.read_split_table(run).iloc[0]
         external = not any(
             path.endswith(f"/{first['path']}")
-            and hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            == first["sha256"]
+            and dataset.file_sha256(path) == first["sha256"]
             for path in dataset.files_below(options.data_dir)
         )
     if options.skip_bad and not external:
@@ -770,8 +774,11 @@ def evaluate_external(trained, options):
     look like the data of the run, not like these.
     """
     run, folder = trained.run, options.data_dir
-    layout = dataset.detect_layout(folder)
-    slices = dataset.load_external(folder, layout, run, options.skip_bad)
+    pattern = options.subject_pattern
+    layout = "folder" if pattern else dataset.detect_layout(folder)
+    slices = dataset.load_external(
+        folder, layout, run, options.skip_bad, pattern
+    )
     print(f"all {len(slices)} images are test images; nothing is generated")
     evaluation, found = evaluate_vqvae(trained.vqvae, slices)
     evaluation["data"] = about = {
@@ -784,10 +791,17 @@ def evaluate_external(trained, options):
     name = re.sub(r"[^\w.-]", "_", Path(folder).resolve().name)
     figures = trained.output.figures_path / name
     plot_test_figures(figures, trained, slices, found)
+    (figures / "rejected.csv").unlink(missing_ok=True)
     if len(slices.rejected):
         utils.write_csv(figures / "rejected.csv", slices.rejected)
         print(f"files left out: {figures / 'rejected.csv'}")
-    if run.split_path.exists():
+    if not run.split_path.exists():
+        print(
+            "warning: a model without split.csv may have been trained on these "
+            "images; then the scores are too good",
+            file=sys.stderr,
+        )
+    else:
         own = utils.read_split_table(run)
         own = own["sha256"][own["split"] != "test"]
         seen = int(slices.table["sha256"].isin(own).sum())
@@ -822,26 +836,21 @@ def evaluate_vqvae(vqvae, test):
         name: [np.concatenate(rows) for rows in zip(*batches, strict=True)]
         for name, batches in parts.items()
     }
+    size = vqvae.num_embeddings
     scores = {
         "reconstruction": {
             name: utils.bootstrap(utils.mean_of(found[name][0]), test.subjects)
             for name in METRICS
         },
-        "codebook": evaluate_codebook(vqvae, found["indices"]),
+        "codebook": [
+            {"level": k, "grid": list(grid.shape[1:]), "num_embeddings": size}
+            | utils.codebook_stats(grid, size)
+            for k, grid in enumerate(found["indices"], start=1)
+        ],
         # The median batch: the first one includes tracing.
         "speed": {"images_per_second_encoded": 1 / np.median(seconds)},
     }
     return scores, found | {"ssim": found["ssim"][0], "pixels": pixels}
-
-
-def evaluate_codebook(vqvae, indices):
-    """Usage of each codebook over a whole split, bottom first."""
-    size = vqvae.num_embeddings
-    return [
-        {"level": level, "grid": list(grid.shape[1:]), "num_embeddings": size}
-        | utils.codebook_stats(grid, size)
-        for level, grid in enumerate(indices, start=1)
-    ]
 
 
 def about_data(run):
@@ -925,8 +934,13 @@ def measure_speed(trained):
         history = utils.read_history(run)
         utils.plot_history(figures / "history.png", history)
         for stage, rows in history.groupby("stage"):
-            # From the end of the first row on, which includes tracing.
-            first, last = rows.iloc[0], rows.iloc[-1]
+            # From the end of the first row on, which includes tracing. Where a
+            # stage is trained on, seconds begin anew.
+            parts = rows.groupby((rows["seconds"].diff() < 0).cumsum())
+            first, last = (
+                row[["images", "seconds"]].sum()
+                for row in (parts.first(), parts.last())
+            )
             speed[f"{stage}_minutes"] = last.seconds / 60
             if (seconds := last.seconds - first.seconds) > 0:
                 rate = (last.images - first.images) / seconds
@@ -1279,7 +1293,7 @@ def run_facts(trained):
     model; `evaluation` is empty without one.
     """
     run, vqvae, evaluation = trained.run, trained.vqvae, {}
-    for known in run, trained.output:  # the newer one wins
+    for known in run, trained.output:  # that of --output wins
         if known.evaluation_path.exists():
             evaluation = utils.read_evaluation(known)
     grids = enumerate(vqvae.latent_grids, start=1)
@@ -1354,6 +1368,7 @@ def render(template, facts):
     )
     environment.filters |= {
         "explain": explain,
+        "day": lambda time: f"{time[:4]}-{time[4:6]}-{time[6:8]}",
         "show": show_value,
         "size": utils.size_text,
         "typed": utils.typed,

@@ -110,7 +110,7 @@ def settings_of_worker(settings, strategy):
         contextlib.redirect_stdout(nowhere),
     ):
         own = f"{folder}/run"
-        if run.resume or run.stage in utils.LATER_STAGES:
+        if run.resume or run.stage in utils.FIXED:
             shutil.copytree(getattr(run, name), own, ignore=NOT_COPIED)
         yield utils.replace(settings, **{name: own})
 
@@ -149,6 +149,15 @@ class Job:
             name: table[table["split"] == name].reset_index(drop=True)
             for name in dataset.SPLITS
         }
+
+    @functools.cached_property
+    def vqvae(self):
+        """The trained VQ-VAE on the CPU, where batches are made.
+
+        First asked for outside of a graph, in which it would be loaded.
+        """
+        with tf.device("CPU"):
+            return modules.load_model(self.run.vqvae_path)
 
     def begin(self, parts, **epochs_before):
         """Note which parts are to be made; removes all checkpoints.
@@ -197,8 +206,7 @@ def start(settings, strategy, signals, argv=()):
     if settings.run.smoke and not settings.run.resume:
         settings = settings.smoked()
     given = utils.flags_given(argv)
-    later = settings.run.stage in utils.LATER_STAGES
-    later = later and not settings.run.resume
+    later = settings.run.stage in utils.FIXED and not settings.run.resume
     folder = settings.run.run_dir if later else settings.run.resume
     run = utils.Run.open(folder) if folder else utils.Run.create(settings)
     earlier, run.settings = run.training_settings, settings
@@ -224,11 +232,13 @@ def begin_stage(job, earlier):
     run, level = job.run, job.settings.run.prior_level
     modules.load_model(run.vqvae_path)  # refused before anything is changed
     check_batches(job)
+    left = parts_left(run)
     if job.settings.run.stage == "texture":
-        return job.begin({"texture"})
+        return begin_parts(job, {"texture"}, left)
     run.info |= settle_conditions(job, run.split_path)
     names = run.prior_names
     parts = {"sampling", *(names[level - 1 : level] if level else names)}
+    parts |= left & {"indices", "texture"}
     before, now = earlier.prior.condition, job.settings.prior.condition
     paths = zip(names, run.prior_paths, strict=True)
     kept = [path for name, path in paths if name not in parts and path.exists()]
@@ -239,7 +249,23 @@ def begin_stage(job, earlier):
         )
     if not run.indices_path.exists():
         parts.add("indices")
+    begin_parts(job, parts, left)
+
+
+def begin_parts(job, parts, left):
+    """Begin anew with some parts, unless others are `left` to be made."""
+    if others := left - parts:
+        raise utils.RunError(
+            f"{job.run.path}: its training stopped before "
+            f"{', '.join(sorted(others))}; finish it first with --resume"
+        )
     job.begin(parts)
+
+
+def parts_left(run):
+    """Names of what an unfinished training of a run has not made yet."""
+    under_way = "training" in run.info
+    return {x for x in all_parts(run) if under_way and not run.is_done(x)}
 
 
 def plan_resume(job, earlier):
@@ -249,31 +275,38 @@ def plan_resume(job, earlier):
     when `Fit.run` starts.
     """
     check_batches(job)
-    run, under_way = job.run, "training" in job.run.info
-    priors = run.prior_names if run.has_priors else []
-    trained = ["vqvae", "texture", *priors]
-    parts = {p for p in all_parts(run) if under_way and not run.is_done(p)}
+    run, parts = job.run, parts_left(job.run)
+    under_way = "training" in run.info
+    models = {"vqvae": run.vqvae_path, "texture": run.texture_path}
+    models |= zip(run.prior_names, run.prior_paths, strict=True)
+    trained = {part for part, path in models.items() if path.exists()} - parts
     more, before = (
         {part: option(settings, part, "epochs") for part in trained}
         for settings in (job.settings, earlier)
     )
-    longer = {p for p in more.keys() - parts if more[p] > before[p]}
-    if not longer and under_way:
-        now = {"settings": utils.flat(job.settings)}
-        run.update(training=run.info["training"] | now)
-        return
-    if not longer:
+    longer = {part for part in trained if more[part] > before[part]}
+    if not longer and not under_way:
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
-            "more --epochs or --prior-epochs, or another prior with --stage "
-            "prior --run-dir"
+            "more --epochs, --prior-epochs or --texture-epochs, or another "
+            "prior with --stage prior --run-dir"
         )
-    parts |= longer | {"sampling"}
+    parts |= longer | ({"sampling"} if longer - {"texture"} else set())
     if "vqvae" in longer:  # other codes need other indices and priors
-        longer = {"vqvae"}
-        parts |= {"indices", *priors} | ({"texture"} & {*all_parts(run)})
-    epochs = utils.read_history(run).groupby("stage")["epoch"].max()
-    job.begin(parts, **{part: int(epochs.get(part, 0)) for part in longer})
+        parts |= trained | {"indices"}
+        longer, under_way = {"vqvae"}, False
+    since = {}
+    if longer:
+        epochs = utils.read_history(run).groupby("stage")["epoch"].max()
+        since = {part: int(epochs.get(part, 0)) for part in longer}
+    if not under_way:
+        return job.begin(parts, **since)
+    now = run.info["training"]  # other parts go on from their checkpoints
+    done = [part for part in now["done"] if part not in parts]
+    since = now["epochs_before"] | since
+    changes = {"settings": utils.flat(job.settings)}
+    changes |= {"done": done, "epochs_before": since}
+    run.update(training=now | changes)
 
 
 def load_images(job, asked):
@@ -368,6 +401,11 @@ def check_batches(job):
     for flag, size, least in (
         ("batch-size", min(images["train"], options.batch_size), parts),
         ("prior-batch-size", options.prior_batch_size, parts),
+        (
+            "texture-batch-size",
+            options.texture_batch_size,
+            parts if options.texture_epochs else 0,
+        ),
         ("strategy", images["validate"] or replicas, replicas),
     ):
         if size < least:
@@ -447,9 +485,8 @@ def train_vqvae(job, callbacks=()):
     vary = functools.partial(varied, job, strength=options.augment)
     vary = vary if options.flips or options.augment else None
     sources = job.images["train"], job.images["validate"], vary
-    fit = Fit(job, "vqvae", model, *sources)
+    fit = Fit(job, "vqvae", model, path, *sources)
     fit.run(vqvae_pictures(job, model), callbacks)
-    job.finish("vqvae", model, path)
 
 
 def new_vqvae(job):
@@ -523,9 +560,8 @@ def train_prior(job, vqvae, indices, level):
     if settings.training.flips or settings.training.prior_augment:
         training = {"images": job.images["train"], "inputs": training}
         transform = encoding(job, level)
-    fit = Fit(job, name, prior, training, validation, transform)
+    fit = Fit(job, name, prior, path, training, validation, transform)
     fit.run(prior_pictures(job, vqvae, prior, level))
-    job.finish(name, prior, path)
 
 
 def train_texture(job, vqvae):
@@ -533,16 +569,14 @@ def train_texture(job, vqvae):
     path, train = job.run.texture_path, job.images["train"]
     texture = job.make_model("texture", path, lambda: new_texture(job, vqvae))
     print(f"texture: {texture.count_params():,} weights")
-    with tf.device("CPU"):  # where batches are made
-        vqvae = modules.load_model(job.run.vqvae_path)
+    vqvae = job.vqvae
 
     def pairs(images, epoch, rows):
         images = varied(job, images, epoch, rows, 0.0)
         pair = {"images": images, "decoded": vqvae.reconstruct(images)}
         return {name: vqvae.cropped(x) for name, x in pair.items()}
 
-    Fit(job, "texture", texture, train, None, pairs).run()
-    job.finish("texture", texture, path)
+    Fit(job, "texture", texture, path, train, None, pairs).run()
 
 
 def new_texture(job, vqvae):
@@ -588,9 +622,7 @@ def encoding(job, level):
     Images vary less from epoch to epoch: at the end the prior learns them as
     they are.
     """
-    options = job.settings.training
-    with tf.device("CPU"):  # where batches are made
-        vqvae = modules.load_model(job.run.vqvae_path)
+    options, vqvae = job.settings.training, job.vqvae
 
     def encode(batch, epoch, rows):
         left = 1 - tf.cast(epoch, tf.float32) / options.prior_epochs
@@ -632,10 +664,11 @@ def choose_sampling(job, vqvae, priors, images):
         for name, values in SAMPLING.items():
             if getattr(given, name) is not None:
                 continue
-            tried = []
-            for value in values:
-                own = dataclasses.replace(best[level], **{name: value})
-                tried.append([*best[:level], own, *best[level + 1 :]])
+            of_level = functools.partial(dataclasses.replace, best[level])
+            tried = (
+                [*best[:level], of_level(**{name: value}), *best[level + 1 :]]
+                for value in values
+            )
             best = min(tried, key=lambda sampling: distance(*sampling))
             text = f"{getattr(best[level], name):g} suits validation images"
             print(f"sampling: level {level + 1}, {name} {text}", flush=True)
@@ -656,13 +689,16 @@ class Fit:
 
     Args:
         stage: name in the history, the logs and the checkpoint.
+        path: file of the trained model.
         training, validation: `dataset.Slices`, or dicts of arrays and these;
             None for no validation.
         transform: function of (batch, epoch, rows) for training batches.
     """
 
-    def __init__(self, job, stage, model, training, validation, transform=None):
-        self.job, self.stage, self.model = job, stage, model
+    def __init__(
+        self, job, stage, model, path, training, validation, transform=None
+    ):
+        self.job, self.stage, self.model, self.path = job, stage, model, path
         self.training, self.validation = training, validation
         self.transform, self.options = transform, job.settings.training
         self.option = functools.partial(option, job.settings, stage)
@@ -674,7 +710,7 @@ class Fit:
             steps = min(steps, utils.SMOKE_STEPS)
         self.rounds = -(-steps // self.options.round_steps)  # of an epoch
         self.steps = -(-steps // self.rounds)  # of a round
-        self.stopping = None
+        self.before, self.stopping, best = job.epochs_before(stage), None, None
         if stage in job.run.prior_names and len(job.tables["validate"]):
             # It looks at every round, most of which have no validation.
             warnings.filterwarnings("ignore", "Early stopping conditioned")
@@ -684,16 +720,18 @@ class Fit:
                 patience=self.options.patience,
                 restore_best_weights=True,
             )
+            if self.before:  # else a worse epoch might replace the best
+                history = utils.read_history(job.run).groupby("stage")
+                best = history["val_bits_per_code"].min()[stage]
         self.checkpoint = modules.RoundCheckpoint(
-            job.run.checkpoint_path / stage, self.stopping, job.signals
+            job.run.checkpoint_path / stage, self.stopping, job.signals, best
         )
-        self.before = job.epochs_before(stage)
         self.first = max(self.checkpoint.round, self.before * self.rounds)
         self.last = self.epochs * self.rounds
         self._compile((self.last - self.before * self.rounds) * self.steps)
 
     def run(self, pictures=None, callbacks=()):
-        """Train from the last checkpoint to the end.
+        """Train from the last checkpoint to the end, and save the model.
 
         Args:
             pictures: function that shows pictures of the model, or None.
@@ -722,6 +760,8 @@ class Fit:
                 shuffle=False,
                 verbose=0,
             )
+            # Before a signal counts that came in the last steps.
+            self.job.finish(self.stage, self.model, self.path)
 
     def _compile(self, steps):
         """Adam, with warm-up and cosine decay to zero over `steps`."""

@@ -58,7 +58,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Its Python log warns of retracing whenever several models are trained.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
-RESOURCES = Path(__file__).parent / "resources"
+RESOURCES = Path(__file__).resolve().parent / "resources"
 
 # ---------------------------------------------------------------- 1. Errors
 
@@ -365,12 +365,16 @@ def settings(cls):
         bounded = kind in ("a whole number", "a number")
         look = {"metavar": bounds} if bounded and bounds else {}
         if getattr(cls, name, ...) is None:  # the help says what None means
-            look["help_behavior_hint"] = ""
+            look["help_behavior_hint"] = _default_but_none
         if name in helps:  # not in groups of settings
             look["help"] = helps[name]
             cls.__annotations__[name] = Annotated[hint, arg(**look)]
     cls.__post_init__ = check
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _default_but_none(label):
+    return "" if label == "None" else f"(default: {label})"
 
 
 def _field_help(cls):
@@ -482,8 +486,8 @@ class ReadSettings:
     """For --dataset folder: regular expression of paths with groups named
     subject, slice, label (default: guessed)."""
     image_size: ImageSize | None = None
-    """Height and width in pixels, a multiple of the total downsampling
-    (default: the most common size of the data)."""
+    """Height and width in pixels, a multiple of the total downsampling; None:
+    the most common size of the data."""
     resize: bool = False
     """Resample images of another size."""
     skip_bad: bool = False
@@ -566,7 +570,10 @@ class PriorSettings:
     """Give every layer sine features of the grid position."""
     atlas: Annotated[integer(0, 64), arg(name="prior-atlas")] = 0
     """Slice positions at which features of every place are learned; 0: none."""
-    condition: Literal["none", "label", "slice", "label,slice"] = "none"
+    condition: Annotated[
+        Literal["none", "label", "slice", "label,slice"],
+        arg(metavar="none|label|slice|label,slice"),
+    ] = "none"
     """Class label, slice position or both, which samples can be asked for."""
     condition_dropout: number(0, 0.9) = 0.1
     """Share of conditions hidden in training, for guidance."""
@@ -648,9 +655,10 @@ class RunSettings:
     num_samples: integer(1, 5_000) = 256
     """Images sampled for the evaluation."""
     temperature: Temperature | None = None
-    """Sampling temperature (default: chosen on validation subjects)."""
+    """Sampling temperature; None: chosen on validation subjects."""
     top_p: Share | None = None
-    """Probability that the codes sampled from hold (default: likewise)."""
+    """Sample from the likeliest codes that together have this probability;
+    None: chosen on validation subjects."""
     force: bool = False
     """Train a prior even over a collapsed codebook."""
     smoke: bool = False
@@ -740,8 +748,7 @@ class Settings:
             key: min(value, most)
             for key, value in flat(self).items()
             for end, most in _SMOKE_LIMITS.items()
-            if key.endswith(end)
-            and not (self.run.stage in LATER_STAGES and key in OF_VQVAE)
+            if key.endswith(end) and key not in FIXED.get(self.run.stage, ())
         }
         return replace(self, **small)
 
@@ -751,15 +758,20 @@ def stage_prefix(stage):
     return {"vqvae": "", "texture": "texture_"}.get(stage, "prior_")
 
 
+def _keys(*groups, prefix="-"):
+    """Return the keys of settings of some groups, and those that begin so."""
+    found = {key: path[0] for key, path, _ in _walk(Settings)}
+    return {k for k, x in found.items() if x in groups or k.startswith(prefix)}
+
+
 # Settings that the VQ-VAE of a run was trained with.
-OF_VQVAE = {"recipe", "epochs", "batch_size", "learning_rate"}
-OF_VQVAE |= {
-    key for key, (group, *_), _ in _walk(Settings) if group in ("data", "vqvae")
-} - {"data_dir", "skip_bad"}
-LATER_STAGES = {"prior", "texture"}  # over the VQ-VAE of an earlier run
-# Settings that the priors were trained with.
-OF_PRIOR = {"prior", "position_features", "condition", "condition_dropout"}
-OF_PRIOR |= {k for k, *_ in _walk(Settings) if k.startswith("prior_")}
+OF_VQVAE = _keys("data", "vqvae") - {"data_dir", "skip_bad"}
+OF_VQVAE |= {"recipe", "epochs", "batch_size", "learning_rate", "augment"}
+# Stages over the VQ-VAE of an earlier run: the settings they do not change.
+FIXED = {
+    "prior": OF_VQVAE | _keys(prefix="texture_"),
+    "texture": OF_VQVAE | _keys("prior", prefix="prior_"),
+}
 # Those that `--resume` may change.
 FREE_ON_RESUME = {"resume", "strategy", "force", "debug", "data_dir"}
 
@@ -814,7 +826,12 @@ def list_recipes():
     for name, recipe in RECIPES.items():
         rows += [f"{name}: {recipe.description}", f"  {recipe.source}"]
         rows += [f"  figure of the original: {recipe.figure}"]
-        flags = textwrap.wrap(recipe.flags, 76, break_on_hyphens=False)
+        # Without those that a later one overrides.
+        given = flags_given(recipe.flags.split()).items()
+        flags = " ".join(
+            f"--{key.replace('_', '-')} {text}".strip() for key, text in given
+        )
+        flags = textwrap.wrap(flags, 76, break_on_hyphens=False)
         rows += [f"  {line}" for line in flags]
     return "\n".join(rows)
 
@@ -927,10 +944,9 @@ def parse_training(argv, description=None):
     if given.get("resume"):
         default = Run.open(given["resume"]).training_settings
         fixed = set(flat(default)) - FREE_ON_RESUME
-    elif stage in LATER_STAGES:
-        default, fixed = _settings_for(stage, given.get("run_dir")), OF_VQVAE
-        if stage == "texture":
-            fixed = OF_VQVAE | OF_PRIOR
+    elif stage in FIXED:
+        default = _settings_for(stage, given.get("run_dir"))
+        fixed = FIXED[stage]
     chosen = parse(Settings, argv, description, default)
     _check_together(chosen, is_new=not fixed)
     before = flat(default)
@@ -955,8 +971,6 @@ def _settings_for(stage, folder):
         )
     run = Run.open(folder)
     once = {"prior_level": None, "smoke": False, "force": False}
-    if size := run.info.get("image_size"):
-        once["image_size"] = tuple(size)
     return replace(run.settings, **once, resume=None, strategy="auto")
 
 
@@ -968,10 +982,11 @@ def _check_together(chosen, is_new):
         raise FlagError(
             f"--data-dir: also say its layout: --dataset {others} or a --recipe"
         )
-    if is_new and not (simulated or data.data_dir or run.smoke):
+    can_simulate = simulated or run.smoke and data.dataset != "folder"
+    if is_new and not (data.data_dir or can_simulate):
         raise FlagError(
             f"--data-dir is required for --dataset {data.dataset}: the folder "
-            "that holds its images (with --smoke they are simulated)"
+            "that holds its images (but for folder, --smoke simulates them)"
         )
     bits = search.objective == "ssim+bits"
     whole = run.stage == "all" or run.stage == "vqvae" and not bits
@@ -1847,9 +1862,7 @@ def compare_sets(sets, space, train_subjects, test_subjects):
     def ratio(kept=slice(None), key="generated"):
         return distance(key, kept) / distance("train", kept)
 
-    # Which of the sets show what an evaluation calls a stage.
-    stages = {"rebuilt": "rebuilt", "upper_real": "upper_real"}
-    stages["all_drawn"] = "generated"
+    stages = [key for key in ("rebuilt", "upper_real") if key in features]
     components = f"{real.shape[1]} principal components"
     return {
         "features": f"{name}, {components} of {len(fit)} training images",
@@ -1860,9 +1873,8 @@ def compare_sets(sets, space, train_subjects, test_subjects):
             "ratio_ci95": jackknife_ratio(ratio, subjects),
         },
         "by_stage": {
-            stage: ratio(key=key)
-            for stage, key in stages.items()
-            if key in features
+            **{stage: ratio(key=stage) for stage in stages},
+            "all_drawn": ratio(),
         },
         # Generated images are of no one: as many subjects as images.
         **set_scores(features["generated"], real, range(n), subjects),
@@ -1888,7 +1900,8 @@ def texture_features(images):
     rows = []
     for image in images:
         power = np.abs(np.fft.fft2(image)) ** 2
-        rings = ndimage.mean(power, ring, range(TEXTURE_BINS))
+        # Of a small image no frequency is in some rings.
+        rings = np.nan_to_num(ndimage.mean(power, ring, range(TEXTURE_BINS)))
         laplacian = ndimage.laplace(image)[inner]
         inside = laplacian[image[inner] > FOREGROUND]
         counts = np.histogram(inside, edges)[0] / max(len(inside), 1)

@@ -4,6 +4,9 @@ import gzip
 import itertools
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 # Before TensorFlow is imported by whichever test comes first.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -18,6 +21,7 @@ import predict
 import train
 import utils
 
+ROOT = Path(__file__).parent.parent
 SIZE = 32  # pixels, both ways
 SLICES = 4  # a subject
 
@@ -109,6 +113,40 @@ def train_tiny(run_dir, *flags, data=None):
 def copy_run(run, folder):
     """Return a copy of a run inside `folder`, to be changed at will."""
     return utils.Run.open(shutil.copytree(run.path, folder / "copy"))
+
+
+def exit_code(main, *arguments):
+    """Run a script in this process; return its exit code."""
+    try:
+        utils.run_main(main, [str(word) for word in arguments])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def refused(main, code, capsys, *arguments):
+    """Run a script, which must end with a code; return its one line."""
+    found, error = exit_code(main, *arguments), capsys.readouterr().err
+    assert found == code, error
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def run_python(*arguments, **environment):
+    """Run Python in a new process that finds the modules of the project."""
+    command = [sys.executable, *map(os.fspath, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    options = {"capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run(command, env=env, **options)
+
+
+def files(folder):
+    """{path inside: contents} of all files of a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -117,21 +117,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data, alone, killed = (folder / n for n in ("data", "alone", "killed"))
         layout = ["--layout", "oasis", "--subjects", 8, "--image-size", 32]
         finish(start("dataset.py", "simulate", data, *layout))
-        epochs = EPOCHS_PER_KILL * options.kills
+        epochs = EPOCHS_PER_KILL * asked.kills
         settings = [*SETTINGS, "--data-dir", data, "--epochs", epochs]
         settings += ["--prior-epochs", epochs]
         finish(start("train.py", *settings, "--run-dir", alone))
         settings += ["--run-dir", killed]
-        choice = random.Random(options.seed)
-        kills, inside = train_with_kills(
-            killed, settings, options.kills, choice
-        )
+        choice = random.Random(asked.seed)
+        kills, inside = train_with_kills(killed, settings, asked.kills, choice)
         found = differences(alone, killed)
     print(f"{kills} kills, {inside} of them while writing a file")
     print("bit-equal" if not found else f"NOT EQUAL: {found}")

@@ -23,13 +23,15 @@ import dataset
 import modules
 import predict
 import utils
-from tests.conftest import SIZE, SLICES, blobs, copy_run
+from tests import conftest
+from tests.conftest import SIZE, SLICES, blobs, copy_run, files
 
 FIGURES = {
     *("reconstructions", "failures", "indices", "codebook", "history"),
     *("samples", "failures_samples", "memorization"),
 }
 LOADED = {}
+refused = functools.partial(conftest.refused, predict.main)
 
 
 @pytest.fixture(autouse=True)
@@ -69,25 +71,6 @@ def any_run(request):
 
 def call(*argv):
     predict.main([str(part) for part in argv])
-
-
-def refused(code, capsys, *argv):
-    """Run the script; return its one line on stderr."""
-    with pytest.raises(SystemExit) as caught:
-        utils.run_main(predict.main, [str(part) for part in argv])
-    error = capsys.readouterr().err
-    assert caught.value.code == code, error
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
-def files(folder):
-    """{name: bytes} of all files in a folder but locks."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in Path(folder).rglob("*")
-        if path.is_file() and path.suffix != ".lock"
-    }
 
 
 def figures(folder):
@@ -148,9 +131,7 @@ def test_bare_command(levels_run, tmp_path, monkeypatch, capsys):
     assert text.count("bits per code") == 0  # only `evaluate` shows the table
 
 
-def test_bare_command_without_priors_scores_or_images(
-    vqvae_run, tmp_path, capsys
-):
+def test_bare_command_on_a_bare_run(vqvae_run, tmp_path, capsys):
     """A run folder from a colleague."""
     run, known = copy_run(vqvae_run, tmp_path), utils.read_evaluation(vqvae_run)
     run.update(data_dir=str(tmp_path / "gone"))
@@ -167,10 +148,7 @@ def test_bare_command_without_priors_scores_or_images(
 
 
 def test_the_shipped_model(tiny_run, tmp_path, monkeypatch, capsys):
-    """It is used where there is no run. Results go to runs/; it has no images.
-
-    Of a run it has models, settings and scores only.
-    """
+    """Used where there is no run, not written to; it holds no images."""
     monkeypatch.chdir(tmp_path)
     mine = tmp_path / "resources"
     mine.mkdir()
@@ -235,15 +213,10 @@ def test_results_go_where_output_says(run, tmp_path):
     """Of a run that one may only read."""
     before, output = files(run.path), tmp_path / "mine"
     image = write_image(tmp_path, blobs(1))
-    for verb in (
-        ["show"],
-        ["generate", "-n", "2"],
-        ["reconstruct"],
-        ["evaluate"],
-        ["complete", image],
-        ["anomaly", "--count", "2"],
-    ):
-        call(verb[0], run.path, *verb[1:], "--output", output)
+    lines = "show", "generate -n 2", "reconstruct", "evaluate"
+    verbs = [*map(str.split, lines), ["complete", image]]
+    for verb, *words in [*verbs, ["anomaly", "--count", "2"]]:
+        call(verb, run.path, *words, "--output", output)
     assert files(run.path) == before
     expected = {"completions.npz", "anomaly.csv", "evaluation.json"}
     expected |= {"report.html", "MODEL_CARD.md", "figures", "samples"}
@@ -425,32 +398,26 @@ def test_indices_that_are_kept(run):
 # Anomaly
 
 
-class Squares:
-    """A VQ-VAE whose index is the grey level of a square of 4x4 pixels."""
-
-    levels, num_embeddings, latent_grids = 1, 8, [(16, 16)]
-
-    def encode(self, images):
-        return [np.int32(np.round(np.asarray(images)[:, ::4, ::4, 0] * 7))]
-
-
 def test_what_is_unlikely_is_found_and_restored(monkeypatch):
     """A prior that expects index 0, whatever came before: 0.1 bits."""
     logits = np.array([5.0] + [0.0] * 7)
     nats = logits - np.log(np.exp(logits).sum())
-    prior = types.SimpleNamespace(
-        labels=(),
-        slice_condition=False,
-        upper_grids=(),
-        log_prob=lambda indices: tf.constant(nats[indices], tf.float32),
-    )
+    plain = {"labels": (), "slice_condition": False, "upper_grids": ()}
+    prior = types.SimpleNamespace(**plain)
+    prior.log_prob = lambda indices: tf.constant(nats[indices], tf.float32)
+    vqvae = {"levels": 1, "num_embeddings": 8, "latent_grids": [(16, 16)]}
+    vqvae = types.SimpleNamespace(**vqvae)
+
+    def encode(images):  # the grey level of a square of 4x4 pixels
+        return [np.int32(np.round(np.asarray(images)[:, ::4, ::4, 0] * 7))]
 
     def generate(vqvae, priors, n, seed, known, **options):
         grid = np.where(known[0] < 0, 0, known[0])
         return np.kron(grid, np.ones((4, 4))) / 7, [grid], np.zeros(n)
 
     monkeypatch.setattr(modules, "generate", generate)
-    state = predict.Trained(None, None, Squares(), [prior], 0, [])
+    vqvae.encode = encode
+    state = predict.Trained(None, None, vqvae, [prior], 0, [])
     images = np.zeros((3, 64, 64, 1), "float32")
     images[1, 16:32, 40:56] = 1
     images[2, 8, 8] = 0.05  # too thin, too faint
@@ -597,9 +564,7 @@ def test_weights_that_cannot_be_had_are_one_line(run, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """`dataset.Slices` of simulated subjects; the fresh ones stand for
-    generated images.
-    """
+    """`dataset.Slices` of simulated people; fresh ones act as generated."""
     folder = tmp_path_factory.mktemp("people") / "data"
     dataset.simulate(folder, "oasis", 16, 48)
     settings = utils.DataSettings(dataset="oasis", data_dir=str(folder))
@@ -612,15 +577,6 @@ def people(tmp_path_factory):
     }
 
 
-class Decoder:
-    """A VQ-VAE that loses nothing."""
-
-    box, levels = (0, 0, 48, 40), 1
-
-    def reconstruct(self, images):
-        return tf.constant(images)
-
-
 def evaluate_generator(people, folder, images, count, labels=()):
     """What is found of a generator that returns `images`; how it was called."""
     asked = {}
@@ -630,9 +586,11 @@ def evaluate_generator(people, folder, images, count, labels=()):
         return images[:n], [], np.zeros(n)
 
     run = utils.Run(folder, utils.Settings(), {})
+    vqvae = {"box": (0, 0, 48, 40), "levels": 1, "reconstruct": tf.constant}
+    vqvae = types.SimpleNamespace(**vqvae)  # that loses nothing
     prior = types.SimpleNamespace(labels=labels, slice_condition=True)
     sampling = [modules.Sampling(0.9)]
-    state = predict.Trained(run, run, Decoder(), [prior], 7, sampling)
+    state = predict.Trained(run, run, vqvae, [prior], 7, sampling)
     options = predict.Evaluate(num_samples=count)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modules, "generate", generate)
@@ -807,9 +765,8 @@ def test_report_and_card_show_every_score_and_setting(any_run):
     for name in ("train", "validate", "test"):
         part = evaluation["data"][name]
         assert f"| {name} | {part['subjects']} | {part['images']} |" in card
-    assert re.findall("^## (.*)$", card, re.MULTILINE) == [
-        *("Model", "Use", "Data", "Evaluation", "Memorization", "How to use")
-    ]
+    heads = "Model, Use, Data, Evaluation, Memorization, How to use".split(", ")
+    assert re.findall("^## (.*)$", card, re.MULTILINE) == heads
     assert re.match("---\n(.+\n)+---\n\n# Model card", card)
     assert "**real**" in card and "**Licence.**" in card
     assert ("predict.py generate" in card) == any_run.has_priors
@@ -931,9 +888,7 @@ def test_export_opens_without_our_code(levels_run, tmp_path):
     assert done.stdout == shapes, done.stderr
 
 
-def test_export_replaces_nothing_and_fails_clean(
-    vqvae_run, tmp_path, monkeypatch, capsys
-):
+def test_export_is_all_or_nothing(vqvae_run, tmp_path, monkeypatch, capsys):
     dest = tmp_path / "dest"
     dest.mkdir()
     call("export", vqvae_run.path, dest)  # an empty folder is fine
@@ -983,30 +938,28 @@ def test_runs_that_are_none_or_have_no_prior(vqvae_run, capsys):
         assert "this run has no prior" in error and "--stage prior" in error
 
 
-def test_damaged_and_unfit_files_of_a_run(run, levels_run, capsys):
-    for name, verb in {
-        "split.csv": "reconstruct",
-        "evaluation.json": "inspect",
-    }.items():
-        path, whole = run.path / name, (run.path / name).read_bytes()
+def test_damaged_and_unfit_files_of_a_run(levels, capsys):
+    """Also a prior of another level."""
+    pairs = ("split.csv", "reconstruct"), ("evaluation.json", "inspect")
+    for name, verb in pairs:
+        path, whole = levels.path / name, (levels.path / name).read_bytes()
         path.write_bytes(b"")
-        assert f"{path}: damaged" in refused(4, capsys, verb, run.path)
+        assert f"{path}: damaged" in refused(4, capsys, verb, levels.path)
         path.write_bytes(whole)
-    path = run.prior_paths[0]
-    shutil.copy(levels_run.path / "prior_top.keras", path)
+    path, upper = levels.prior_paths
+    shutil.copy(upper, path)
     for verb in ("generate", "evaluate", "inspect"):
-        error = refused(4, capsys, verb, run.path)
+        error = refused(4, capsys, verb, levels.path)
         assert f"{path}: trained on another codebook" in error
-    call("reconstruct", run.path)  # needs no prior
+    call("reconstruct", levels.path)  # needs no prior
     path.write_bytes(path.read_bytes()[:5000])
-    assert f"{path}: truncated" in refused(4, capsys, "show", run.path)
+    assert f"{path}: truncated" in refused(4, capsys, "show", levels.path)
 
 
 def test_images_gone_or_unfit(run, tmp_path, capsys):
     before = files(run.path)
-    gone, bad, empty = (
-        tmp_path / name for name in ("gone.png", "bad.png", "x")
-    )
+    names = ("gone.png", "bad.png", "x")
+    gone, bad, empty = map(tmp_path.joinpath, names)
     for verb in (["reconstruct", run.path, "--images"], ["anomaly", run.path]):
         assert "gone.png" in refused(3, capsys, *verb, gone)
     bad.write_bytes(b"not an image")

@@ -62,9 +62,7 @@ def runnable(script, *words):
 
 
 @pytest.mark.parametrize("line", runnable("train", "DIR"))
-def test_training_commands_run_on_data_of_their_layout(
-    line, request, tmp_path, plain
-):
+def test_training_commands_run(line, request, tmp_path, plain):
     (layout,) = set(re.findall("oasis|adni|hipmri", line)) or ["oasis"]
     data = request.getfixturevalue(f"{layout}_dir")
     words = shlex.split(line.replace("DIR", str(data)), comments=True)

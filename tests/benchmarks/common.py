@@ -25,16 +25,11 @@ modules = utils.lazy_import("modules")
 def run(description, cases, flags, argv=None):
     """Measure cases, print a table of each, write all to the file of --json.
 
-    Args:
-        cases: {name: function of the options that returns rows, dicts}.
-        flags: {name: default} of options; a name in capitals is an argument.
-
-    Returns: {name of the case: rows}.
+    `cases`: {name: function of the options that returns rows, dicts}; `flags`:
+    {name: default}, in capitals an argument. Returns {name of the case: rows}.
     """
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        None, None, description, formatter_class=kind
-    )
+    kind = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=description, **kind)
     parser.add_argument("--small", action="store_true", help="tiny models")
     for name, default in {**flags, "cases": [*cases], "json": ""}.items():
         flag = name if name.isupper() else "--" + name.replace("_", "-")
@@ -78,24 +73,15 @@ def in_process(function, *arguments):
 
 
 def memory_mb():
-    """Return the most memory held, in MB.
-
-    Not `getrusage`: its peak is inherited from the process that started this.
-    """
+    """Return the most memory held, in MB; `getrusage` tells a parent's, too."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def recipe(name, size=None, small=False, **changes):
-    """Return the models of a recipe as train.py makes them, and batches.
+    """Return the untrained VQ-VAE of a recipe and its priors; a batch of each.
 
-    Args:
-        size: (H, W) of images; default that of the recipe.
-        small: whether to shrink everything.
-        changes: other settings, as in `utils.replace`.
-
-    Returns: list of the untrained VQ-VAE and its priors, bottom first; list of
-        a random training batch for each.
+    Of images of `size`; `small`: shrunk; `changes` as in `utils.replace`.
     """
     settings = utils.RECIPES[name].settings
     settings = settings.smoked() if small else settings

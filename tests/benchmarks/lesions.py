@@ -25,17 +25,11 @@ LEVELS = 1024  # that residuals are rounded to, to count pixels
 
 
 def add_lesion(image, seed):
-    """Add a simulated lesion: a round, soft, bright or dark blob in the head.
+    """Add a round, soft, bright or dark blob in the head to an image (H, W).
 
-    Its place, radius (`LESION_RADIUS`) and contrast (`LESION_CONTRAST`) are
-    random; brighter or darker wherever there is room for its contrast.
-
-    Args:
-        image: (H, W), intensities in [0, 1].
-        seed: int or sequence of int >= 0, of every random choice.
-
-    Returns: image (H, W) float32; mask (H, W) bool of the pixels that take at
-        least half of the contrast, none in a blank image.
+    Place, `LESION_RADIUS` and `LESION_CONTRAST` are random, by the seed.
+    Returns the image, and the mask of what takes at least half of the contrast:
+    nothing of a blank image.
     """
     rng = np.random.default_rng(seed)
     radius = rng.uniform(*LESION_RADIUS) * max(image.shape)
@@ -102,15 +96,13 @@ def lesion_rows(options):
     few = functools.partial(predict.some_of_split, run, moved)
     find = functools.partial(predict.find_anomalies, trained)
     usual = few("validate", predict.CALIBRATION)
-    table, images, masks = with_lesions(
-        few("test", options.count), options.seed
-    )
+    test = few("test", options.count)
+    table, images, masks = with_lesions(test, options.seed)
     ill = types.SimpleNamespace(table=table, read=lambda: images[..., None])
+    unknown = {"label": ""}  # a label must not explain a finding away
     found = {"limits": None}  # those of the first part hold for the second
-    for slices in (usual, ill):  # a label must not explain a finding away
-        found = find(
-            slices, {"label": ""}, options.restorations, found["limits"]
-        )
+    for slices in (usual, ill):
+        found = find(slices, unknown, options.restorations, found["limits"])
     return score_all(found, masks, table["subject"])
 
 
