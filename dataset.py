@@ -240,6 +240,12 @@ def scan(root, dataset, pattern=None, split=None):
         table["label"] = ""  # one class tells nothing
     if (missing := sum(table["label"] == "")) not in (0, len(table)):
         notes.append(f"{missing} of {len(table)} images have no label")
+    images = table.groupby(["split", "scan"]).size()
+    if any_folder and images.max() == 1 and table["subject"].duplicated().any():
+        notes.append(
+            "every image counts as a scan of its own, as no slice number is "
+            "told: slice positions mean nothing"
+        )
     if split:
         table["split"] = split
     else:
@@ -511,7 +517,8 @@ def _check_table(table, base, layout, split, ignored):
         raise DataError(
             f"{_show(base)}: {sum(splits > 1)} subjects are in two splits, "
             f"expected none: {_some(splits[splits > 1].index)}; scores would "
-            "be of images learnt by heart"
+            "be of images learnt by heart; where the folders number subjects "
+            "anew, rename the files"
         )
     labels = table.groupby("scan")["label"].nunique()
     if (labels > 1).any():
