@@ -129,8 +129,8 @@ def test_two_replicas_train_as_one(alone, oasis_dir, tmp_path):
         ("--strategy multiworker", "TF_CONFIG"),
         ("--batch-size 2 --accumulation-steps 3", "--batch-size: 2 images"),
         (
-            "--accumulation-steps 5 --texture-epochs 1 --prior-batch-size 5",
-            "--texture-batch-size: 4 images",
+            "--accumulation-steps 4 --texture-epochs 1 --texture-batch-size 3",
+            "--texture-batch-size: 3 images",
         ),
         # What Keras cannot do with replicas, whatever chose them.
         ("--jit", "--jit: works on one device"),
