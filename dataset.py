@@ -238,20 +238,25 @@ def scan(root, dataset, pattern=None, split=None):
         table[name] = _unify(table[name])
     if any_folder and table["label"].nunique() == 1:
         table["label"] = ""  # one class tells nothing
-    if (missing := sum(table["label"] == "")) not in (0, len(table)):
-        notes.append(f"{missing} of {len(table)} images have no label")
-    images = table.groupby(["split", "scan"]).size()
-    if any_folder and images.max() == 1 and table["subject"].duplicated().any():
-        notes.append(
-            "every image counts as a scan of its own, as no slice number is "
-            "told: slice positions mean nothing"
-        )
+    _note_what_is_untold(table, notes)
     if split:
         table["split"] = split
     else:
         _fill_splits(table, any_folder, notes)
     _check_table(table, base, layout, split, ignored)
     return Index(base, _in_order(table), ignored, notes)
+
+
+def _note_what_is_untold(table, notes):
+    """Add notes on labels and slice numbers that no path tells."""
+    if (missing := sum(table["label"] == "")) not in (0, len(table)):
+        notes.append(f"{missing} of {len(table)} images have no label")
+    images = table.groupby(["split", "scan"]).size()
+    if images.max() == 1 and table["subject"].duplicated().any():
+        notes.append(
+            "every image counts as a scan of its own, as no slice number is "
+            "told: slice positions mean nothing"
+        )
 
 
 def _around(stems):
@@ -1851,9 +1856,8 @@ def slice_volumes(options):
             f"all {len(table)} volumes are taken for those of one subject; "
             "tell subjects with --subject-pattern"
         )
-    # Beside the new folder: temporary folders may be small.
-    place = dest.absolute().parent
-    place.mkdir(parents=True, exist_ok=True)
+    # Near the new folder: the usual place of temporary files may be small.
+    place = next(filter(Path.is_dir, dest.absolute().parents))
     with tempfile.TemporaryDirectory(".tmp-cut", ".", place) as folder:
         table["file"] = [f"{folder}/{k}.npy" for k in table.index]
         work = functools.partial(_cut_to_file, options)

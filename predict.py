@@ -273,10 +273,13 @@ class Trained:
                 f"{run.path}: {what}; make one with python train.py --stage "
                 f"prior --run-dir {shlex.quote(str(run.path))}{level}"
             )
-        # Priors may still be in training.
+        # Other priors may still be in training.
         if missing and run.has_priors:
             name = run.prior_names[missing[0]]
-            print(f"warning: {name}.keras is missing: no priors are used")
+            print(
+                f"warning: {name}.keras is missing: no priors are used",
+                file=sys.stderr,
+            )
         if missing or isinstance(options, Reconstruct):
             return cls.of(run, modules.load_model(run.vqvae_path), [], options)
         return cls.of(run, *modules.load_models(run), options)
@@ -759,11 +762,12 @@ def is_external(run, options):
             and dataset.file_sha256(path) == first["sha256"]
             for path in dataset.files_below(options.data_dir)
         )
-    if options.skip_bad and not external:
-        raise utils.FlagError(
-            "--skip-bad: expected another data set in --data-dir, found that "
-            f"of {run.path}"
-        )
+    for name in ("skip_bad", "subject_pattern"):
+        if getattr(options, name) and not external:
+            raise utils.FlagError(
+                f"--{name.replace('_', '-')}: expected another data set in "
+                f"--data-dir, found that of {run.path}"
+            )
     return external
 
 

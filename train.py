@@ -171,7 +171,7 @@ class Job:
         """Epochs that an earlier training of the run gave a part."""
         return self.run.info["training"]["epochs_before"].get(part, 0)
 
-    def make_model(self, part, path, new):
+    def make_model(self, part, new):
         """Return a new model of a part, or the saved one if trained on.
 
         That of a part that was interrupted is new, too: `Fit` fills it from
@@ -180,11 +180,12 @@ class Job:
         keras.utils.set_random_seed(self.settings.run.seed)
         with self.strategy.scope():
             is_trained = self.epochs_before(part) > 0
+            path = self.run.model_path(part)
             return modules.load_model(path) if is_trained else new()
 
-    def finish(self, part, model, path):
+    def finish(self, part, model):
         """Save the model of a part; the training is past it."""
-        utils.write_atomic(path, model.save)
+        utils.write_atomic(self.run.model_path(part), model.save)
         # Its scores are those of the model that was there before.
         self.run.evaluation_path.unlink(missing_ok=True)
         self.run.note_done(part)
@@ -232,13 +233,12 @@ def begin_stage(job, earlier):
     run, level = job.run, job.settings.run.prior_level
     modules.load_model(run.vqvae_path)  # refused before anything is changed
     check_batches(job)
-    left = parts_left(run)
     if job.settings.run.stage == "texture":
-        return begin_parts(job, {"texture"}, left)
+        return begin_parts(job, {"texture"})
     run.info |= settle_conditions(job, run.split_path)
     names = run.prior_names
     parts = {"sampling", *(names[level - 1 : level] if level else names)}
-    parts |= left & {"indices", "texture"}
+    parts |= parts_left(run) & {"indices", "texture"}
     before, now = earlier.prior.condition, job.settings.prior.condition
     paths = zip(names, run.prior_paths, strict=True)
     kept = [path for name, path in paths if name not in parts and path.exists()]
@@ -249,12 +249,12 @@ def begin_stage(job, earlier):
         )
     if not run.indices_path.exists():
         parts.add("indices")
-    begin_parts(job, parts, left)
+    begin_parts(job, parts)
 
 
-def begin_parts(job, parts, left):
-    """Begin anew with some parts, unless others are `left` to be made."""
-    if others := left - parts:
+def begin_parts(job, parts):
+    """Begin anew with some parts, unless others are left to be made."""
+    if others := parts_left(job.run) - parts:
         raise utils.RunError(
             f"{job.run.path}: its training stopped before "
             f"{', '.join(sorted(others))}; finish it first with --resume"
@@ -277,9 +277,8 @@ def plan_resume(job, earlier):
     check_batches(job)
     run, parts = job.run, parts_left(job.run)
     under_way = "training" in run.info
-    models = {"vqvae": run.vqvae_path, "texture": run.texture_path}
-    models |= zip(run.prior_names, run.prior_paths, strict=True)
-    trained = {part for part, path in models.items() if path.exists()} - parts
+    stages = {"vqvae", *run.prior_names, "texture"} - parts
+    trained = {part for part in stages if run.model_path(part).exists()}
     more, before = (
         {part: option(settings, part, "epochs") for part in trained}
         for settings in (job.settings, earlier)
@@ -476,8 +475,7 @@ def train_models(job, *callbacks):
 
 def train_vqvae(job, callbacks=()):
     """Train the VQ-VAE of a run and save it as `vqvae.keras`."""
-    path = job.run.vqvae_path
-    model = job.make_model("vqvae", path, lambda: new_vqvae(job))
+    model = job.make_model("vqvae", lambda: new_vqvae(job))
     job.run.update(latent_grids=model.latent_grids)
     grids = ", ".join(map(utils.size_text, model.latent_grids))
     print(f"VQ-VAE: {model.count_params():,} weights, grids {grids}")
@@ -485,7 +483,7 @@ def train_vqvae(job, callbacks=()):
     vary = functools.partial(varied, job, strength=options.augment)
     vary = vary if options.flips or options.augment else None
     sources = job.images["train"], job.images["validate"], vary
-    fit = Fit(job, "vqvae", model, path, *sources)
+    fit = Fit(job, "vqvae", model, *sources)
     fit.run(vqvae_pictures(job, model), callbacks)
 
 
@@ -546,8 +544,8 @@ def collapsed_levels(vqvae, indices):
 def train_prior(job, vqvae, indices, level):
     """Train the prior of a level and save it."""
     run, settings = job.run, job.settings
-    name, path = run.prior_names[level - 1], run.prior_paths[level - 1]
-    prior = job.make_model(name, path, lambda: new_prior(job, vqvae, level))
+    name = run.prior_names[level - 1]
+    prior = job.make_model(name, lambda: new_prior(job, vqvae, level))
     prior.recompute = settings.training.recompute
     print(f"{name}: {settings.prior.network}, {prior.count_params():,} weights")
 
@@ -560,14 +558,13 @@ def train_prior(job, vqvae, indices, level):
     if settings.training.flips or settings.training.prior_augment:
         training = {"images": job.images["train"], "inputs": training}
         transform = encoding(job, level)
-    fit = Fit(job, name, prior, path, training, validation, transform)
+    fit = Fit(job, name, prior, training, validation, transform)
     fit.run(prior_pictures(job, vqvae, prior, level))
 
 
 def train_texture(job, vqvae):
     """Train the texture of generated images and save it."""
-    path, train = job.run.texture_path, job.images["train"]
-    texture = job.make_model("texture", path, lambda: new_texture(job, vqvae))
+    texture = job.make_model("texture", lambda: new_texture(job, vqvae))
     print(f"texture: {texture.count_params():,} weights")
     vqvae = job.vqvae
 
@@ -576,7 +573,7 @@ def train_texture(job, vqvae):
         pair = {"images": images, "decoded": vqvae.reconstruct(images)}
         return {name: vqvae.cropped(x) for name, x in pair.items()}
 
-    Fit(job, "texture", texture, path, train, None, pairs).run()
+    Fit(job, "texture", texture, job.images["train"], None, pairs).run()
 
 
 def new_texture(job, vqvae):
@@ -688,17 +685,14 @@ class Fit:
     there. Validation comes at the end of an epoch.
 
     Args:
-        stage: name in the history, the logs and the checkpoint.
-        path: file of the trained model.
+        stage: name in the history, the logs, the checkpoint and the file.
         training, validation: `dataset.Slices`, or dicts of arrays and these;
             None for no validation.
         transform: function of (batch, epoch, rows) for training batches.
     """
 
-    def __init__(
-        self, job, stage, model, path, training, validation, transform=None
-    ):
-        self.job, self.stage, self.model, self.path = job, stage, model, path
+    def __init__(self, job, stage, model, training, validation, transform=None):
+        self.job, self.stage, self.model = job, stage, model
         self.training, self.validation = training, validation
         self.transform, self.options = transform, job.settings.training
         self.option = functools.partial(option, job.settings, stage)
@@ -761,7 +755,7 @@ class Fit:
                 verbose=0,
             )
             # Before a signal counts that came in the last steps.
-            self.job.finish(self.stage, self.model, self.path)
+            self.job.finish(self.stage, self.model)
 
     def _compile(self, steps):
         """Adam, with warm-up and cosine decay to zero over `steps`."""
@@ -902,7 +896,8 @@ def vqvae_pictures(job, vqvae):
 def prior_pictures(job, vqvae, prior, level):
     """Function that shows new images; None while another prior is missing."""
     run, priors = job.run, []
-    for name, path in zip(run.prior_names, run.prior_paths, strict=True):
+    for name in run.prior_names:
+        path = run.model_path(name)
         if name == run.prior_names[level - 1]:
             priors.append(prior)
         elif run.is_done(name) and path.exists():

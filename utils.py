@@ -758,7 +758,7 @@ def stage_prefix(stage):
     return {"vqvae": "", "texture": "texture_"}.get(stage, "prior_")
 
 
-def _keys(*groups, prefix="-"):
+def _keys(*groups, prefix=()):
     """Return the keys of settings of some groups, and those that begin so."""
     found = {key: path[0] for key, path, _ in _walk(Settings)}
     return {k for k, x in found.items() if x in groups or k.startswith(prefix)}
@@ -1125,8 +1125,8 @@ class Run:
     config_path = property(lambda self: self.path / "config.json")
     split_path = property(lambda self: self.path / "split.csv")
     rejected_path = property(lambda self: self.path / "rejected.csv")
-    vqvae_path = property(lambda self: self.path / "vqvae.keras")
-    texture_path = property(lambda self: self.path / "texture.keras")
+    vqvae_path = property(lambda self: self.model_path("vqvae"))
+    texture_path = property(lambda self: self.model_path("texture"))
     indices_path = property(lambda self: self.path / "indices.npz")
     history_path = property(lambda self: self.path / "history.csv")
     evaluation_path = property(lambda self: self.path / "evaluation.json")
@@ -1144,10 +1144,14 @@ class Run:
         ends = ["_bottom", "_middle", "_top"] if levels > 1 else [""]
         return [f"prior{end}" for end in ends[: levels - 1] + ends[-1:]]
 
+    def model_path(self, stage):
+        """Return the file of the model that a stage of training makes."""
+        return self.path / f"{stage}.keras"
+
     @property
     def prior_paths(self):
         """Files of the priors, bottom first, whether they exist or not."""
-        return [self.path / f"{name}.keras" for name in self.prior_names]
+        return [*map(self.model_path, self.prior_names)]
 
     @property
     def has_priors(self):

@@ -87,8 +87,7 @@ def start(job, minutes):
     keras.config.set_dtype_policy(utils.choose_precision()[0])
     recipe = train.new_vqvae(job)
     keras.config.set_dtype_policy("float32")
-    sources = images, job.images["validate"]
-    fit = train.Fit(job, "vqvae", recipe, None, *sources)
+    fit = train.Fit(job, "vqvae", recipe, images, job.images["validate"])
     steps = fit.steps * fit.rounds
     batches = dataset.training_batches(images, fit.batch_size, steps, seed=0)
     training = turns(recipe, batches, steps * fit.epochs, math.inf)
