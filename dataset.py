@@ -117,8 +117,9 @@ SUFFIX = re.compile(r"(?i)(\.nii)?\.(png|jpe?g|nii|nii\.gz)$")
 IMAGE_FILE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(png|jpe?g|nii|nii\.gz)")
 # Folders and files of masks, which may have names like those of slices.
 MASKS = re.compile(
-    r"(?i)(.*[_-])?([a-z]*seg(m(entation)?)?|[a-z]*mask|msk|label(s?tr|s?ts)?|"
-    r"annotation|ground_?truth|wmparc|ribbon|.*\+aseg)s?([_-].*)?|.*[_-]gt"
+    r"(?i)(.*[\W_\d])?([a-z]*seg(m(entation)?(class|object)?)?|[a-z]*mask|msk|"
+    r"gt|label(s?tr|s?ts)?|annotation|ground[\W_]?truth|wmparc|ribbon|"
+    r".*\+aseg)s?\d*([\W_].*)?"
 )
 # How a path names a subject, surely enough to look for it anywhere.
 SUBJECTS = (
@@ -129,11 +130,23 @@ SUBJECTS = (
 )
 # What a slice number follows, to be told from others: sub-03_z001_T1w.
 NUMBER = r"(?:.*[^a-z])?(?:z|slice|slc|img|image|frame)[-_ ]?(?P<slice>\d+)"
+# What tells scans of one person apart: visits, and contrasts.
+VISIT = (
+    r"(?i:(?:ses|session|visit|week|month|day|year|tp|timepoint|scan|run|echo)"
+    r"[-_ ]?\d+|[vm]\d\d?)"
+)
+APART = rf"(?:{VISIT}|(?i:T[12][a-z]*|PDT2))"
 # The highest folder with a number: never a part of a person.
-TOP = r"^(?:[^/\d]*/)*(?P<subject>[^/]*\d[^/]*)"
+TOP = rf"^(?:(?:[^/\d]*|{APART})/)*(?!{APART}/)(?P<subject>[^/]*\d[^/]*)"
 # A file name that tells both.
 IN_FILE = (
-    r"(?i)(?P<subject>[^/]*\d[^/]*?)[-_. ]+[a-z]*[-_. ]*(?P<slice>\d+)[^/\d]*$"
+    rf"(?P<subject>[^/]*?\d[^/]*?)(?:[-_. ]+{APART})*[-_. ]+[^\W\d_]*[-_. ]*"
+    r"(?P<slice>\d+)[^/\d]*$"
+)
+# Slices before people: slice_10/P001, z010_P001.
+PLANE_FIRST = (
+    r"(?i)^(?:[^/\d]*/)*(?:z|slice|slc|axial|coronal|sagittal)[-_ ]?"
+    r"(?P<slice>\d+)[-_. /]+(?P<subject>(?:[^/\d]*[^\W\d_])[-_]?\d[^/]*)$"
 )
 # How a path without suffix may tell the subject and the slice, likely first;
 # those from `DOUBTFUL` on may mistake other words for subjects.
@@ -143,6 +156,7 @@ GUESSES = (
         rf"(?i)(?P<subject>{name})(?![^\W_])(?:.*?(?P<slice>\d+)\D*$)?"
         for name in SUBJECTS
     ),
+    PLANE_FIRST,
     rf"(?i){TOP}/{NUMBER}(?!\d)",
     rf"{TOP}/(?:.*/)?[^/\d]*(?P<slice>\d+)[^/\d]*$",
     r"(?P<subject>[^/]*\d[^/]*)/[^/\d]*(?P<slice>\d+)[^/\d]*$",
@@ -193,8 +207,10 @@ def detect_layout(root):
             "train, and for any PNG, JPEG or NIfTI files, found "
             f"{_some(sorted(os.listdir(root)))}{masked}; name the folder of one"
         )
-    likely = "adni" if 2 * counts["adni"] > counts["folder"] else "folder"
-    return names[0] if names else likely
+    # In the folder of a person the first number is that of a series.
+    inner = found["adni"][1]["stem"].str.contains(r"^[^/]+/.*\d.*/").sum()
+    is_adni = 2 * (counts["adni"] - inner) > counts["folder"]
+    return names[0] if names else "adni" if is_adni else "folder"
 
 
 def scan(root, dataset, pattern=None, split=None):
@@ -296,7 +312,9 @@ def _list_files(root, dataset):
     names = [os.path.relpath(path, top) for path in files]
     names = pd.Series(names, dtype=object)
     splits = f"{layout.prefix}(?P<split>{'|'.join(SPLIT_NAMES)})"
-    way = rf"(?is)^(?P<above>(?:[^/]+/)*?){splits}/(?P<stem>.*)$"
+    splits = f"(?P<folder>{splits}(?:[-_ ]?(?:set|data|images))?)/"
+    splits += "(?:(?P=folder)/)*"  # doubled by unzipping: train/train/AD
+    way = rf"(?is)^(?P<above>(?:[^/]+/)*?){splits}(?P<stem>.*)$"
     table = names.str.extract(way).fillna("").assign(path=names)
     named = table["split"].str.casefold()
     table["split"] = named.replace(SPLIT_NAMES)
@@ -322,10 +340,15 @@ def _list_files(root, dataset):
             _refuse_folder(error)
     ignored += [os.path.join(top, name) for name in names[~fits]]
     ignored = [path for path in ignored if path.startswith(base)]
-    notes = [
-        f"folder {layout.prefix}{name} is read as {SPLIT_NAMES[name]}"
-        for name in sorted(set(named[fits & (named != table["split"])]))
-    ]
+    folder = table["folder"].str.casefold()
+    other = fits & (folder != layout.prefix + table["split"])
+    read = dict(zip(folder[other], table["split"][other], strict=True))
+    notes = [f"folder {x} is read as {read[x]}" for x in sorted(read) if x]
+    if count := names.str.contains("\\", regex=False).sum():
+        notes.append(
+            f"{count} file names hold a backslash: unzipping lost folders, so "
+            "no split or class is read from them"
+        )
     table["path"] = names.str.removeprefix(above[0])
     table = table[fits].reset_index(drop=True)
     return Path(base), table, ignored, notes
@@ -418,9 +441,9 @@ def _tells_subjects(guess, stems):
         folders = stems.str.extract(TOP + "/")["subject"].dropna()
         names = found.reindex(folders.index).map(str)
         pairs = set(zip(folders, names, strict=True))
-        if len(pairs) > names.nunique():
+        if len(pairs) > 1.5 * names.nunique():
             return False
-        if any(name.startswith(folder) for folder, name in pairs):
+        if pairs and all(name.startswith(folder) for folder, name in pairs):
             return False
     return count > 0 and len(found) >= 0.9 * len(stems)
 
@@ -438,10 +461,12 @@ def _row(file, match, any_folder):
         first, slash, _ = stem.partition("/")
         named = rf"(?<![^\W_]){re.escape(subject)}(?![^\W_])"
         if match:
-            is_class = match.start("subject") > len(first)
+            is_class = min(match.start("subject"), begin) > len(first)
         else:  # a folder with a number may be a person
             is_class = not re.search(r"\d", first)
-        if slash and is_class and not re.search(named, first):
+        # A number is no name: 1 in grade_1/1_05.
+        own = not subject.isdigit() and re.search(named, first)
+        if slash and is_class and not own and not re.fullmatch(VISIT, first):
             label = label or first  # a class, as it does not name people
     sign = -1 if number.startswith("-") else 1
     number = sign * int(re.sub(r"\D", "", number) or 0)
@@ -991,7 +1016,8 @@ def load_external(data_dir, dataset, run, skip_bad=False, pattern=None):
     pattern is that of `scan`.
     """
     index, plan = scan(data_dir, dataset, pattern, "test"), _plan_of_run(run)
-    return _load(index, plan, dataset, skip_bad, data_dir)[0]
+    slices, _ = _load(index, plan, dataset, skip_bad, data_dir)
+    return _warn_of_crop(slices, run)
 
 
 def _load(index, plan, dataset, skip_bad, root):
@@ -1232,6 +1258,14 @@ def read_files(paths, run):
     slices = _slices_of_run(run, file, table, here)
     if not set(_sizes(table)) <= set(plan.kept):
         print(_sizes_line(slices, plan))
+    return _warn_of_crop(slices, run)
+
+
+def _warn_of_crop(slices, run):
+    """Say of how many images the crop of a run loses content."""
+    crop = run.info["crop"]
+    if crop and (count := len(outside(slices, crop))):
+        _warn(f"{count} images reach beyond the crop of the run, and lose that")
     return slices
 
 
@@ -1728,9 +1762,14 @@ def _people(options):
 
 def _holds(dest, about=None):
     """Tell whether a folder holds this simulation; refuse any other."""
-    if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
+    if not dest.exists():
         return False
     found = "other files"
+    if dest.is_dir() and not any(dest.iterdir()):
+        is_fixed = dest.is_symlink() or os.path.ismount(dest)
+        if not (is_fixed or dest.samefile(".")):
+            return False  # a new folder will take its place
+        found = "a link, a mounted or the current folder"
     if about and (dest / MARKER).exists():
         if _read_marker(dest) == about:
             return True
@@ -1770,8 +1809,9 @@ VOLUME_FILE = re.compile(
 )
 # How the Brain Imaging Data Structure calls kinds of images.
 KINDS = re.compile(
-    r"(?i)(?:^|[_-])(T[12][a-z]*|PD[a-z\d]*|FLAIR|bold|sbref|dwi|asl|epi|"
-    r"magnitude\d?|phase\w*)$"
+    r"(?i)(?:^|[_-])(T[12][a-z]*|PD(?:w|T2)?|FLAIR|MRA|SWI|DTI|ADC|angio|"
+    r"inplaneT[12]|UNIT1|bold|sbref|dwi|asl|epi|magnitude\d?|phase\w*)"
+    r"(?:-\d+)?$"
 )
 # Where the planes of a stack, their rows and their columns go to (Superior,
 # Posterior, Right and so on), and how a picture says so.
@@ -1780,7 +1820,7 @@ PLANES = {
     "coronal": ("AIR", "top: head, left: left of the body"),
     "sagittal": ("RIA", "top: head, left: back"),
 }
-MISSING = {"", "n/a", "na", "nan", "none", "?"}  # for a label, any case
+MISSING = {"", ".", "n/a", "na", "nan", "none", "?"}  # for a label, any case
 INSIDE = 0.1  # of the intensity range: what is brighter is content
 
 
@@ -1905,9 +1945,10 @@ def _find_volumes(source, options):
         )
     if masks:
         print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
-    kinds = [KINDS.search(_stem(name)) for name in files.values()]
+    parts = [[_stem(n), *reversed(n.split("/")[:-1])] for n in files.values()]
+    kinds = [next(filter(None, map(KINDS.search, p)), None) for p in parts]
     kinds = collections.Counter(match[1] for match in kinds if match)
-    if len(kinds) > 1:
+    if len({kind.lower().removesuffix("w") for kind in kinds}) > 1:
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise FlagError(
             f"--match: found several kinds of volumes, {found}; expected one, "
@@ -1920,6 +1961,15 @@ def _find_volumes(source, options):
     table["subject"] = _unify(
         _subject_of(*pair, options.subject_pattern) for pair in pairs
     )
+    heads = list(folders) if any(folders) else _heads([*map(_stem, files)])
+    apart = table.groupby(heads)["subject"].nunique()
+    if len(apart) > 2 and apart.max() > 1:
+        first = table["subject"][np.array(heads) == apart.idxmax()].unique()
+        _warn(
+            f"volumes whose names begin alike count as several subjects: "
+            f"{_some(first, 3)}; if they are of one person, tell subjects with "
+            "--subject-pattern"
+        )
     table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
@@ -1930,6 +1980,15 @@ def _find_volumes(source, options):
         )
     table["scan"] = "sub-" + table["subject"] + "_ses-" + session.map(str)
     return table
+
+
+def _heads(stems):
+    """Return how each name begins: up to the first number that varies."""
+    words, number = [re.split(r"[\W_]+", x) for x in stems], re.compile(r".*\d")
+    for k, column in enumerate(itertools.zip_longest(*words, fillvalue="")):
+        if len(set(column)) > 2 and all(map(number.match, column)):
+            return ["_".join(w[: k + 1]) for w in words]
+    return stems
 
 
 def _stem(path):
@@ -1949,7 +2008,10 @@ def _subject_folders(paths):
     times, folders = collections.Counter(stems), {tuple(p) for p in parts}
     numbered = re.compile(r".*\d").match
     alike = [
-        times[stem] > 1 or bool(numbered(p[-1])) and stem.startswith(p[-1])
+        times[stem] > 1
+        or bool(numbered(p[-1]))
+        and stem.startswith(p[-1])
+        or any(n.isdigit() and f"_{n}_" in stem for n in p)  # ADNI_3102_MR
         for p, stem in zip(parts, stems, strict=True)
         if p
     ]
@@ -1961,7 +2023,15 @@ def _subject_folders(paths):
         for level in itertools.zip_longest(*parts, fillvalue="")
         if len(set(level)) > 1 and 4 * len(set(level)) >= len(folders)
     ] or [[""] * len(paths)]
-    return min(levels, key=lambda x: 2 * len([*filter(numbered, x)]) < len(x))
+
+    def is_class(names):
+        return 2 * len([*filter(numbered, names)]) < len(names)
+
+    best = min(levels, key=is_class)
+    if is_class(best) and not is_class(stems) and len(times) > len(set(best)):
+        # Classes that number people anew: AD/001.nii, NC/001.nii.
+        return [f"{c}_{s}" for c, s in zip(best, stems, strict=True)]
+    return best
 
 
 def _subject_of(path, folder="", pattern=None):
@@ -1988,6 +2058,7 @@ def _read_labels(subjects, options):
         raise FlagError("--labels: the OASIS layout has none; use folder")
     try:
         text = {"dtype": str, "keep_default_na": False, "engine": "python"}
+        text["encoding"] = "utf-8-sig"  # as Excel writes it
         text["sep"] = "\t" if options.labels.endswith(".tsv") else None
         known = pd.read_csv(options.labels, **text).fillna("")  # short rows
         if options.label_column not in known:
@@ -1998,20 +2069,30 @@ def _read_labels(subjects, options):
             f"{_show(options.labels)}: {error}; expected a table with the "
             f"column {options.label_column} of --label-column"
         ) from error
-    labels = labels.mask(labels.str.strip().str.casefold().isin(MISSING))
-    labels = labels.str.replace(r"[^\w.]+", "-", regex=True)
+    labels = labels.str.strip()
+    labels = labels.mask(labels.str.casefold().isin(MISSING))
+    # They name folders; those that begin with a dot are hidden.
+    labels = labels.str.replace(r"[\s/\\\0]+", "-", regex=True)
+    labels = labels.str.replace(r"^\.", "0.", regex=True)
     wanted = subjects.map(_canonical)
     # Of the other columns, the one that names most of the subjects; of two
     # rather names than numbers, which may be those of the rows.
-    keys = known.map(lambda value: _canonical(_subject_of(value)))
+    whole = known.map(lambda value: re.sub(r"\.0$", "", value.strip()))
+    keys = whole.map(lambda value: _canonical(_subject_of(value)))
     numbers = known.apply(lambda column: column.str.isdigit().mean())
-    fits = {k: (len({*keys[k]} & {*wanted}), -numbers[k]) for k in keys}
+    # Rows and ages are numbers too.
+    called = re.compile(r"(?i)subj|partic|patient|person|(^|[^a-z])(pt|r)?id")
+    fits = {
+        k: (len({*keys[k]} & {*wanted}), -numbers[k], bool(called.search(k)))
+        for k in keys
+    }
     column = max(fits, key=fits.get, default=None)
     if not fits or not fits[column][0]:
         raise DataError(
             f"{_show(options.labels)}: no column names a subject of the "
             f"volumes, expected ids such as {_some(subjects, 3)}"
         )
+    print(f"labels: column {options.label_column}, subjects: column {column}")
     found = labels.groupby(keys[column]).agg(["first", "nunique"])
     result = wanted.map(found["first"]).fillna("")
     if several := sum(found["nunique"][found.index.isin(wanted)] > 1):

@@ -206,6 +206,12 @@ NAMES = {  # format of a path -> subject and scan of the first of them
     "study_2020/P{p:03d}/z{k}.png": "P001",
     "IXI{p:03d}-Guys-{k:03d}.png": "IXI001",
     "{p}_{k}.jpeg": "1",
+    "IXI{p:03d}_t1ce_{k:03d}.png": "IXI001",
+    "BraTS_{p:03d}_ses{k}_{k:03d}.png": "BraTS_001",
+    "ses-{k}/P{p:03d}/z{k}.png": "P001",
+    "z{k:03d}_IXI{p:03d}.png": "IXI001",
+    "axial_{k}/P{p:03d}.png": "P001",
+    "患者{p:02d}_切片{k}.png": "患者01",
     os.fsdecode(b"{p}\xe9_{k}.jpeg"): "1\\udce9",  # not UTF-8
 }
 
@@ -266,6 +272,8 @@ def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):
         (("0", "1"), "sub-{p:02d}_z{k}.png"),
         (("glioma", "normal"), "{c}_{p:03d}_{k}.png"),
         (("grade1", "grade2", "grade3", "grade4"), "{p}_{k}.png"),
+        (("0", "1", "2"), "{p}_{k}.png"),
+        (("CDR_0", "CDR_0.5"), "{p:03d}_{k}.png"),
         (("Data/AD", "Data/N C"), "sub-{p:02d}_z{k}.png"),
         (("AD", "NC"), "P{p:03d}/z{k}.png"),
     ],
@@ -274,7 +282,8 @@ def test_folders_are_classes_unless_they_name_people(tmp_path, classes, form):
     for n, c in enumerate(classes):
         people = range(1 + 8 * n, 9 + 8 * n)
         write_folder(tmp_path / "d", f"{c}/{form.replace('{c}', c)}", people)
-        masks = form.replace("{c}", c).replace(".png", "_mask.png")
+        end = ("_mask.png", " mask1.png", ".seg.png")[n % 3]
+        masks = form.replace("{c}", c).replace(".png", end)
         write_folder(tmp_path / "d", f"{c}/{masks}", people)
     index = dataset.scan(tmp_path / "d", "folder")
     subjects = index.table.groupby("label")["subject"].nunique().to_dict()
@@ -299,7 +308,7 @@ def test_folders_give_splits_and_classes(tmp_path, capsys):
     root = tmp_path / "d"
     write_folder(root, "train/CDR 0/p{p}_{k}.png", range(1, 6))
     write_folder(root, "train/AD/p{p}_{k}.png", range(6, 11))
-    write_folder(root, "Testing/AD/p{p}_{k}.png", range(11, 13))
+    write_folder(root, "Test_set/Test_set/AD/p{p}_{k}.png", range(11, 13))
     write_folder(root, "other/p{p}_{k}.png", range(20, 22))
     write_folder(root, "train/masks/p{p}_{k}.png", range(1, 3))
     assert dataset.detect_layout(root) == "folder"
@@ -308,7 +317,7 @@ def test_folders_give_splits_and_classes(tmp_path, capsys):
     splits = slices.table.groupby("split")["subject"].nunique()
     assert splits.to_dict() == {"train": 9, "validate": 1, "test": 2}
     output = capsys.readouterr().out
-    assert "folder testing is read as test" in output
+    assert "folder test_set is read as test" in output
     assert "other: 6 files ignored: p20_0.png" in output
     assert "train/masks: 6 files ignored" in output
 
@@ -803,6 +812,10 @@ def test_a_folder_in_use_is_not_overwritten(simulated, tmp_path):
         dataset.simulate(tmp_path, "oasis", 4, 64)
     with pytest.raises(FlagError, match="--image-size"):
         dataset.simulate(tmp_path / "x", image_size=50)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "l").symlink_to(tmp_path / "e", target_is_directory=True)
+    with pytest.raises(DataError, match="found a link"):
+        dataset.simulate(tmp_path / "l", "oasis", 4, 64)
 
 
 # ------------------------------------------------------------------- volumes
@@ -1016,6 +1029,7 @@ def test_names_of_volumes():
         "v/AD/{p}_{k}.nii": "",
         "v/{p}.{k}.nii": "",
         "{p}/T1w/T1w.nii": "1",
+        "PPMI/310{p}/T1/{k}/PPMI_310{p}_MR_{k}.nii": "3101",
     }.items():
         paths = [form.format(p=p, k=k) for p in range(1, 9) for k in "ab"]
         assert dataset._subject_folders(paths)[0] == folder
@@ -1023,9 +1037,11 @@ def test_names_of_volumes():
         assert dataset._subject_folders(paths)[0] == folder
     paths = [f"v/{c}/P{p}/T1.nii" for c in ("AD", "NC", "MCI") for p in "123"]
     assert dataset._subject_folders(paths)[:2] == ("P1", "P2")
-    kinds = "X_t1 X_t1ce flair I-T2 sub-1_T1w_PD X_t1_2008".split()
+    paths = [f"v/{c}/{p}.nii" for c in ("AD", "NC") for p in "123"]
+    assert dataset._subject_folders(paths)[::3] == ["AD_1", "NC_1"]
+    kinds = "X_t1 X_t1ce flair I-T2 sub-1_T1w_PD I-MRA X_t1_2008 PD01".split()
     found = [bool(dataset.KINDS.search(name)) for name in kinds]
-    assert found == [True] * 5 + [False]
+    assert found == [True] * 6 + [False] * 2
 
 
 def test_labels_of_volumes(tmp_path, capsys):
@@ -1041,6 +1057,11 @@ def test_labels_of_volumes(tmp_path, capsys):
     table.write_text(table.read_text().replace("03, ", "03,B"))
     assert list(dataset._read_labels(subjects, options)) == ["A", "B", "A"]
     assert "1 subjects have several labels" in capsys.readouterr().out
+    # Of columns of numbers the one that is called like an id; as Excel writes.
+    text = "\ufeffage,subject,group\n2,1.0, .5 \n1,2.0,Abeta+\n3,3.0,Abeta-"
+    table.write_text(text, "utf-8")
+    found = dataset._read_labels(subjects, options)
+    assert list(found) == ["0.5", "Abeta+", "Abeta-"]
     table.write_text("")
     with pytest.raises(DataError, match="people.csv: .* expected a table"):
         dataset._read_labels(subjects, options)
