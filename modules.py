@@ -60,7 +60,8 @@ class TrainableModel(keras.Model):
     images of a batch. It also updates the trackers that an epoch logs.
 
     Under a strategy of `tf.distribute` each replica trains on its part of the
-    batch; the step equals that of one device with the whole batch.
+    batch; the step equals that of one device with the whole batch, but for
+    random draws (dropout, times and noise of a texture), which replicas share.
 
     Attributes:
         accumulation_steps: int >= 1. Parts that a replica splits its batch
@@ -423,14 +424,8 @@ class VectorQuantizer(keras.layers.Layer):
         self.codebook = variable(
             shape, uniform, name="codebook", trainable=self.by_gradient
         )
-        # Counts of one and sums equal to the codebook: with zero counts the
-        # first update would send unused codes far away or to zero.
-        self.ema_count = state(shape[:1], "ones", name="ema_count")
-        self.ema_sum = state(
-            shape,
-            lambda *_, **__: tf.identity(self.codebook.value),
-            name="ema_sum",
-        )
+        self.ema_count = state(shape[:1], "zeros", name="ema_count")
+        self.ema_sum = state(shape, "zeros", name="ema_sum")
         self.step = state((), "zeros", "int32", name="step")
 
     def call(self, inputs, training=False):
@@ -452,7 +447,9 @@ class VectorQuantizer(keras.layers.Layer):
         codebook_loss = tf.constant(0.0)
         if self.by_gradient:
             codebook_loss = tf.reduce_mean((quantized - fixed) ** 2)
-        passed = latents + tf.stop_gradient(codes - latents)
+        passed = codes + (
+            latents - fixed
+        )  # codes, with the gradient of latents
         return Quantized(
             vectors=tf.reshape(passed, tf.shape(inputs)),
             indices=tf.reshape(indices, tf.shape(inputs)[:-1]),
@@ -554,7 +551,7 @@ class VectorQuantizer(keras.layers.Layer):
 
 
 class CodebookUsage(keras.metrics.Metric):
-    """Share of codes in use (0..1) and perplexity (1..K) over an epoch.
+    """Share of codes in use (0..1) and perplexity (1..K) over a round.
 
     Not means over batches: both depend on the number of indices.
     """
@@ -1142,8 +1139,7 @@ class CausalConv2D(CausalLayer):
 
     def start_row(self, vertical, cache, row):
         rows, added = cache
-        new = tf.zeros_like(rows[:, :1])
-        rows = tf.concat([rows[:, 1:], new], axis=1)
+        rows = tf.pad(rows[:, 1:], [[0, 0], [0, 1], [0, 0], [0, 0]])
         if self.rows > 1:
             before, kernel = rows[:, :-1], self.kernel[:-1]
             added = tf.nn.conv2d(before, kernel, 1, "VALID")[:, 0]
@@ -1474,9 +1470,7 @@ class ContextMap(keras.layers.Layer):
         return tf.tensordot(shares, tf.convert_to_tensor(self.atlas), 2)
 
     def _grid_features(self):
-        height, width = self.grid
-        rows, columns = np.arange(height) / height, np.arange(width) / width
-        places = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1)
+        places = np.moveaxis(np.indices(self.grid), 0, -1) / self.grid
         features = sine_features(places.astype("float32"), self.OCTAVES)
         return tf.reshape(features, (*self.grid, -1))
 

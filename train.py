@@ -218,10 +218,10 @@ def start(settings, strategy, signals, argv=()):
             run.lock()
         if later:
             begin_stage(job, earlier)
-        elif not run.split_path.exists():  # new, or stopped before that
-            load_images(job, "condition" in given)
-        else:
+        elif run.split_path.exists() or run.vqvae_path.exists():
             plan_resume(job, earlier)
+        else:  # new, or stopped before that
+            load_images(job, "condition" in given)
     except BaseException:
         run.unlock() if folder else run.discard()
         raise
@@ -232,7 +232,6 @@ def begin_stage(job, earlier):
     """Let other priors of a trained VQ-VAE be made, or its texture."""
     run, level = job.run, job.settings.run.prior_level
     modules.load_model(run.vqvae_path)  # refused before anything is changed
-    check_batches(job)
     if job.settings.run.stage == "texture":
         return begin_parts(job, {"texture"})
     run.info |= settle_conditions(job, run.split_path)
@@ -259,6 +258,7 @@ def begin_parts(job, parts):
             f"{job.run.path}: its training stopped before "
             f"{', '.join(sorted(others))}; finish it first with --resume"
         )
+    check_batches(job, parts)
     job.begin(parts)
 
 
@@ -274,7 +274,6 @@ def plan_resume(job, earlier):
     Weights come back later: `modules.RoundCheckpoint` restores those of a part
     when `Fit.run` starts.
     """
-    check_batches(job)
     run, parts = job.run, parts_left(job.run)
     under_way = "training" in run.info
     stages = {"vqvae", *run.prior_names, "texture"} - parts
@@ -284,7 +283,17 @@ def plan_resume(job, earlier):
         for settings in (job.settings, earlier)
     )
     longer = {part for part in trained if more[part] > before[part]}
-    if not longer and not under_way:
+    epochs = {}  # that there have been, by level maybe more than in settings
+    if longer:
+        epochs = utils.read_history(run).groupby("stage")["epoch"].max()
+        longer = {part for part in longer if more[part] > epochs.get(part, 0)}
+    wanted, had = (
+        option(settings, "texture", "epochs")
+        for settings in (job.settings, earlier)
+    )
+    if "texture" not in trained and wanted > had:  # a first one
+        parts.add("texture")
+    if not (parts or longer or under_way):
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
             "more --epochs, --prior-epochs or --texture-epochs, or another "
@@ -294,10 +303,8 @@ def plan_resume(job, earlier):
     if "vqvae" in longer:  # other codes need other indices and priors
         parts |= trained | {"indices"}
         longer, under_way = {"vqvae"}, False
-    since = {}
-    if longer:
-        epochs = utils.read_history(run).groupby("stage")["epoch"].max()
-        since = {part: int(epochs.get(part, 0)) for part in longer}
+    since = {part: int(epochs.get(part, 0)) for part in longer}
+    check_batches(job, parts)
     if not under_way:
         return job.begin(parts, **since)
     now = run.info["training"]  # other parts go on from their checkpoints
@@ -333,11 +340,12 @@ def load_images(job, asked):
         "data_dir": str(slices.root),
         **settle_conditions(job, slices.root, asked),
     }
-    check_batches(job)
+    vqvae_only = job.settings.run.stage == "vqvae"
+    parts = {"vqvae", "indices"} if vqvae_only else {*all_parts(run)}
+    check_batches(job, parts)
     if len(slices.rejected):
         utils.write_csv(run.rejected_path, slices.rejected)
-    vqvae_only = job.settings.run.stage == "vqvae"
-    job.begin(["vqvae", "indices"] if vqvae_only else all_parts(run))
+    job.begin(parts)
     utils.write_csv(run.split_path, slices.table)
 
 
@@ -384,8 +392,11 @@ def settle_conditions(job, source, asked=True):
     }
 
 
-def check_batches(job):
-    """Refuse what replicas cannot do, and batches with an empty part."""
+def check_batches(job, parts):
+    """Refuse what replicas cannot do, and an empty share of a batch.
+
+    `parts`: names of what will be trained.
+    """
     run, options = job.settings.run, job.settings.training
     replicas = job.strategy.num_replicas_in_sync
     half = run.precision == "mixed_float16"
@@ -396,17 +407,13 @@ def check_batches(job):
                 "it out or use --strategy none"
             )
     images = {name: len(table) for name, table in job.tables.items()}
-    parts = replicas * options.accumulation_steps
-    for flag, size, least in (
-        ("batch-size", min(images["train"], options.batch_size), parts),
-        ("prior-batch-size", options.prior_batch_size, parts),
-        (
-            "texture-batch-size",
-            options.texture_batch_size,
-            parts if options.texture_epochs else 0,
-        ),
-        ("strategy", images["validate"] or replicas, replicas),
-    ):
+    shares = replicas * options.accumulation_steps
+    sizes = {"strategy": (images["validate"] or replicas, replicas)}
+    for part in parts - {"indices", "sampling"}:
+        size = min(images["train"], option(job.settings, part, "batch_size"))
+        flag = f"{utils.stage_prefix(part)}batch-size".replace("_", "-")
+        sizes[flag] = size, shares
+    for flag, (size, least) in sizes.items():
         if size < least:
             raise utils.FlagError(
                 f"--{flag}: {size} images cannot be cut into {least} parts, "
@@ -424,8 +431,12 @@ def train(job):
         try:
             images = job.images
         except utils.DataError as error:
-            later = f"evaluate later: python predict.py evaluate {job.run.path}"
-            print(f"warning: {error}; {later}", file=sys.stderr)
+            print(
+                f"warning: {error}; --temperature and --top-p are not chosen "
+                f"but as given, or 1; evaluate later: python predict.py "
+                f"evaluate {job.run.path}",
+                file=sys.stderr,
+            )
             images = {}
         if not job.run.is_done("sampling"):
             choose_sampling(job, vqvae, priors, images)
@@ -764,7 +775,7 @@ class Fit:
         with self.job.strategy.scope():
             schedule = keras.optimizers.schedules.CosineDecay(
                 0.0,
-                max(steps - warmup, 1),
+                steps - warmup,
                 warmup_target=self.option("learning_rate"),
                 warmup_steps=warmup,
             )
@@ -876,7 +887,7 @@ def vqvae_pictures(job, vqvae):
     images = job.images["validate"]
     if not len(images):
         return None
-    shown = images.read(utils.spread(len(images), PICTURED))
+    shown = images.read(utils.choose_rows(len(images), PICTURED))
 
     def draw():
         indices = [grid.numpy() for grid in vqvae.encode(shown)]
@@ -886,7 +897,8 @@ def vqvae_pictures(job, vqvae):
         utils.plot_reconstructions(path, shown, decoded, ssim)
         show, size = utils.log_figure, vqvae.num_embeddings
         show("reconstructions", lambda file: file.write(path.read_bytes()))
-        show("indices", utils.plot_index_maps, shown, indices, size)
+        inside = vqvae.cropped(shown)
+        show("indices", utils.plot_index_maps, inside, indices, size)
         for level, grid in enumerate(indices, start=1):
             tf.summary.histogram(f"codes_{level}", grid)
 
@@ -895,16 +907,14 @@ def vqvae_pictures(job, vqvae):
 
 def prior_pictures(job, vqvae, prior, level):
     """Function that shows new images; None while another prior is missing."""
-    run, priors = job.run, []
-    for name in run.prior_names:
-        path = run.model_path(name)
-        if name == run.prior_names[level - 1]:
-            priors.append(prior)
-        elif run.is_done(name) and path.exists():
-            priors.append(modules.load_model(path))
-    if len(priors) < vqvae.levels:
+    run, seed = job.run, job.settings.run.seed
+    others = [*run.prior_names]
+    del others[level - 1]
+    paths = [run.model_path(name) for name in others if run.is_done(name)]
+    if len(paths) < len(others) or not all(path.exists() for path in paths):
         return None
-    seed = job.settings.run.seed
+    priors = [modules.load_model(path) for path in paths]
+    priors.insert(level - 1, prior)
 
     def draw():
         images, *_ = modules.generate(vqvae, priors, 2 * PICTURED, seed)

@@ -685,6 +685,7 @@ SMOKE_SUBJECTS = 4
 _SMOKE_LIMITS = {
     "epochs": 1,
     "batch_size": 4,
+    "accumulation_steps": 2,
     "warmup_steps": 1,
     "channels": 16,
     "num_embeddings": 32,
@@ -770,7 +771,9 @@ OF_VQVAE |= {"recipe", "epochs", "batch_size", "learning_rate", "augment"}
 # Stages over the VQ-VAE of an earlier run: the settings they do not change.
 FIXED = {
     "prior": OF_VQVAE | _keys(prefix="texture_"),
-    "texture": OF_VQVAE | _keys("prior", prefix="prior_"),
+    "texture": OF_VQVAE
+    | {"temperature", "top_p", "patience", "recompute"}
+    | _keys("prior", prefix="prior_"),
 }
 # Those that `--resume` may change.
 FREE_ON_RESUME = {"resume", "strategy", "force", "debug", "data_dir"}
@@ -997,6 +1000,8 @@ def _check_together(chosen, is_new):
             "every trial from the beginning; to continue one, repeat its "
             "command with its --run-dir"
         )
+    if is_new and run.prior_level:
+        raise FlagError("--prior-level needs --stage prior and --run-dir")
 
 
 # ------------------------------------------------------------ 3. Run folder
@@ -1667,6 +1672,7 @@ HOG_ORIENTATIONS = 9
 HOG_CELLS = 12  # along the short side; of 4 pixels or more
 HOG_CONTRAST = 1e-3  # mean gradient, intensity a pixel, of a block that fades
 TINY = 1e-12  # so that no ratio divides by 0
+LEAST_SUBJECTS = 5  # of a set; also the folds of `c2st`
 
 
 def hog_features(images):
@@ -1691,9 +1697,12 @@ def hog_features(images):
 
 def inception_features(images):
     """Return ImageNet Inception v3 features (N, 2048) of images (N, H, W)."""
-    batch = tf.image.resize(images[..., None], (299, 299))
-    batch = tf.repeat(2 * batch - 1, 3, axis=-1)
-    return inception_network()(batch, training=False).numpy()
+    network, parts = inception_network(), []
+    for k in range(0, len(images), 32):  # Keras keeps the output of each layer
+        batch = tf.image.resize(images[k : k + 32, ..., None], (299, 299))
+        batch = tf.repeat(2 * batch - 1, 3, axis=-1)
+        parts.append(network(batch, training=False).numpy())
+    return np.concatenate(parts)
 
 
 @functools.cache
@@ -1824,13 +1833,14 @@ def set_scores(fake, real, *subjects):
 def jackknife_ratio(ratio, subjects):
     """Return the 95 % interval of a positive ratio over subjects.
 
-    One subject at a time is left out, and the logarithms compared: with whole
-    subjects repeated, as a bootstrap does, a covariance loses dimensions.
-    `ratio` is a function of a mask (N,) of the images to take.
+    None of fewer than five, who are too few to judge by. One subject at a time
+    is left out, and the logarithms compared: with whole subjects repeated, as
+    a bootstrap does, a covariance loses dimensions. `ratio` is a function of a
+    mask (N,) of the images to take.
     """
     subjects = np.asarray(subjects)
-    names, counts = np.unique(subjects, return_counts=True)
-    if len(subjects) - counts.max() < 2:
+    names = np.unique(subjects)
+    if len(names) < LEAST_SUBJECTS:
         return None
     logs = np.log([ratio(subjects != name) for name in names])
     error = math.sqrt((len(names) - 1) * logs.var())
@@ -1887,7 +1897,6 @@ def compare_sets(sets, space, train_subjects, test_subjects):
 
 
 TEXTURE_BINS = 24
-C2ST_FOLDS = 5
 
 
 def texture_features(images):
@@ -1931,7 +1940,7 @@ def c2st(a, b, subjects_a, subjects_b, seed=0):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if min(len(set(subjects_a)), len(set(subjects_b))) < C2ST_FOLDS:
+    if min(len(set(subjects_a)), len(set(subjects_b))) < LEAST_SUBJECTS:
         return None
     _, subjects = np.unique([*subjects_a, *subjects_b], return_inverse=True)
     images = np.concatenate([a, b])
@@ -1945,7 +1954,9 @@ def c2st(a, b, subjects_a, subjects_b, seed=0):
         StandardScaler(),
         LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000),
     )
-    folds = StratifiedGroupKFold(C2ST_FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedGroupKFold(
+        LEAST_SUBJECTS, shuffle=True, random_state=seed
+    )
     told = cross_val_predict(model, rows, truth, groups=subjects, cv=folds)
     of_a, of_b = (
         mean_of(np.where(truth == k, told == truth, np.nan)) for k in (0, 1)
@@ -2268,6 +2279,14 @@ def spread(total, count):
     """
     count = min(count, total)
     return ((np.arange(count) + 0.5) * total / max(count, 1)).astype(int)
+
+
+def choose_rows(total, count):
+    """Return up to `count` of `total` row numbers, sorted; always the same.
+
+    Rows spread evenly might all be of one slice position.
+    """
+    return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
 def to_pixels(images):

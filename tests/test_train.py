@@ -254,6 +254,7 @@ def test_stage_texture(levels_run, tmp_path, capsys, plain):
         before[name] = (run.path / name).read_bytes()
     error = refused(2, capsys, *stage, "--prior-epochs", 9)
     assert "--prior-epochs: the run was trained with 2, found 9" in error
+    assert "--top-p: the run" in refused(2, capsys, *stage, "--top-p", 0.5)
     train.main([*stage, "--texture-epochs", "2"])
     after = {name: (run.path / name).read_bytes() for name in before}
     assert [n for n in before if after[n] != before[n]] == ["texture.keras"]
@@ -473,6 +474,38 @@ def test_more_epochs_keep_what_is_under_way(levels_run, tmp_path):
     assert found["epochs_before"] == {"texture": 1} and checkpoint.exists()
 
 
+def test_what_a_resume_makes(tiny_run, tmp_path):
+    """Also a first texture; not what has had more epochs, level by level."""
+    for k, (before, now, done) in enumerate(
+        (
+            ({}, {"texture_epochs": 1}, "vqvae indices prior sampling"),
+            ({}, {"texture_epochs": 1, "prior_epochs": 3}, "vqvae indices"),
+            ({"prior_epochs": 1}, {}, None),
+        )
+    ):
+        folder = shutil.copytree(tiny_run.path, tmp_path / str(k))
+        run = utils.Run.open(folder)
+        earlier = utils.replace(run.settings, **before)
+        run.settings = utils.replace(run.settings, **now)
+        job = train.Job(run, tf.distribute.get_strategy(), None)
+        if done:
+            train.plan_resume(job, earlier)
+            assert run.info["training"]["done"] == done.split()
+        else:
+            with pytest.raises(utils.FlagError, match="is complete"):
+                train.plan_resume(job, earlier)
+
+
+def test_only_batches_of_what_is_trained_are_checked(tiny_run, tmp_path):
+    run = copy_run(tiny_run, tmp_path)
+    sizes = {"batch_size": 1, "prior_batch_size": 2, "accumulation_steps": 2}
+    run.settings = utils.replace(run.settings, **sizes)
+    job = train.Job(run, tf.distribute.get_strategy(), None)
+    train.check_batches(job, {"prior", "sampling"})
+    with pytest.raises(utils.FlagError, match="--batch-size: 1 images"):
+        train.check_batches(job, {"vqvae"})
+
+
 def test_a_stopped_run_may_get_more_epochs(half_done, tmp_path, plain):
     run = copy_run(half_done, tmp_path)
     train.main(["--resume", str(run.path), "--epochs", "3"])
@@ -562,6 +595,10 @@ def test_a_run_is_untouched(tiny_run, levels_run, oasis_dir, tmp_path, capsys):
     check(4, "in use by another process", "--resume", run.path, "--epochs", 3)
     check(4, "in use by another process", *stage)
     run.unlock()
+    table = run.split_path.read_bytes()
+    run.split_path.unlink()  # a shared model: never trained anew from scratch
+    check(4, "split.csv: missing", "--resume", run.path, "--epochs", 3)
+    run.split_path.write_bytes(table)
     run.vqvae_path.write_bytes(run.vqvae_path.read_bytes()[:1000])
     check(4, str(run.vqvae_path), *stage)
     run.vqvae_path.unlink()
