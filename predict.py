@@ -195,8 +195,8 @@ class Anomaly(SamplingArguments, SplitArguments):
     Indices whose surprisal, -log2 p under the prior, exceeds that of 95 % of
     the validation indices in the 3x3 mean are sampled anew: a restoration. The
     score is the maximum of |image - restoration|, averaged and smoothed; its
-    percentile says how many validation images score no higher. Labels are not
-    used. Marimont & Tarroni, 2021, arXiv:2012.06765.
+    percentile says how many validation images score no higher. Neither labels
+    nor texture are used. Marimont & Tarroni, 2021, arXiv:2012.06765.
     """
 
     images: Files = ()
@@ -264,25 +264,22 @@ class Trained:
     def load(cls, run, options):
         """Load the models of a run; `RunError` without priors to sample."""
         missing = [k for k, p in enumerate(run.prior_paths) if not p.exists()]
+        what, level = "this run has no prior", ""
+        if missing and run.has_priors:
+            what = f"{run.prior_names[missing[0]]}.keras is missing"
+            level = f" --prior-level {missing[0] + 1}"
         if missing and isinstance(options, (Generate, Complete, Anomaly)):
-            what, level = "this run has no prior", ""
-            if run.has_priors:
-                what = f"{run.prior_names[missing[0]]}.keras is missing"
-                level = f" --prior-level {missing[0] + 1}"
             raise utils.RunError(
                 f"{run.path}: {what}; make one with python train.py --stage "
                 f"prior --run-dir {shlex.quote(str(run.path))}{level}"
             )
-        # Other priors may still be in training.
-        if missing and run.has_priors:
-            name = run.prior_names[missing[0]]
-            print(
-                f"warning: {name}.keras is missing: no priors are used",
-                file=sys.stderr,
-            )
+        if level:  # other priors may still be in training
+            print(f"warning: {what}: no priors are used", file=sys.stderr)
         if missing or isinstance(options, Reconstruct):
             return cls.of(run, modules.load_model(run.vqvae_path), [], options)
-        return cls.of(run, *modules.load_models(run), options)
+        trained = cls.of(run, *modules.load_models(run), options)
+        check_conditions(trained, options)
+        return trained
 
     @classmethod
     def of(cls, run, vqvae, priors, options=None):
@@ -382,18 +379,18 @@ def reconstruct(trained, options):
 
 
 def chosen_images(run, options):
-    """Files that were named, or some images spread evenly over a split."""
+    """Files that were named, or some images of a split."""
     if options.images:
         return dataset.read_files(options.images, run)
     return some_of_split(run, options.data_dir, options.split, options.count)
 
 
 def some_of_split(run, data_dir, split, count):
-    """Up to `count` images spread evenly over a split."""
+    """Up to `count` images of a split."""
     slices = dataset.load_run(run, data_dir, (split,))[split]
     if not len(slices):
         raise utils.DataError(f"{split}: no images in {run.path}")
-    return slices.take(utils.spread(len(slices), count))
+    return slices.take(utils.choose_rows(len(slices), count))
 
 
 def generate(trained, options):
@@ -401,7 +398,6 @@ def generate(trained, options):
 
     Chunk by chunk, so that memory does not grow with the number of images.
     """
-    check_conditions(trained, options)
     folder, drawn = sample_folder(trained), 0
     utils.remove_temporary_files(folder.glob("*.tmp-*"))
     name, kind = sample_name(trained, options), options.format
@@ -432,20 +428,22 @@ def plot_samples(path, trained, images, name):
 
 def check_conditions(trained, options):
     """Refuse a condition or guidance that the priors were not trained with."""
-    prior, path = trained.priors[0], trained.run.path
-    if options.label is not None and options.label not in prior.labels:
+    prior, path, asked = trained.priors[0], trained.run.path, vars(options)
+    label = asked.get("label")
+    if label is not None and label not in prior.labels:
         known = ", ".join(prior.labels) or "none: no --condition label"
         raise utils.FlagError(
             f"--label: expected one of those of {path} ({known}), found "
-            f"{options.label!r}"
+            f"{label!r}"
         )
+    position = asked.get("slice_position") is not None
+    guided = asked.get("guidance", 1) != 1
     either = prior.labels or prior.slice_condition
-    position = options.slice_position is not None
-    for flag, asked, known in (
+    for flag, wanted, known in (
         ("slice-position", position, prior.slice_condition),
-        ("guidance", options.guidance != 1, either),
+        ("guidance", guided, either),
     ):
-        if asked and not known:
+        if wanted and not known:
             raise utils.FlagError(
                 f"--{flag}: {path} was trained without such a --condition"
             )
@@ -458,11 +456,16 @@ def sample_folder(trained):
     taken for new ones, and no process clears away what another writes. The
     hash is that of `cat vqvae.keras prior.keras`, and of the texture if used.
     """
-    digest, run = hashlib.sha256(), trained.run
-    texture = [run.texture_path] * (trained.texture is not None)
-    for path in (run.vqvae_path, *run.prior_paths, *texture):
-        digest.update(path.read_bytes())
-    return trained.output.path / "samples" / digest.hexdigest()[:8]
+    digest = models_hash(trained.run, trained.texture is not None)
+    return trained.output.path / "samples" / digest[:8]
+
+
+def models_hash(run, texture=True):
+    """SHA-256 of the model files of a run that exist, one after the other."""
+    digest, paths = hashlib.sha256(), [run.vqvae_path, *run.prior_paths]
+    for path in paths + [run.texture_path] * texture:
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
 
 
 def sample_name(trained, options):
@@ -607,11 +610,13 @@ def anomaly(trained, options):
         print(f"{score:.4f}  percentile {percentile:5.1f}  {name}")
         captions.append(f"score {score:.3f}\npercentile {percentile:.0f}")
     some = utils.spread(len(table), ANOMALIES)
-    images, restored, residual = trained.cut(
-        *(found[name][some] for name in ("images", "restored", "residual"))
-    )
+    shown = [found[name][some] for name in ("images", "restored", "residual")]
+    vqvae = trained.vqvae
+    for level, side in zip(found["bits"], vqvae.factors, strict=True):
+        cells = np.kron(level[some], np.ones((side, side)))
+        shown.append(vqvae.framed(cells[..., None]).numpy()[..., 0])
+    images, restored, residual, *bits = trained.cut(*shown)
     figure = output.figures_path / "anomaly.png"
-    bits = [level[some] for level in found["bits"]]
     captions = [captions[k] for k in some]
     title = f"Percentiles are of {len(reference)} validation images"
     utils.plot_anomalies(
@@ -743,6 +748,7 @@ def evaluate_run(trained, splits, options=None):
         if priors[0].labels:
             evaluation["labels"] = evaluate_labels(trained, test)
     evaluation["speed"] |= measure_speed(trained)
+    evaluation["models"] = models_hash(trained.run)
     utils.write_json(output.evaluation_path, evaluation)
     plot_test_figures(output.figures_path, trained, test, found)
     write_report(trained)
@@ -762,12 +768,14 @@ def is_external(run, options):
             and dataset.file_sha256(path) == first["sha256"]
             for path in dataset.files_below(options.data_dir)
         )
-    for name in ("skip_bad", "subject_pattern"):
-        if getattr(options, name) and not external:
-            raise utils.FlagError(
-                f"--{name.replace('_', '-')}: expected another data set in "
-                f"--data-dir, found that of {run.path}"
-            )
+    usual, wrong = vars(Evaluate()), {"skip_bad", "subject_pattern"}
+    why = f"expected another data set in --data-dir, found that of {run.path}"
+    if external:
+        wrong = usual.keys() - wrong - {"run", "output", "data_dir"}
+        why = f"nothing is generated for {options.data_dir}: leave the flag out"
+    for name in sorted(wrong):
+        if getattr(options, name) != usual[name]:
+            raise utils.FlagError(f"--{name.replace('_', '-')}: {why}")
     return external
 
 
@@ -807,7 +815,7 @@ def evaluate_external(trained, options):
         )
     else:
         own = utils.read_split_table(run)
-        own = own["sha256"][own["split"] != "test"]
+        own = own["sha256"][own["split"] == "train"]
         seen = int(slices.table["sha256"].isin(own).sum())
         about["images_seen_in_training"] = seen
         if seen:
@@ -1073,8 +1081,7 @@ def evaluate_memorization(trained, images, train, test):
     Returns: the part `memorization`; the SSIM to the nearest training image
         (of pixels) of the generated images, and of the unseen ones.
     """
-    shown = np.random.default_rng(0).permutation(len(test))[:UNSEEN_IMAGES]
-    test = test.take(np.sort(shown))
+    test = test.take(utils.choose_rows(len(test), UNSEEN_IMAGES))
     both = np.concatenate([images, rebuild(trained, test)])
     bar = utils.progress_bar("looking for copies", "batch")
     batches = bar(dataset.ordered_batches(train))
@@ -1168,7 +1175,7 @@ def plot_reconstructions(path, trained, images, **options):
 
 def plot_test_figures(folder, trained, test, found):
     """Reconstructions, the worst of them, index maps and codebook usage."""
-    rows, size = utils.spread(len(test), 8), trained.vqvae.num_embeddings
+    rows = utils.choose_rows(len(test), 8)
     worst = np.argsort(found["ssim"], kind="stable")[:FAILURES]
     shown, indices = test.read(rows), found["indices"]
     plot_reconstructions(folder / "reconstructions.png", trained, shown)
@@ -1180,8 +1187,8 @@ def plot_test_figures(folder, trained, test, found):
     about = {"title": title, "captions": captions}
     path = folder / "failures.png"
     plot_reconstructions(path, trained, test.read(worst), **about)
-    some = [grid[rows] for grid in indices]
-    [shown] = trained.cut(shown[..., 0])
+    some, size = [grid[rows] for grid in indices], trained.vqvae.num_embeddings
+    shown = trained.vqvae.cropped(shown)
     utils.plot_index_maps(folder / "indices.png", shown, some, size)
     counts = [utils.code_counts(grid, size) for grid in indices]
     utils.plot_codebook(folder / "codebook.png", counts)
@@ -1297,9 +1304,11 @@ def run_facts(trained):
     model; `evaluation` is empty without one.
     """
     run, vqvae, evaluation = trained.run, trained.vqvae, {}
-    for known in run, trained.output:  # that of --output wins
+    for known in run, trained.output:  # that of --output wins if of this run
         if known.evaluation_path.exists():
-            evaluation = utils.read_evaluation(known)
+            found = utils.read_evaluation(known)
+            if known is run or found.get("models") == models_hash(run):
+                evaluation = found
     grids = enumerate(vqvae.latent_grids, start=1)
     levels = [{"level": k, "grid": list(grid)} for k, grid in grids]
     sizes = ("num_embeddings", "embedding_dim")

@@ -195,7 +195,7 @@ def test_reconstruct_a_split_and_images(run, tmp_path, capsys):
     call("reconstruct", run.path, "--split", "train", "--count", "5")
     table = utils.read_split_table(run)
     paths = list(table["path"][table["split"] == "train"])
-    expected = [Path(paths[k]).name for k in utils.spread(len(paths), 5)]
+    expected = [Path(paths[k]).name for k in utils.choose_rows(len(paths), 5)]
     assert list(rows(capsys)) == expected
     assert figures(run.figures_path) == {"reconstructions"}
     pixels = np.stack([blobs(7), np.zeros((SIZE, SIZE), "uint8")])
@@ -492,6 +492,7 @@ SCORES = {
     "precision recall density coverage ssim_to_nearest_train",
     "memorization": "pixels hog copies alarm n test_images train_images",
     "labels": "label test_images",
+    "models": "",
     "speed": "vqvae_images_per_second_trained images_per_second_encoded "
     "samples seconds_for_samples peak_memory_mb",
 }
@@ -532,6 +533,7 @@ def test_evaluate_other_data(run, adni_dir, tmp_path, capsys):
     bad.write_bytes(bad.read_bytes()[:100])
     flags = ["evaluate", run.path, "--data-dir", data]
     assert bad.name in refused(3, capsys, *flags)
+    assert "--seed: nothing is" in refused(2, capsys, *flags, "--seed", "1")
     call(*flags, "--skip-bad")
     after = files(run.path)
     assert before.items() <= after.items()
