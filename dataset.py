@@ -316,8 +316,7 @@ def _list_files(root, dataset):
     splits += "(?:(?P=folder)/)*"  # doubled by unzipping: train/train/AD
     way = rf"(?is)^(?P<above>(?:[^/]+/)*?){splits}(?P<stem>.*)$"
     table = names.str.extract(way).fillna("").assign(path=names)
-    named = table["split"].str.casefold()
-    table["split"] = named.replace(SPLIT_NAMES)
+    table["split"] = table["split"].str.casefold().replace(SPLIT_NAMES)
     if layout.pattern is None:
         stem = (table["above"] + table["stem"]).mask(
             table["split"] == "", names
@@ -340,18 +339,25 @@ def _list_files(root, dataset):
             _refuse_folder(error)
     ignored += [os.path.join(top, name) for name in names[~fits]]
     ignored = [path for path in ignored if path.startswith(base)]
-    folder = table["folder"].str.casefold()
-    other = fits & (folder != layout.prefix + table["split"])
-    read = dict(zip(folder[other], table["split"][other], strict=True))
-    notes = [f"folder {x} is read as {read[x]}" for x in sorted(read) if x]
-    if count := names.str.contains("\\", regex=False).sum():
+    table["path"] = names.str.removeprefix(above[0])
+    table = table[fits].reset_index(drop=True)
+    return Path(base), table, ignored, _notes_on_folders(table, layout)
+
+
+def _notes_on_folders(table, layout):
+    folder, split = table["folder"].str.casefold(), table["split"]
+    pairs = set(zip(folder, split, layout.prefix + split, strict=True))
+    notes = [
+        f"folder {name} is read as {split}"
+        for name, split, usual in sorted(pairs)
+        if split and name != usual
+    ]
+    if count := table["path"].str.contains("\\", regex=False).sum():
         notes.append(
             f"{count} file names hold a backslash: unzipping lost folders, so "
             "no split or class is read from them"
         )
-    table["path"] = names.str.removeprefix(above[0])
-    table = table[fits].reset_index(drop=True)
-    return Path(base), table, ignored, notes
+    return notes
 
 
 def _refuse_folder(error):
@@ -1945,15 +1951,7 @@ def _find_volumes(source, options):
         )
     if masks:
         print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
-    parts = [[_stem(n), *reversed(n.split("/")[:-1])] for n in files.values()]
-    kinds = [next(filter(None, map(KINDS.search, p)), None) for p in parts]
-    kinds = collections.Counter(match[1] for match in kinds if match)
-    if len({kind.lower().removesuffix("w") for kind in kinds}) > 1:
-        found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        raise FlagError(
-            f"--match: found several kinds of volumes, {found}; expected one, "
-            f"such as --match '*{next(iter(kinds))}.*'"
-        )
+    _refuse_several_kinds(files.values())
     _compile(options.subject_pattern or "")
     table = pd.DataFrame({"source": [*files]})
     folders = _subject_folders([*files.values()])
@@ -1961,15 +1959,8 @@ def _find_volumes(source, options):
     table["subject"] = _unify(
         _subject_of(*pair, options.subject_pattern) for pair in pairs
     )
-    heads = list(folders) if any(folders) else _heads([*map(_stem, files)])
-    apart = table.groupby(heads)["subject"].nunique()
-    if len(apart) > 2 and apart.max() > 1:
-        first = table["subject"][np.array(heads) == apart.idxmax()].unique()
-        _warn(
-            f"volumes whose names begin alike count as several subjects: "
-            f"{_some(first, 3)}; if they are of one person, tell subjects with "
-            "--subject-pattern"
-        )
+    if not (options.subject_pattern or any(folders)):
+        _warn_of_likeness([*map(_stem, files)], table["subject"])
     table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
@@ -1982,13 +1973,34 @@ def _find_volumes(source, options):
     return table
 
 
-def _heads(stems):
-    """Return how each name begins: up to the first number that varies."""
-    words, number = [re.split(r"[\W_]+", x) for x in stems], re.compile(r".*\d")
+def _refuse_several_kinds(paths):
+    """Refuse volumes whose names or folders say different kinds."""
+    parts = [[_stem(path), *reversed(path.split("/")[:-1])] for path in paths]
+    kinds = [next(filter(None, map(KINDS.search, p)), None) for p in parts]
+    kinds = collections.Counter(match[1] for match in kinds if match)
+    if len({kind.lower().removesuffix("w") for kind in kinds}) > 1:
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise FlagError(
+            f"--match: found several kinds of volumes, {found}; expected one, "
+            f"such as --match '*{next(iter(kinds))}.*'"
+        )
+
+
+def _warn_of_likeness(stems, subjects):
+    """Say if names alike up to a number that varies are of many subjects."""
+    words = [re.split(r"[\W_]+", stem) for stem in stems]
     for k, column in enumerate(itertools.zip_longest(*words, fillvalue="")):
-        if len(set(column)) > 2 and all(map(number.match, column)):
-            return ["_".join(w[: k + 1]) for w in words]
-    return stems
+        if len(set(column)) > 2 and all(re.search(r"\d", x) for x in column):
+            heads = np.array(["_".join(w[: k + 1]) for w in words])
+            alike = [subjects[heads == head].unique() for head in set(heads)]
+            most = max(alike, key=len)
+            if len(most) > 1:
+                _warn(
+                    "volumes named alike count as several subjects: "
+                    f"{_some(most, 3)}; if they are of one person, tell "
+                    "subjects with --subject-pattern"
+                )
+            return
 
 
 def _stem(path):

@@ -64,6 +64,7 @@ def run_of(slices, folder, layout="oasis"):
     settings = utils.replace(utils.Settings(), dataset=layout, data_dir=root)
     info = {"image_size": list(slices.size), "data_dir": root}
     info |= {"simulated": slices.simulated, "intensity": slices.intensity}
+    info["crop"] = None
     run = utils.Run(folder, settings, info)
     utils.write_csv(run.split_path, slices.table)
     return run
@@ -583,7 +584,7 @@ def test_single_files_of_another_size_or_kind(oasis_dir, tmp_path, capsys):
             dataset.read_files([name], run)
 
 
-def test_another_data_set_is_all_test(oasis_dir, adni_dir, tmp_path):
+def test_another_data_set_is_all_test(oasis_dir, adni_dir, tmp_path, capsys):
     run = run_of(load(oasis_dir, image_size=(40, 48)), tmp_path)
     slices = dataset.load_external(adni_dir, "adni", run)
     assert set(slices.table["split"]) == {"test"} and len(slices) == 24
@@ -595,8 +596,9 @@ def test_another_data_set_is_all_test(oasis_dir, adni_dir, tmp_path):
     files = dataset.read_files([train_file(oasis_dir)], run)
     assert len(files.read()) == 1 and files.table["label"][0] == ""
     assert np.isnan(files.table["position"][0])
-    run.info["image_size"] = [SIZE, SIZE]
+    run.info |= {"image_size": [SIZE, SIZE], "crop": [8, 8, 8, 8]}
     assert dataset.load_external(adni_dir, "adni", run).read().any()
+    assert "24 images reach beyond the crop" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ batches
@@ -1009,7 +1011,7 @@ def test_thick_planes_are_taken_as_they_are(tmp_path):
     assert notes == ["no orientation is stated: the sides are a guess"]
 
 
-def test_names_of_volumes():
+def test_names_of_volumes(capsys):
     names = {
         "a/sub-07/ses-2/anat/sub-07_ses-2_T1w.nii.gz": "07",
         "ADNI_002_S_0295_MR_MPR_I118671.nii": "002S0295",
@@ -1039,6 +1041,11 @@ def test_names_of_volumes():
     assert dataset._subject_folders(paths)[:2] == ("P1", "P2")
     paths = [f"v/{c}/{p}.nii" for c in ("AD", "NC") for p in "123"]
     assert dataset._subject_folders(paths)[::3] == ["AD_1", "NC_1"]
+    stems = [f"prostate_{p:03d}_000{k}" for p in range(3) for k in range(2)]
+    dataset._warn_of_likeness(stems[::2], pd.Series(stems[::2]))
+    assert not capsys.readouterr().err
+    dataset._warn_of_likeness(stems, pd.Series(stems))
+    assert "alike count as several subjects: pro" in capsys.readouterr().err
     kinds = "X_t1 X_t1ce flair I-T2 sub-1_T1w_PD I-MRA X_t1_2008 PD01".split()
     found = [bool(dataset.KINDS.search(name)) for name in kinds]
     assert found == [True] * 6 + [False] * 2
