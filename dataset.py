@@ -1843,8 +1843,7 @@ class Slice:
     match: str = "*"
     """Take only volumes whose path fits, such as '*T1w*'."""
     subject_pattern: str | None = None
-    """Regular expression of the subject in a path (default: BIDS, ADNI and
-    OASIS names, else the file name)."""
+    """Regular expression of the subject in a path (default: guessed)."""
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     """Plane of the slices; the left of the body is on their left."""
     slices: utils.integer(1, 1024) = 32

@@ -88,7 +88,8 @@ def main(argv):
             train(job)
         except utils.Stopped:
             path = shlex.quote(str(job.run.path))
-            print(f"continue with: python train.py --resume {path}")
+            with contextlib.suppress(OSError):  # of a terminal that is closed
+                print(f"continue with: python train.py --resume {path}")
             raise
         finally:
             job.run.unlock()
@@ -847,8 +848,9 @@ class Fit:
         seconds, path = self.checkpoint.seconds, self.job.run.history_path
         line = f"{self.stage}: epoch {epoch}/{self.epochs}"
         line += f", {shown_scores(logs)}"
-        with self.bar.external_write_mode():
-            left = self._minutes_left(epoch, seconds)
+        left = self._minutes_left(epoch, seconds)
+        # No terminal that is closed keeps a round from being saved.
+        with contextlib.suppress(OSError), self.bar.external_write_mode():
             print(f"{line}, about {left} min of training left", flush=True)
         row = {
             "stage": self.stage,

@@ -41,6 +41,7 @@ import textwrap
 import types
 import typing
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -225,7 +226,11 @@ class StopSignals:
 
     def __enter__(self):
         numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-        self._handlers = {n: signal.signal(n, self._note) for n in numbers}
+        self._handlers = {
+            number: signal.signal(number, self._note)
+            for number in numbers  # ignored by nohup: stays so
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *exception):
@@ -263,7 +268,8 @@ def run_main(main, argv=None):
     try:
         main(argv)
     except (Stopped, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that is closed
+            print(str(stopped) or "interrupted", file=sys.stderr)
         sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
     except BrokenPipeError:  # `| head`: the interpreter must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1098,9 +1104,10 @@ def array_sha256(array):
 
 def _new_folder(path):
     """Make a folder; with a number, as trainings may start in one second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(2):
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         except FileExistsError:
             path = path.with_name(f"{path.stem}.{number}")
@@ -1257,7 +1264,10 @@ class Run:
 
     def complete(self):
         """Note that nothing is left to do."""
-        self._of_models = self.info.pop("training")["settings"]
+        training = self.info.pop("training")
+        self._of_models, command = training["settings"], training["command"]
+        if self.info["command"].split("; ")[-1] != command:
+            self.info["command"] += f"; {command}"
         self.update()
         shutil.rmtree(self.checkpoint_path, ignore_errors=True)
 
@@ -1326,7 +1336,7 @@ class Run:
 
 
 # What NumPy, pandas and json raise over a damaged file.
-_DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
+_DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def read_arrays(path):
@@ -1466,7 +1476,7 @@ def choose_strategy(name="auto", alone=False):
     if workers < 2:
         raise FlagError(
             "--strategy: multiworker needs the workers in the variable "
-            "TF_CONFIG; see README"
+            "TF_CONFIG; see resources/guide/many-machines.md"
         )
     return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
 

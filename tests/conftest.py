@@ -102,10 +102,14 @@ TINY = (
 ).split()
 
 
+def oasis_flags(data, *flags):
+    """Flags of a tiny training on data in the OASIS layout."""
+    return ["--dataset", "oasis", "--data-dir", str(data), *TINY, *flags]
+
+
 def train_tiny(run_dir, *flags, data=None):
     """Train in this process, return the run."""
-    if data:
-        flags = ("--dataset", "oasis", "--data-dir", str(data), *TINY, *flags)
+    flags = oasis_flags(data, *flags) if data else flags
     train.main([*flags, "--run-dir", str(run_dir)])
     return utils.Run.open(run_dir)
 

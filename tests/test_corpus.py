@@ -59,7 +59,7 @@ def test_fault(tmp_path, name):
         assert 0 <= images.min() and images.max() <= 1
         assert re.search(fault.says, output)
         warned = re.search("warning|ignored", output)
-        expected = re.search(r"\d files|ignored|single", fault.says)
+        expected = re.search(r"\d files|ignored", fault.says)
         assert bool(warned) == bool(expected)
     assert growth[0] < 64 * MIB or not fault.bomb
     if fault.skips:
@@ -74,7 +74,9 @@ def test_fault(tmp_path, name):
 def test_growth_of_memory_is_seen():
     with peak_growth() as growth:
         np.ones(200 * MIB, np.uint8).sum()
-    assert not growth[0] or 190 * MIB < growth[0] < 260 * MIB
+    if not growth[0]:
+        pytest.skip("the peak of memory cannot be read here")
+    assert 190 * MIB < growth[0] < 260 * MIB
 
 
 def test_mutants_are_read_or_refused(tmp_path):

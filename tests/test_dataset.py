@@ -40,11 +40,6 @@ def hipmri(hipmri_dir, tmp_path):
     return Path(shutil.copytree(hipmri_dir, tmp_path / "pelvises"))
 
 
-@pytest.fixture
-def adni(adni_dir, tmp_path):
-    return Path(shutil.copytree(adni_dir, tmp_path / "data"))
-
-
 def train_file(root, subject=1, k=0):
     return root / f"keras_png_slices_train/case_{subject:03d}_slice_{k}.nii.png"
 
@@ -103,7 +98,8 @@ def test_root_may_be_above_or_doubled(oasis_dir, adni_dir, tmp_path):
     assert dataset.detect_layout(adni_dir) == "adni"
 
 
-def test_adni_classes_are_what_the_folders_are_called(adni, capsys):
+def test_adni_classes_are_what_folders_are_called(adni_dir, tmp_path, capsys):
+    adni = shutil.copytree(adni_dir, tmp_path / "data")
     for split in ("train", "test"):
         (adni / split / "NC").rename(adni / split / "CN")
     (adni / "test" / "CN").rename(adni / "test" / "cn")

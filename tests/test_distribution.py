@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +20,8 @@ import pytest
 import modules
 import train
 import utils
-from tests.conftest import TINY, refused, train_tiny
+from tests.conftest import ROOT, oasis_flags, refused, run_python, train_tiny
 
-ROOT = Path(train.__file__).parent
 # Dropout would hide other conditions on each replica.
 FLAGS = (
     "--epochs 6 --prior-epochs 4 --condition-dropout 0 --prior gated "
@@ -39,11 +37,6 @@ strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 utils.choose_strategy = lambda *_, **__: strategy
 utils.run_main(train.main)
 """
-
-
-def oasis_flags(data, run, *flags):
-    words = ["--dataset", "oasis", "--data-dir", data, "--run-dir", run]
-    return [*map(str, words), *TINY, *FLAGS, *flags]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +80,8 @@ def assert_same_training(alone, run):
 def test_two_workers_train_as_one(alone, oasis_dir, tmp_path):
     """Also when SIGTERM to one of them stopped both, and both were resumed."""
     run, folders = tmp_path / "run", [tmp_path / name for name in "ab"]
-    flags = oasis_flags(oasis_dir, run, "--strategy", "multiworker")
+    flags = oasis_flags(oasis_dir, *FLAGS, "--run-dir", str(run))
+    flags += ["--strategy", "multiworker"]
     workers = [*start_workers(folders, flags)]
     while not (run / "checkpoint" / "vqvae.npz").exists():
         assert all(worker.poll() is None for worker in workers)
@@ -109,17 +103,11 @@ def test_two_workers_train_as_one(alone, oasis_dir, tmp_path):
     assert_same_training(alone, utils.Run.open(run))
 
 
-def run_mirrored(*flags):
-    command = [sys.executable, "-c", MIRRORED, *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_two_replicas_train_as_one(alone, oasis_dir, tmp_path):
     run = tmp_path / "run"
-    output = run_mirrored(*oasis_flags(oasis_dir, run))
-    assert "2 replicas share each batch" in output
+    flags = oasis_flags(oasis_dir, *FLAGS, "--run-dir", run)
+    done = run_python("-c", MIRRORED, *flags)
+    assert "2 replicas share each batch" in done.stdout, done.stderr
     assert_same_training(alone, utils.Run.open(run))
 
 
@@ -147,7 +135,7 @@ def test_refused(flags, message, oasis_dir, tmp_path, capsys, monkeypatch):
         strategy = types.SimpleNamespace(**two)
         monkeypatch.setattr(utils, "choose_strategy", lambda *_, **__: strategy)
     run = tmp_path / "run"
-    argv = oasis_flags(oasis_dir, run, *flags.split())
+    argv = oasis_flags(oasis_dir, *FLAGS, "--run-dir", run, *flags.split())
     assert message in refused(train.main, 2, capsys, *argv)
     assert not run.exists()
 

@@ -19,12 +19,8 @@ import tensorflow as tf
 import modules
 import utils
 
-# A prior class is tested by adding it here, and to `MODELS` below.
-NETWORKS = {
-    "pixelcnn": modules.PixelCNN,
-    "gated": modules.GatedPixelCNN,
-    "pixelsnail": modules.PixelSNAIL,
-}
+# A prior class is tested by adding it there, and to `MODELS` below.
+NETWORKS = modules.PRIORS
 LABELS = ("NC", "AD")
 CONTEXT = {"position_features": True, "slice_condition": True, "atlas": 4}
 CONTEXT |= {"labels": LABELS, "condition_dropout": 0.0}

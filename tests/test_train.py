@@ -20,7 +20,7 @@ import predict
 import train
 import utils
 from tests import conftest, kill_and_resume
-from tests.conftest import SIZE, SLICES, TINY, copy_run, files, train_tiny
+from tests.conftest import SIZE, SLICES, copy_run, files, train_tiny
 
 FILES = {
     *("config.json", "split.csv", "vqvae.keras", "indices.npz", "history.csv"),
@@ -28,10 +28,7 @@ FILES = {
 }
 run_main = functools.partial(conftest.exit_code, train.main)
 refused = functools.partial(conftest.refused, train.main)
-
-
-def oasis_flags(data, *flags):
-    return ["--dataset", "oasis", "--data-dir", str(data), *TINY, *flags]
+oasis_flags = conftest.oasis_flags
 
 
 def start(flags):
@@ -65,6 +62,7 @@ def test_config_tells_how_to_repeat_the_run(tiny_run, oasis_dir):
         "dataset": "oasis",
         "data_dir": str(oasis_dir),
         "sampling": {"temperature": [1.0], "top_p": [1.0]},
+        "intensity": {"rule": dataset.INTENSITY_RULE, "low": 0.0, "high": 1.0},
     }
     assert expected.items() <= document.items()
     # Also those that decide the scores.
@@ -98,7 +96,10 @@ def test_history_has_a_row_an_epoch_of_both_stages(tiny_run):
 
 def test_the_prior_of_the_best_epoch_is_kept(levels_run):
     """The average of its weights, if there is one."""
-    run = levels_run
+    assert_the_best_is_kept(levels_run)
+
+
+def assert_the_best_is_kept(run):
     history, indices = utils.read_history(run), utils.read_indices(run)
     vqvae, priors = modules.load_models(run)
     table = utils.read_split_table(run).query("split == 'validate'")
@@ -108,6 +109,19 @@ def test_the_prior_of_the_best_epoch_is_kept(levels_run):
         nats = -prior.log_prob(**inputs).numpy().mean()
         epochs = history.loc[history["stage"] == stage, "val_bits_per_code"]
         assert nats / np.log(2) == pytest.approx(epochs.min(), rel=1e-5)
+
+
+def test_a_prior_that_gets_worse(vqvae_run, tmp_path, monkeypatch, plain):
+    """It stops after --patience epochs, and its best weights are kept."""
+    schedules = tf.keras.optimizers.schedules
+    monkeypatch.setattr(schedules, "CosineDecay", lambda *_, **__: -0.01)
+    run = copy_run(vqvae_run, tmp_path)
+    flags = "--stage prior --prior-epochs 9 --patience 2 "
+    flags += "--prior-ema-momentum 0.5 --run-dir"
+    train.main([*flags.split(), str(run.path)])
+    bits = utils.read_history(run)["val_bits_per_code"].dropna()
+    assert len(bits) == 3 and bits.iloc[0] < bits.iloc[-1]
+    assert_the_best_is_kept(run)
 
 
 def test_two_levels_have_a_prior_each(levels_run):
@@ -199,6 +213,8 @@ def test_models_see_the_box_that_holds_content(oasis_dir, tmp_path, capsys):
     assert "1 images of test reach beyond it: " in printed
     assert "case_006_slice_2.nii.png" in printed
     assert train.new_vqvae(job).latent_grids == [(4, 6)]
+    job = start(oasis_flags(data, "--no-crop", "--run-dir", tmp_path / "whole"))
+    assert job.run.info["crop"] is None
 
 
 def test_a_single_subject_has_none_to_validate_on(oasis_dir, tmp_path, plain):
@@ -224,6 +240,28 @@ def test_stages_give_the_same_bits(tiny_run, vqvae_run, tmp_path, monkeypatch):
     for name in ("vqvae.keras", "prior.keras"):
         pair = (modules.load_model(r.path / name) for r in (tiny_run, staged))
         np.testing.assert_equal(*(model.get_weights() for model in pair))
+    assert not staged.evaluation_path.exists()  # that of the model before
+    one, other = files(tiny_run.path), files(vqvae_run.path)
+    for name in ("split.csv", "indices.npz", "figures/reconstructions.png"):
+        assert one[name] == other[name]
+
+
+def test_flags_reach_what_is_trained(tiny_run, tmp_path, monkeypatch):
+    run, fits = copy_run(tiny_run, tmp_path), []
+    flags = {"augment": 0.5, "accumulation_steps": 2, "jit": True}
+    flags |= {"recompute": True, "prior_dropout": 0.0}
+    run.settings = utils.replace(run.settings, **flags)
+    monkeypatch.setattr(train.Fit, "run", lambda fit, *_: fits.append(fit))
+    monkeypatch.setattr(dataset, "augment", lambda *given: given[3:5])
+    job = train.Job(run, tf.distribute.get_strategy(), None)
+    job.begin({"vqvae", "prior"})
+    train.train_vqvae(job)
+    indices = utils.read_indices(run)
+    train.train_prior(job, modules.load_model(run.vqvae_path), indices, 1)
+    assert fits[0].transform(None, 0, [0]) == (0.5, 0.0)
+    for fit in fits:
+        assert fit.model.accumulation_steps == 2 and fit.model.jit_compile
+    assert fits[1].model.recompute
 
 
 def test_a_prior_needs_no_image(tiny_run, tmp_path, oasis_dir, capsys, plain):
@@ -246,7 +284,7 @@ def test_a_prior_needs_no_image(tiny_run, tmp_path, oasis_dir, capsys, plain):
     assert utils.Run.open(run.path).info["data_dir"] == str(oasis_dir)
 
 
-def test_stage_texture(levels_run, tmp_path, capsys, plain):
+def test_stage_texture(levels_run, tmp_path, monkeypatch, capsys, plain):
     """Of a run with and without one; all else stays as it is."""
     run = copy_run(levels_run, tmp_path)
     stage, before = ["--stage", "texture", "--run-dir", str(run.path)], {}
@@ -255,7 +293,10 @@ def test_stage_texture(levels_run, tmp_path, capsys, plain):
     error = refused(2, capsys, *stage, "--prior-epochs", 9)
     assert "--prior-epochs: the run was trained with 2, found 9" in error
     assert "--top-p: the run" in refused(2, capsys, *stage, "--top-p", 0.5)
+    monkeypatch.setattr("sys.argv", ["train.py", *stage])
     train.main([*stage, "--texture-epochs", "2"])
+    command = utils.Run.open(run.path).info["command"]
+    assert command.endswith(f"; train.py {' '.join(stage)}")
     after = {name: (run.path / name).read_bytes() for name in before}
     assert [n for n in before if after[n] != before[n]] == ["texture.keras"]
     rows = utils.read_history(run).query("stage == 'texture'")
@@ -330,6 +371,10 @@ def test_no_prior_over_a_collapsed_codebook(vqvae_run, tmp_path, capsys, plain):
     for line in capsys.readouterr().err.splitlines():
         assert "level 1 has collapsed: 1 of 16 code vectors in use" in line
     assert "--force" in line and not run.has_priors
+    book = SimpleNamespace(num_embeddings=512, levels=1)
+    codes = ({"train_1": np.arange(n)} for n in (10, 11))  # 2 % is between
+    few, enough = (train.collapsed_levels(book, x) for x in codes)
+    assert few and not enough
     train.main([*argv, "--force"])
     assert run.has_priors
 
@@ -567,6 +612,8 @@ def test_unfit_data_leave_no_folder(oasis_dir, tmp_path, capsys):
         assert list(tmp_path.glob("runs/*")) == [run_dir] * existing
         assert not list(tmp_path.rglob("runs/*/*"))
         run_dir.mkdir(parents=True, exist_ok=True)
+    job = start(oasis_flags(root, "--skip-bad", "--run-dir", run_dir))
+    assert path.name in job.run.rejected_path.read_text()
 
 
 def test_a_run_is_untouched(tiny_run, levels_run, oasis_dir, tmp_path, capsys):

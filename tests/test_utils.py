@@ -75,6 +75,14 @@ def test_closed_pipe_ends_quietly():
     assert done.stderr == b""
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    """As `nohup` wants it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with utils.StopSignals():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_first_signal_is_noted_the_second_ends_at_once(name, capfd):
     number, done = signal.Signals[name], []
@@ -95,12 +103,12 @@ def test_a_first_signal_is_noted_the_second_ends_at_once(name, capfd):
 def test_help_needs_no_heavy_package():
     done = run_python(
         "-c",
-        "import sys, dataset, utils\n"
+        "import sys, train, utils\n"
         "wave = utils.lazy_import('wave')\n"
         "try: utils.parse_training(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = set('tensorflow keras pandas matplotlib scipy sklearn'\n"
-        "  ' skimage PIL filelock nibabel nilearn wave'.split())\n"
+        "  ' skimage PIL filelock nibabel nilearn optuna wave'.split())\n"
         "print('loaded:', heavy & set(sys.modules), callable(wave.open))",
     )
     assert "loaded: set() True" in done.stdout, done.stderr
@@ -380,6 +388,7 @@ def test_newest_is_the_last_with_a_model(tmp_path, monkeypatch):
     --resume RUN |
     --resume RUN --seed 3 --strategy none --force |
     --resume RUN --epochs 40 --prior-epochs 200 | epochs=40
+    --resume RUN --data-dir d | data_dir=d
     --resume RUN --epochs 4 | !--epochs
     --resume RUN --seed 4 | !--seed
     --resume RUN --run-dir x | !--run-dir
@@ -425,6 +434,13 @@ def test_tables_of_a_run(run):
     assert utils.read_indices(run)["test"].tolist() == [0, 1, 2]
 
 
+def test_runs_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("gone")
+    with pytest.raises(utils.ResourceError, match="cannot write a run folder"):
+        utils.Run.create(utils.Settings())
+
+
 # Devices
 
 
@@ -432,7 +448,7 @@ def test_devices(monkeypatch):
     name, reason = utils.choose_precision("auto")
     assert name in ("float32", "mixed_bfloat16") and reason
     assert utils.choose_precision("mixed_float16")[0] == "mixed_float16"
-    assert 10 < utils.peak_memory_mb() < 1e6
+    assert 100 < utils.peak_memory_mb() < 1e5
     monkeypatch.setattr(os.path, "exists", lambda path: True)  # a driver
     monkeypatch.setattr(utils.tf.test, "is_built_with_cuda", lambda: True)
     for visible, text in (("-1", "hides every GPU"), ("0", "cannot use it")):
@@ -441,8 +457,6 @@ def test_devices(monkeypatch):
     strategy = utils.choose_strategy("none")
     assert utils.is_chief(strategy) and not utils.is_multi_worker(strategy)
     assert utils.any_worker(strategy, True) is True
-    with pytest.raises(utils.FlagError, match="^--strategy: multiworker needs"):
-        utils.choose_strategy("multiworker")
 
 
 # Metrics
@@ -576,7 +590,7 @@ def test_jackknife_of_a_ratio():
     low, high = utils.jackknife_ratio(lambda own: values[own].mean(), people)
     error = np.std([values[people == k].mean() for k in range(20)]) / 20**0.5
     assert low < values.mean() < high
-    assert (high - low) / 4 == pytest.approx(error, rel=0.2)
+    assert (high - low) / 4 == pytest.approx(error, rel=0.02)
     for some in (people[:10], people[:40]):  # one person, four
         assert utils.jackknife_ratio(lambda own: 1.0, some) is None
 
