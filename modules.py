@@ -447,9 +447,7 @@ class VectorQuantizer(keras.layers.Layer):
         codebook_loss = tf.constant(0.0)
         if self.by_gradient:
             codebook_loss = tf.reduce_mean((quantized - fixed) ** 2)
-        passed = codes + (
-            latents - fixed
-        )  # codes, with the gradient of latents
+        passed = codes + (latents - fixed)  # with the gradient of latents
         return Quantized(
             vectors=tf.reshape(passed, tf.shape(inputs)),
             indices=tf.reshape(indices, tf.shape(inputs)[:-1]),
