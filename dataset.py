@@ -1023,7 +1023,8 @@ def load_external(data_dir, dataset, run, skip_bad=False, pattern=None):
     """
     index, plan = scan(data_dir, dataset, pattern, "test"), _plan_of_run(run)
     slices, _ = _load(index, plan, dataset, skip_bad, data_dir)
-    return _warn_of_crop(slices, run)
+    _warn_of_crop(slices, run)
+    return slices
 
 
 def _load(index, plan, dataset, skip_bad, root):
@@ -1264,7 +1265,8 @@ def read_files(paths, run):
     slices = _slices_of_run(run, file, table, here)
     if not set(_sizes(table)) <= set(plan.kept):
         print(_sizes_line(slices, plan))
-    return _warn_of_crop(slices, run)
+    _warn_of_crop(slices, run)
+    return slices
 
 
 def _warn_of_crop(slices, run):
@@ -1272,7 +1274,6 @@ def _warn_of_crop(slices, run):
     crop = run.info["crop"]
     if crop and (count := len(outside(slices, crop))):
         _warn(f"{count} images reach beyond the crop of the run, and lose that")
-    return slices
 
 
 def file_sha256(path):

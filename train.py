@@ -280,7 +280,7 @@ def plan_resume(job, earlier):
     stages = {"vqvae", *run.prior_names, "texture"} - parts
     trained = {part for part in stages if run.model_path(part).exists()}
     more, before = (
-        {part: option(settings, part, "epochs") for part in trained}
+        {part: option(settings, part, "epochs") for part in stages}
         for settings in (job.settings, earlier)
     )
     longer = {part for part in trained if more[part] > before[part]}
@@ -288,12 +288,9 @@ def plan_resume(job, earlier):
     if longer:
         epochs = utils.read_history(run).groupby("stage")["epoch"].max()
         longer = {part for part in longer if more[part] > epochs.get(part, 0)}
-    wanted, had = (
-        option(settings, "texture", "epochs")
-        for settings in (job.settings, earlier)
-    )
-    if "texture" not in trained and wanted > had:  # a first one
-        parts.add("texture")
+    untrained = stages - trained
+    if "texture" in untrained and more["texture"] > before["texture"]:
+        parts.add("texture")  # the first one
     if not (parts or longer or under_way):
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
@@ -434,7 +431,7 @@ def train(job):
         except utils.DataError as error:
             print(
                 f"warning: {error}; --temperature and --top-p are not chosen "
-                f"but as given, or 1; evaluate later: python predict.py "
+                "but as given, or 1; evaluate later: python predict.py "
                 f"evaluate {job.run.path}",
                 file=sys.stderr,
             )
