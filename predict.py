@@ -18,6 +18,7 @@ Results go into the run folder, or into the folder given by --output.
 
 import base64
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -800,7 +801,7 @@ def evaluate_external(trained, options):
         "data_dir": os.path.abspath(folder),
         **count_subjects(slices.table),
     }
-    name = re.sub(r"[^\w.-]", "_", Path(folder).resolve().name)
+    name = name_external(trained.output.path, folder)
     figures = trained.output.figures_path / name
     plot_test_figures(figures, trained, slices, found)
     (figures / "rejected.csv").unlink(missing_ok=True)
@@ -825,6 +826,23 @@ def evaluate_external(trained, options):
     utils.write_json(path, evaluation)
     print(f"scores: {path}, figures: {figures}")
     return evaluation
+
+
+def name_external(output, folder):
+    """Name of another data set: its folder's, with those above if taken.
+
+    It is taken where the scores in `output` are of another folder of that name.
+    """
+    parts = Path(folder).resolve().parts
+    for k in range(1, len(parts) + 1):
+        name = re.sub(r"[^\w.-]", "_", "-".join(parts[-k:]))
+        path = output / f"evaluation-{name}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            about = json.loads(path.read_text("utf-8"))["data"]
+            if about["data_dir"] != os.path.abspath(folder):
+                continue
+        break
+    return name
 
 
 def evaluate_vqvae(vqvae, test):

@@ -518,6 +518,11 @@ def test_evaluate_other_data(run, adni_dir, tmp_path, capsys):
     assert set(evaluation) == {"data", "reconstruction", "codebook", "speed"}
     rejected = pd.read_csv(run.figures_path / "other" / "rejected.csv")
     assert [Path(path).name for path in rejected["path"]] == [bad.name]
+    bad.unlink()  # one of the same name keeps the scores of this one
+    again = shutil.copytree(data, tmp_path / "b" / "other")
+    call("evaluate", run.path, "--data-dir", again)
+    assert files(run.path).keys() - after >= {"evaluation-b-other.json"}
+    assert files(run.path).items() >= after.items()
 
 
 def test_weights_that_cannot_be_had_are_one_line(run, monkeypatch, capsys):
