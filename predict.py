@@ -998,8 +998,10 @@ def evaluate_samples(trained, splits, options):
     """
     train, test = splits["train"], splits["test"]
     n = options.num_samples or trained.run.settings.run.num_samples
-    sets, like, bits = image_sets(trained, train, test, n)
-    images = sets["generated"]
+    sets, like = real_sets(trained, train, test, n)
+    images, _, log_prob = trained.generate_like(like["test"].table)
+    sets["generated"] = images = np.asarray(images)
+    bits = -np.asarray(log_prob) / math.log(2)
     plot_least_likely(trained, images, bits)
     memorization, nearest = evaluate_memorization(trained, images, train, test)
     sets["rebuilt"] = rebuild(trained, like["train"])
@@ -1024,39 +1026,23 @@ def evaluate_samples(trained, splits, options):
     return {"generation": about | scores, "memorization": memorization}
 
 
-def score_samples(trained, train, real, n):
-    """Compare generated images with real ones; see `utils.compare_sets`.
+def real_sets(trained, train, test, n):
+    """Sets of n real images to compare; n is limited by the smaller split.
 
-    Args:
-        trained: `Trained`, with the sampling to be scored.
-        train, real: `dataset.Slices`; `real` of subjects not trained on.
-        n: number of images; no more than there are in either.
-    """
-    sets, like, _ = image_sets(trained, train, real, n)
-    return utils.compare_sets(
-        sets, "hog", like["train"].subjects, like["test"].subjects
-    )
-
-
-def image_sets(trained, train, test, n):
-    """Sets of n images to compare; n is limited by the smaller split.
-
-    Returns: dict of images `(n, H, W)`: `test`, some test images; `generated`
-        and `train`, like these; `fit`, other training images; dict of the
-        `dataset.Slices` of `test` and `train`; bits (n,) of the generated.
+    Returns: dict of images `(n, H, W)`: `test`, some test images; `train`, like
+        these; `fit`, other training images; dict of the `dataset.Slices` of
+        `test` and `train`.
     """
     rows, peers = match_images(
         test.table, train.table, trained.priors[0], n, trained.seed
     )
     like = {"test": test.take(rows), "train": train.take(peers)}
-    images, _, log_prob = trained.generate_like(like["test"].table)
     # Training images that are compared with nothing; all where few are left.
     rest = np.setdiff1d(np.arange(len(train)), peers)
     rest = rest if 2 * len(rest) > len(peers) else np.arange(len(train))
     rest = rest[utils.spread(len(rest), FIT_IMAGES)]
     sets = {name: slices.read()[..., 0] for name, slices in like.items()}
-    sets |= {"generated": np.asarray(images), "fit": train.read(rest)[..., 0]}
-    return sets, like, -np.asarray(log_prob) / math.log(2)
+    return sets | {"fit": train.read(rest)[..., 0]}, like
 
 
 def match_images(test, train, prior, count, seed):

@@ -651,29 +651,22 @@ def choose_sampling(job, vqvae, priors, images):
     given = job.settings.run
     plain = modules.Sampling(given.temperature or 1.0, top_p=given.top_p or 1.0)
     best = [plain] * vqvae.levels
-    sets = [images.get(name, ()) for name in ("train", "validate")]
+    splits = [images.get(name, ()) for name in ("train", "validate")]
     options = predict.Evaluate(texture=False)  # texture takes long
     trained = predict.Trained.of(job.run, vqvae, priors, options)
-
-    @functools.cache
-    def distance(*sampling):
-        asked = dataclasses.replace(trained, sampling=list(sampling))
-        scores = predict.score_samples(asked, *sets, MOST_TO_CHOOSE)
-        # Here "test" are validation images.
-        return scores["frechet"]["generated_vs_test"]
-
-    enough = min(map(len, sets)) >= LEAST_TO_CHOOSE
-    can_choose = priors and enough and not given.smoke
+    enough = min(map(len, splits)) >= LEAST_TO_CHOOSE
+    free = [name for name in SAMPLING if getattr(given, name) is None]
+    can_choose = priors and free and enough and not given.smoke
+    if can_choose:
+        distance = sample_distance(trained, *splits)
     # From the bottom up: chosen first, the top grid would make up for the
     # noise of the bottom grid.
     for level in range(vqvae.levels) if can_choose else ():
-        for name, values in SAMPLING.items():
-            if getattr(given, name) is not None:
-                continue
+        for name in free:
             of_level = functools.partial(dataclasses.replace, best[level])
             tried = (
                 [*best[:level], of_level(**{name: value}), *best[level + 1 :]]
-                for value in values
+                for value in SAMPLING[name]
             )
             best = min(tried, key=lambda sampling: distance(*sampling))
             text = f"{getattr(best[level], name):g} suits validation images"
@@ -681,6 +674,25 @@ def choose_sampling(job, vqvae, priors, images):
     sampling = {name: [getattr(x, name) for x in best] for name in SAMPLING}
     job.run.update(sampling=sampling)
     job.run.note_done("sampling")
+
+
+def sample_distance(trained, train, validate):
+    """Function: `modules.Sampling` of each level -> Fréchet distance.
+
+    It is that of samples to validation images, as of `utils.compare_sets`.
+    """
+    sets, like = predict.real_sets(trained, train, validate, MOST_TO_CHOOSE)
+    features, real = utils.hog_features, sets["test"]
+    project = utils.principal_components(features(sets["fit"]), len(real))
+    goal = project(features(real))
+
+    @functools.cache
+    def distance(*sampling):
+        asked = dataclasses.replace(trained, sampling=list(sampling))
+        images = np.asarray(asked.generate_like(like["test"].table)[0])
+        return utils.frechet_distance(project(features(images)), goal)
+
+    return distance
 
 
 # === Fit ===

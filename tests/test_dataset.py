@@ -120,8 +120,7 @@ def test_scan_of_hipmri(hipmri, form):
         plain.write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
     slices = load(hipmri, "hipmri")
-    assert len(slices) == 6 * SLICES
-    assert slices.subjects[0] == "004"
+    assert len(slices) == 6 * SLICES and slices.subjects[0] == "004"
     assert slices.table["scan"][0] == "004_week_0"
     assert slices.size == (SIZE, SIZE) and slices.mirror_axis == 1
 
@@ -233,8 +232,7 @@ def test_subjects_are_guessed(tmp_path, form):
         assert set(table["slice"]) == {0, 1, 2}
     assert set(table["split"]) == set(dataset.SPLITS)
     assert table.groupby("subject")["split"].nunique().max() == 1
-    assert set(table["label"]) == {""}
-    assert "(?P<subject>" in index.notes[0]
+    assert set(table["label"]) == {""} and "(?P<subject>" in index.notes[0]
 
 
 def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):

@@ -519,8 +519,7 @@ def test_evaluate_other_data(run, adni_dir, tmp_path, capsys):
     rejected = pd.read_csv(run.figures_path / "other" / "rejected.csv")
     assert [Path(path).name for path in rejected["path"]] == [bad.name]
     bad.unlink()  # one of the same name keeps the scores of this one
-    again = shutil.copytree(data, tmp_path / "b" / "other")
-    call("evaluate", run.path, "--data-dir", again)
+    call(*flags[:-1], shutil.copytree(data, tmp_path / "b" / "other"))
     assert files(run.path).keys() - after >= {"evaluation-b-other.json"}
     assert files(run.path).items() >= after.items()
 

@@ -333,15 +333,14 @@ def test_images_of_a_prior_are_varied_and_encoded_anew(levels_run, monkeypatch):
 
 
 def test_sampling_is_chosen_for_each_level(tiny_run, tmp_path, monkeypatch):
-    def score(trained, train, real, n):
+    def sample_distance(trained, train, real):
         assert set(real.table["split"]) == {"validate"}
-        distance = 0
-        for k, level in enumerate(trained.sampling):
-            distance += abs(level.temperature - 0.7 - 0.1 * k)
-            distance += abs(level.top_p - 0.95)
-        return {"frechet": {"generated_vs_test": distance}}
+        return lambda *sampling: sum(
+            abs(x.temperature - 0.7 - 0.1 * k) + abs(x.top_p - 0.95)
+            for k, x in enumerate(sampling)
+        )
 
-    monkeypatch.setattr(predict, "score_samples", score)
+    monkeypatch.setattr(train, "sample_distance", sample_distance)
     monkeypatch.setattr(train, "LEAST_TO_CHOOSE", SLICES)
     run = copy_run(tiny_run, tmp_path)
     images, two_levels = dataset.load_run(run), SimpleNamespace(levels=2)
@@ -359,6 +358,17 @@ def test_sampling_is_chosen_for_each_level(tiny_run, tmp_path, monkeypatch):
         train.choose_sampling(job, two_levels, [None] * 2, images)
         found = utils.Run.open(run.path).info["sampling"]
         assert found == {"temperature": temperatures, "top_p": [top_p] * 2}
+
+
+def test_sampling_is_judged_as_the_evaluation_does(tiny_run):
+    trained = predict.Trained.of(tiny_run, *modules.load_models(tiny_run))
+    people = dataset.load_run(tiny_run)["train"]
+    sets, like = predict.real_sets(trained, people, people, 256)
+    sets["generated"] = trained.generate_like(like["test"].table)[0]
+    owners = like["train"].subjects, like["test"].subjects
+    frechet = utils.compare_sets(sets, "hog", *owners)["frechet"]
+    found = train.sample_distance(trained, people, people)(*trained.sampling)
+    assert found == pytest.approx(frechet["generated_vs_test"]) and found > 0.1
 
 
 def test_no_prior_over_a_collapsed_codebook(vqvae_run, tmp_path, capsys, plain):
