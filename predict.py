@@ -18,7 +18,6 @@ Results go into the run folder, or into the folder given by --output.
 
 import base64
 import collections
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -833,16 +832,19 @@ def name_external(output, folder):
 
     It is taken where the scores in `output` are of another folder of that name.
     """
-    parts = Path(folder).resolve().parts
-    for k in range(1, len(parts) + 1):
-        name = re.sub(r"[^\w.-]", "_", "-".join(parts[-k:]))
+
+    def is_taken(name):
         path = output / f"evaluation-{name}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        try:
             about = json.loads(path.read_text("utf-8"))["data"]
-            if about["data_dir"] != os.path.abspath(folder):
-                continue
-        break
-    return name
+            return about["data_dir"] != os.path.abspath(folder)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    parts = Path(folder).resolve().parts
+    longer = ("-".join(parts[-k:]) for k in range(1, len(parts) + 1))
+    names = [re.sub(r"[^\w.-]", "_", name) for name in longer]
+    return next(itertools.filterfalse(is_taken, names), names[-1])
 
 
 def evaluate_vqvae(vqvae, test):
