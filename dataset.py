@@ -806,6 +806,14 @@ class _Plan:
     size: tuple | None = None  # (H, W) of the frame: the most common size
     kept: tuple | None = None  # sizes not scaled but padded, cropped: all
     white: float | None = None  # share of full scale that becomes 1
+    least: tuple | None = None  # from this size to the frame's none is scaled
+
+    def scales(self, size):
+        """Whether images of a size are scaled."""
+        if self.kept is None or size in self.kept:
+            return False
+        sizes = zip(self.least or self.size, size, self.size, strict=True)
+        return not all(least <= own <= most for least, own, most in sizes)
 
 
 def _sizes(table):
@@ -906,6 +914,7 @@ def _complete(plan, names):
         plan.size or max(statistics.multimode(sizes), default=(32, 32)),
         plan.kept,
         plan.white or (1.0 if white >= DARK or not white else white),
+        plan.least,
     )
 
 
@@ -953,7 +962,7 @@ def _to_frame(image, values, low, high, plan):
     constant = bool(image.min() == image.max())
     if np.ptp(scaled) * 255 < 1 and not constant:
         values["notes"].add("show nothing: others of their scan are brighter")
-    resize = plan.kept is not None and image.shape not in plan.kept
+    resize = plan.scales(image.shape)
     frame = fit_to(scaled.astype(np.float32), plan.size, resize)
     content, shown = (np.sum(x > utils.FOREGROUND) for x in (scaled, frame))
     cut = bool(content > shown) and not resize
@@ -1017,9 +1026,8 @@ def load(settings, image_size=None):
 def load_external(data_dir, dataset, run, skip_bad=False, pattern=None):
     """Return another data set, all of it as test images of a `utils.Run`.
 
-    They are brought to the frame of the run; sizes that it does not know are
-    scaled. With `skip_bad` unfit files are left out instead of refused. The
-    pattern is that of `scan`.
+    They are padded, cropped or scaled to the frame of the run. With `skip_bad`
+    unfit files are left out instead of refused. The pattern is that of `scan`.
     """
     index, plan = scan(data_dir, dataset, pattern, "test"), _plan_of_run(run)
     slices, _ = _load(index, plan, dataset, skip_bad, data_dir)
@@ -1155,12 +1163,14 @@ def _summary(slices, found, dataset, index, plan):
 
 def _sizes_line(slices, plan):
     """Return in words which sizes there are and what becomes of them."""
-    counts = collections.Counter(_sizes(slices.table)).most_common()
-    texts = [f"{utils.size_text(size)} ({count})" for size, count in counts]
-    frame, kept = utils.size_text(slices.size), plan.kept
+    counts = collections.Counter(_sizes(slices.table))
+    texts = [f"{utils.size_text(x)} ({n})" for x, n in counts.most_common()]
+    frame = utils.size_text(slices.size)
     fitted = f"padded or cropped to {frame}"
-    if kept is not None and not {size for size, _ in counts} <= set(kept):
-        fitted = f"scaled to {frame}, their aspect ratio kept"
+    plan = dataclasses.replace(plan, size=slices.size)
+    if scaled := [*map(utils.size_text, filter(plan.scales, counts))]:
+        which = "" if len(scaled) == len(counts) else f"{_some(scaled, 8)} "
+        fitted = f"{which}scaled to {frame}, their aspect ratio kept"
     return f"plane sizes: {_some(texts, 8)}; {fitted}"
 
 
@@ -1224,9 +1234,16 @@ def _split_table(run):
 
 
 def _plan_of_run(run, white=None):
-    """Return how images that are not of a run's data become its images."""
-    own = () if run.settings.data.resize else set(_sizes(_split_table(run)))
-    return _Plan(tuple(run.info["image_size"]), tuple(sorted(own)), white)
+    """Return how images that are not of a run's data become its images.
+
+    A size between that of the crop and the frame presumably shows bodies as
+    large as training images do.
+    """
+    size = tuple(run.info["image_size"])
+    if run.settings.data.resize:
+        return _Plan(size, (), white)
+    own = tuple(sorted(set(_sizes(_split_table(run)))))
+    return _Plan(size, own, white, tuple((run.info["crop"] or size)[-2:]))
 
 
 def read_files(paths, run):
@@ -1263,7 +1280,7 @@ def read_files(paths, run):
     table = table.drop(columns=["low", "high"]).join(found[KNOWN])
     table["slice"] = table["slice"].astype(int)
     slices = _slices_of_run(run, file, table, here)
-    if not set(_sizes(table)) <= set(plan.kept):
+    if not set(_sizes(table)) <= {*plan.kept, plan.size}:
         print(_sizes_line(slices, plan))
     _warn_of_crop(slices, run)
     return slices

@@ -57,9 +57,8 @@ def run_of(slices, folder, layout="oasis"):
     """What `load_run` and `read_files` need of a run."""
     root = str(slices.root)
     settings = utils.replace(utils.Settings(), dataset=layout, data_dir=root)
-    info = {"image_size": list(slices.size), "data_dir": root}
+    info = {"image_size": [*slices.size], "data_dir": root, "crop": None}
     info |= {"simulated": slices.simulated, "intensity": slices.intensity}
-    info["crop"] = None
     run = utils.Run(folder, settings, info)
     utils.write_csv(run.split_path, slices.table)
     return run
@@ -564,14 +563,15 @@ def test_single_files(hipmri):
 
 def test_single_files_of_another_size_or_kind(oasis_dir, tmp_path, capsys):
     run = run_of(load(oasis_dir), tmp_path)
-    capsys.readouterr()
+    run.info["crop"] = [4, 8, 24, 16]
     Image.fromarray(np.kron(GREY, np.ones((4, 2), np.uint8))).save("large.png")
     Image.new("L", (SIZE, SIZE)).save("blank.png")
-    slices = dataset.read_files(["large.png", "blank.png"], run)
-    assert "scaled to 32x32, their aspect ratio kept" in capsys.readouterr().out
-    large, blank = slices.read()[..., 0]
-    assert not large[:, :8].any() and large[:, 8:24].max() > 0.9
-    assert not blank.any()
+    Image.fromarray(GREY[4:28, 4:28]).save("near.png")
+    slices = dataset.read_files(["large.png", "blank.png", "near.png"], run)
+    assert "; 128x64 scaled to 32x32, their" in capsys.readouterr().out
+    large, blank, near = slices.read_bytes()[..., 0]
+    assert not large[:, :8].any() and large[:, 8:24].max() > 229
+    assert not blank.any() and (near == GREY)[4:28, 4:28].all()
     for name, match in (("gone.png", "nothing there"), (".", "not.png: found")):
         Path("not.png").write_text("text")
         with pytest.raises(DataError, match=match):
