@@ -136,12 +136,13 @@ VISIT = (
     r"[-_ ]?\d+|[vm]\d\d?)"
 )
 APART = rf"(?:{VISIT}|(?i:T[12][a-z]*|PDT2))"
+TAIL = rf"(?:[-_. ]+{APART})*[^/\d]*$"  # after a slice number: 045_T1
 # The highest folder with a number: never a part of a person.
 TOP = rf"^(?:(?:[^/\d]*|{APART})/)*(?!{APART}/)(?P<subject>[^/]*\d[^/]*)"
 # A file name that tells both.
 IN_FILE = (
     rf"(?P<subject>[^/]*?\d[^/]*?)(?:[-_. ]+{APART})*[-_. ]+[^\W\d_]*[-_. ]*"
-    r"(?P<slice>\d+)[^/\d]*$"
+    rf"(?P<slice>\d+){TAIL}"
 )
 # Slices before people: slice_10/P001, z010_P001.
 PLANE_FIRST = (
@@ -153,15 +154,15 @@ PLANE_FIRST = (
 GUESSES = (
     *(rf"(?i)(?P<subject>{name})(?![^\W_]){NUMBER}(?!\d)" for name in SUBJECTS),
     *(
-        rf"(?i)(?P<subject>{name})(?![^\W_])(?:.*?(?P<slice>\d+)\D*$)?"
+        rf"(?i)(?P<subject>{name})(?![^\W_])(?:.*?(?P<slice>\d+){TAIL})?"
         for name in SUBJECTS
     ),
     PLANE_FIRST,
     rf"(?i){TOP}/{NUMBER}(?!\d)",
-    rf"{TOP}/(?:.*/)?[^/\d]*(?P<slice>\d+)[^/\d]*$",
-    r"(?P<subject>[^/]*\d[^/]*)/[^/\d]*(?P<slice>\d+)[^/\d]*$",
+    rf"{TOP}/(?:.*/)?[^/\d]*(?P<slice>\d+){TAIL}",
+    rf"(?P<subject>[^/]*\d[^/]*)/[^/\d]*(?P<slice>\d+){TAIL}",
     IN_FILE,
-    rf"{TOP}/.*?(?P<slice>\d+)[^/\d]*$",
+    rf"{TOP}/.*?(?P<slice>\d+){TAIL}",
 )
 DOUBTFUL = 2 * len(SUBJECTS)
 
@@ -233,11 +234,16 @@ def scan(root, dataset, pattern=None, split=None):
     """
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
     base, files, ignored, notes = _list_files(root, dataset)
+    around = 0
     if any_folder and not pattern:
-        files["stem"] = files["stem"].str[_around(files["stem"]) :]
+        cut, around = _around(files["stem"])
+        files["stem"] = files["stem"].str[cut:]
     known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
-    rows = map(_row, files.itertuples(), matches, [any_folder] * len(files))
+    rows = (
+        _row(file, match, around if any_folder else None)
+        for file, match in zip(files.itertuples(), matches, strict=True)
+    )
     columns = ["path", "subject", "scan", "slice", "label", "split"]
     table = pd.DataFrame(rows, columns=columns)
     told = [m is not None or not pattern for m in matches]
@@ -278,11 +284,12 @@ def _note_what_is_untold(table, notes):
 def _around(stems):
     """Return how much of each path is folders that hold everything.
 
-    A folder with a number counts as one that may name a person.
+    Up to one with a number, which may name a person; and how much comes then.
     """
     folders = [os.path.dirname(stem) for stem in stems] or [""]
     shared = os.path.join(os.path.commonpath(folders), "")
-    return re.match(r"(?:[^/\d]*/)*", shared).end()
+    cut = re.match(r"(?:[^/\d]*/)*", shared).end()
+    return cut, len(shared) - cut
 
 
 def _in_order(table):
@@ -454,20 +461,24 @@ def _tells_subjects(guess, stems):
     return count > 0 and len(found) >= 0.9 * len(stems)
 
 
-def _row(file, match, any_folder):
-    """Return what the path of a slice tells, in the order of the table."""
+def _row(file, match, around):
+    """Return what the path of a slice tells, in the order of the table.
+
+    Of "folder" `around` is how much of it is folders that hold everything.
+    """
     groups, stem = match.groupdict() if match else {}, file.stem
     number, label = (groups.get(name) or "" for name in ("slice", "label"))
     subject = scan = groups.get("subject") or SUFFIX.sub("", file.path)
     if "week" in groups:
         scan = f"{subject}_week_{groups['week']}"
-    if any_folder:
+    if around is not None:
         begin, end = match.span("slice") if number else (len(stem),) * 2
         scan = f"{stem[:begin]}*{stem[end:]}"
-        first, slash, _ = stem.partition("/")
+        first, slash, _ = stem[around:].partition("/")
         named = rf"(?<![^\W_]){re.escape(subject)}(?![^\W_])"
         if match:
-            is_class = min(match.start("subject"), begin) > len(first)
+            start = min(match.start("subject"), begin)
+            is_class = start > around + len(first)
         else:  # a folder with a number may be a person
             is_class = not re.search(r"\d", first)
         # A number is no name: 1 in grade_1/1_05.
@@ -484,7 +495,7 @@ def _row(file, match, any_folder):
 def _canonical(name):
     """Return what all spellings of an id share: case_001, CASE-1, Case1."""
     text = unicodedata.normalize("NFKC", name).casefold()
-    text = re.sub(r"(?<=[^\W\d_])[\W_]+(?=\d)", "", text)
+    text = re.sub(r"(?<=[^\W\d_])[-_. ]+(?=\d)", "", text)
     return re.sub(r"0*(\d+)", r"\1", text)
 
 
@@ -805,7 +816,7 @@ class _Plan:
 
     size: tuple | None = None  # (H, W) of the frame: the most common size
     kept: tuple | None = None  # sizes not scaled but padded, cropped: all
-    white: float | None = None  # share of full scale that becomes 1
+    white: dict | None = None  # {full scale: share of it that becomes 1}
     least: tuple | None = None  # from this size to the frame's none is scaled
 
     def scales(self, size):
@@ -901,21 +912,22 @@ def _remove_unused(folder):
 
 def _complete(plan, names):
     """Return the plan with what follows from some training files filled in."""
-    sizes, shades = [], [np.ones(1)]
+    sizes, shades = [], collections.defaultdict(list)
     for row in utils.spread(len(names), 256):
         with contextlib.suppress(_Unfit):  # it is named when all are read
             values, image = _read_file(names[row])
             sizes.append(image.shape)
             if values["full"]:
                 some = image.ravel()[:: max(3, image.size // 2**15)]
-                shades.append(some / values["full"])
-    white = float(np.percentile(np.concatenate(shades[1:] or shades), WHITE))
-    return _Plan(
-        plan.size or max(statistics.multimode(sizes), default=(32, 32)),
-        plan.kept,
-        plan.white or (1.0 if white >= DARK or not white else white),
-        plan.least,
-    )
+                shades[values["full"]].append(some / values["full"])
+    white = {
+        full: float(np.percentile(np.concatenate(some), WHITE))
+        for full, some in shades.items()
+    }
+    white = {f: w if 0 < w < DARK else 1.0 for f, w in white.items()}
+    size = plan.size or max(statistics.multimode(sizes), default=(32, 32))
+    white |= plan.white or {}
+    return dataclasses.replace(plan, size=size, white=white)
 
 
 def _in_parallel(title, work, *arguments, most=64):
@@ -942,7 +954,8 @@ def _decode_scan(names, levels, plan):
             low, high = map(float, levels[k])
             if np.isnan(low):
                 full = values["full"]
-                low, high = (0.0, plan.white * full) if full else window
+                white = plan.white.get(full, 1.0) * full
+                low, high = (0.0, white) if full else window
             results[k] = values, _to_frame(image, values, low, high, plan)
             values["notes"] = BETWEEN.join(sorted(values["notes"]))
     return results
@@ -1018,8 +1031,6 @@ def load(settings, image_size=None):
             f"{train.sum()} of {len(train)} training images; use --resize, or "
             f"{utils.size_text(native)}"
         )
-    if found["cut"].any():
-        print(f"content of {found['cut'].sum()} images is cut at the border")
     return slices
 
 
@@ -1079,7 +1090,13 @@ def _load(index, plan, dataset, skip_bad, root):
     )
     for line in _summary(slices, kept, dataset, index, plan):
         print(line)
+    _tell_cuts(kept)
     return slices, kept
+
+
+def _tell_cuts(found):
+    if found["cut"].any():
+        print(f"content of {found['cut'].sum()} images is cut at the border")
 
 
 def _count_notes(table):
@@ -1193,7 +1210,7 @@ def load_run(run, data_dir=None, needed=SPLITS):
     own = np.allclose(found[levels], table[levels], rtol=1e-9)
     if _open_array(file).shape[1:] != size or not own:
         # Some files are gone: use what was noted when all were there.
-        file, found = _decode(table, root, _Plan(size, kept, 1.0))
+        file, found = _decode(table, root, _Plan(size, kept))
     same = (found["sha256"] == table["sha256"]).to_numpy()
     _refuse_lost(root, table[~same], needed, "have changed")
     slices = _slices_of_run(run, file, table, root).take(np.flatnonzero(same))
@@ -1246,13 +1263,21 @@ def _plan_of_run(run, white=None):
     return _Plan(size, own, white, tuple((run.info["crop"] or size)[-2:]))
 
 
+def _white_of_run(run):
+    """Return {full scale: share of it that is white} of a run's pictures."""
+    share, highs = run.info["intensity"]["high"], _split_table(run)["high"]
+    full = np.where(highs > 255, 65535, 255)
+    shares = (highs.astype(float) / full).groupby(full).max().to_dict()
+    return (shares or {255: share}) if share else {}
+
+
 def read_files(paths, run):
     """Return image files, or all in folders, as a `utils.Run` sees them.
 
     A file of the run's data set is read as in training. Of others, PNG and
-    JPEG take the run's intensities; NIfTI files in one folder whose names
-    differ by their last number are one scan. Their label is "" and their
-    position NaN: unknown. The split of all is test.
+    JPEG take the run's intensities if it knows their bit depth; NIfTI files in
+    one folder whose names differ by their last number are one scan. Their label
+    is "" and their position NaN: unknown. The split of all is test.
     """
     here, files = Path.cwd(), []
     for path in paths:
@@ -1268,11 +1293,12 @@ def read_files(paths, run):
     table = table.assign(path=files, split="test")
     table[numbers] = table[numbers].astype(float)
     table["scan"] = [
-        _show(re.sub(r"\d+(\D*)$", r"*\1", os.path.abspath(f))) for f in files
+        _show(re.sub(r"\d+([^/\d]*)$", r"*\1", os.path.abspath(file)))
+        for file in files
     ]
     stems = pd.Series([_show(os.path.basename(file)) for file in files])
     table = table.fillna({"subject": stems, "slice": 0, "label": ""})
-    plan = _plan_of_run(run, run.info["intensity"]["high"] or None)
+    plan = _plan_of_run(run, _white_of_run(run))
     file, found = _decode(table, here, plan)
     rejected = found.assign(path=table["path"])[found["reason"] != ""]
     if len(rejected):
@@ -1282,6 +1308,7 @@ def read_files(paths, run):
     slices = _slices_of_run(run, file, table, here)
     if not set(_sizes(table)) <= {*plan.kept, plan.size}:
         print(_sizes_line(slices, plan))
+    _tell_cuts(found)
     _warn_of_crop(slices, run)
     return slices
 
@@ -1363,11 +1390,6 @@ def _wait_for_pipelines():
             break
 
 
-def steps_per_epoch(count, batch_size):
-    """Return the batches that `count` images make, the last maybe smaller."""
-    return -(-count // batch_size)
-
-
 def divisible_batch_size(count, batch_size, parts):
     """Return the largest batch size up to this one that makes `parts` parts.
 
@@ -1435,7 +1457,7 @@ def ordered_batches(source, batch_size=32, parts=(0, 1, 1)):
     epoch = tf.zeros([], "int64")
     order = rows.batch(batch_size).map(lambda rows: (epoch, rows))
     batches = _batches(source, order, parts)
-    steps = steps_per_epoch(_count(source), batch_size) * (parts[1] - parts[0])
+    steps = -(-_count(source) // batch_size) * (parts[1] - parts[0])
     return batches.apply(tf.data.experimental.assert_cardinality(steps))
 
 
@@ -2087,7 +2109,7 @@ def _read_labels(subjects, options):
         raise FlagError("--labels: the OASIS layout has none; use folder")
     try:
         text = {"dtype": str, "keep_default_na": False, "engine": "python"}
-        text["encoding"] = "utf-8-sig"  # as Excel writes it
+        text |= {"encoding": "utf-8-sig", "index_col": False}  # as of Excel
         text["sep"] = "\t" if options.labels.endswith(".tsv") else None
         known = pd.read_csv(options.labels, **text).fillna("")  # short rows
         if options.label_column not in known:
@@ -2103,12 +2125,19 @@ def _read_labels(subjects, options):
     # They name folders; those that begin with a dot are hidden.
     labels = labels.str.replace(r"[\s/\\\0]+", "-", regex=True)
     labels = labels.str.replace(r"^\.", "0.", regex=True)
+    others = re.compile(rf"{VISIT}|(?i:{'|'.join(SUBJECTS)})")
+    for name in labels.dropna().unique():
+        if others.fullmatch(name) or MASKS.fullmatch(name):
+            raise DataError(
+                f"{_show(options.labels)}: found the label {_show(name)}, "
+                "expected none that reads like a visit, a person or a mask"
+            )
     wanted = subjects.map(_canonical)
     # Of the other columns, the one that names most of the subjects; of two
     # rather names than numbers, which may be those of the rows.
     whole = known.map(lambda value: re.sub(r"\.0$", "", value.strip()))
     keys = whole.map(lambda value: _canonical(_subject_of(value)))
-    numbers = known.apply(lambda column: column.str.isdigit().mean())
+    numbers = known.map(str.isdigit).mean()
     # Rows and ages are numbers too.
     called = re.compile(r"(?i)subj|partic|patient|person|(^|[^a-z])(pt|r)?id")
     fits = {

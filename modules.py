@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -2041,7 +2042,9 @@ def codebook_sha256(vqvae, level=1):
     """Hash of the codebooks that a prior depends on: of its level and above."""
     levels = range(level, vqvae.levels + 1)
     codebooks = [vqvae.part("quantizer", k).codebook for k in levels]
-    return utils.array_sha256(np.concatenate([*map(np.asarray, codebooks)]))
+    codes = np.concatenate([*map(np.asarray, codebooks)])
+    header = f"{codes.dtype.str}{codes.shape}".encode()
+    return hashlib.sha256(header + codes.tobytes()).hexdigest()
 
 
 def load_texture(run, vqvae):

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import math
 import os
 import shlex
@@ -188,7 +189,9 @@ class Job:
         """Save the model of a part; the training is past it."""
         utils.write_atomic(self.run.model_path(part), model.save)
         # Its scores are those of the model that was there before.
-        self.run.evaluation_path.unlink(missing_ok=True)
+        run = self.run
+        for path in run.evaluation_path, run.card_path, run.report_path:
+            path.unlink(missing_ok=True)
         self.run.note_done(part)
 
 
@@ -294,8 +297,8 @@ def plan_resume(job, earlier):
     if not (parts or longer or under_way):
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
-            "more --epochs, --prior-epochs or --texture-epochs, or another "
-            "prior with --stage prior --run-dir"
+            "more --epochs, --prior-epochs or --texture-epochs of a model that "
+            "is there, or make a prior with --stage prior --run-dir"
         )
     parts |= longer | ({"sampling"} if longer - {"texture"} else set())
     if "vqvae" in longer:  # other codes need other indices and priors
@@ -396,6 +399,11 @@ def check_batches(job, parts):
     `parts`: names of what will be trained.
     """
     run, options = job.settings.run, job.settings.training
+    spared = {"sampling"}
+    if not (options.flips or options.prior_augment):
+        spared |= {*job.run.prior_names}  # indices are enough
+    if parts - spared:
+        _ = job.images  # a start without them is refused before any change
     replicas = job.strategy.num_replicas_in_sync
     half = run.precision == "mixed_float16"
     for flag, given in ("jit", run.jit), ("precision mixed_float16", half):
@@ -720,7 +728,7 @@ class Fit:
         self.epochs = self.option("epochs")
         count = len(job.tables["train"])
         self.batch_size = min(self.option("batch_size"), count)
-        steps = dataset.steps_per_epoch(count, self.batch_size)
+        steps = -(-count // self.batch_size)
         if job.settings.run.smoke:
             steps = min(steps, utils.SMOKE_STEPS)
         self.rounds = -(-steps // self.options.round_steps)  # of an epoch
@@ -816,7 +824,7 @@ class Fit:
 
         return {
             "validation_data": dataset.distributed(strategy, batches),
-            "validation_steps": dataset.steps_per_epoch(count, size),
+            "validation_steps": -(-count // size),
             "validation_freq": self.rounds,
         }
 
@@ -1081,10 +1089,11 @@ def train_trial(settings, begin, trial):
 
 def pruning(trial):
     """Callback that ends a trial which falls behind the others."""
+    epochs = itertools.count(1)  # whose rounds depend on the batch size
 
     def report(number, logs):
         if "val_ssim" in logs:
-            trial.report(logs["val_ssim"], number + 1)
+            trial.report(logs["val_ssim"], next(epochs))
             if trial.should_prune():
                 raise optuna.TrialPruned("below the median of earlier trials")
 

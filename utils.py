@@ -19,7 +19,6 @@ import datetime
 import difflib
 import errno
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -413,7 +412,7 @@ def _fits(value, hint):
         return right and all(map(_fits, value, inner))
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is hint
+    return type(value) is hint and value != ""
 
 
 def _expected(hint):
@@ -433,6 +432,7 @@ def _expected(hint):
 
 
 def _refusal(name, hint, found):
+    found = found or "nothing"
     return FlagError(f"{name}: expected {_expected(hint)}, found {found}")
 
 
@@ -755,7 +755,7 @@ class Settings:
             key: min(value, most)
             for key, value in flat(self).items()
             for end, most in _SMOKE_LIMITS.items()
-            if key.endswith(end) and key not in FIXED.get(self.run.stage, ())
+            if key.endswith(end)
         }
         return replace(self, **small)
 
@@ -774,6 +774,7 @@ def _keys(*groups, prefix=()):
 # Settings that the VQ-VAE of a run was trained with.
 OF_VQVAE = _keys("data", "vqvae") - {"data_dir", "skip_bad"}
 OF_VQVAE |= {"recipe", "epochs", "batch_size", "learning_rate", "augment"}
+OF_VQVAE |= {"smoke"}  # its settings would stay those of the run
 # Stages over the VQ-VAE of an earlier run: the settings they do not change.
 FIXED = {
     "prior": OF_VQVAE | _keys(prefix="texture_"),
@@ -783,6 +784,7 @@ FIXED = {
 }
 # Those that `--resume` may change.
 FREE_ON_RESUME = {"resume", "strategy", "force", "debug", "data_dir"}
+FREE_ON_RESUME |= {"evaluate"}
 
 
 def check_image_size(size, multiple, name="--image-size"):
@@ -845,13 +847,6 @@ def list_recipes():
     return "\n".join(rows)
 
 
-def align(rows):
-    """Return rows of text cells as a table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [map(str.ljust, row, widths) for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
 # The command line is made from the settings by tyro.
 
 
@@ -905,9 +900,10 @@ def parse_verbs(verbs, argv, description, default=None):
     """
     program, first = Path(sys.argv[0]).name, [*argv, ""][0]
     if first in ("-h", "--help") or not (first or default):
-        rows = [(f"  {v}", c.__doc__.split("\n")[0]) for v, c in verbs.items()]
         print(f"usage: {program} VERB ... ({program} VERB --help)\n")
-        print(f"{description.strip()}\n\n{align(rows)}")
+        print(f"{description.strip()}\n")
+        for verb, settings in verbs.items():
+            print(f"  {verb:11}  {settings.__doc__.splitlines()[0]}")
         sys.exit(0)
     if first in verbs:
         return first, parse(verbs[first], argv[1:], prog=f"{program} {first}")
@@ -979,7 +975,7 @@ def _settings_for(stage, folder):
             "a trained VQ-VAE"
         )
     run = Run.open(folder)
-    once = {"prior_level": None, "smoke": False, "force": False}
+    once = {"prior_level": None, "force": False, "evaluate": True}
     return replace(run.settings, **once, resume=None, strategy="auto")
 
 
@@ -1093,13 +1089,6 @@ def write_csv(path, frame):
     """Write a pandas table atomically, without its index."""
     options = {"index": False, "errors": "surrogateescape"}
     write_atomic(path, lambda p: frame.to_csv(p, **options))
-
-
-def array_sha256(array):
-    """Return the SHA-256 of an array's type, shape and values."""
-    array = np.ascontiguousarray(array)
-    header = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(header + array.tobytes()).hexdigest()
 
 
 def _new_folder(path):
@@ -1249,8 +1238,11 @@ class Run:
         """
         self.settings = settings
         shutil.rmtree(self.checkpoint_path, ignore_errors=True)
-        notes |= {"command": shlex.join(sys.argv), "settings": flat(settings)}
-        self.update(training={**notes, "done": list(done)})
+        command = shlex.join(sys.argv)
+        if self.info["command"].split("; ")[-1] != command:
+            self.info["command"] += f"; {command}"
+        notes |= {"settings": flat(settings), "done": list(done)}
+        self.update(training=notes)
 
     def is_done(self, part):
         """Return whether the training under way is past `part`: "vqvae"."""
@@ -1265,9 +1257,7 @@ class Run:
     def complete(self):
         """Note that nothing is left to do."""
         training = self.info.pop("training")
-        self._of_models, command = training["settings"], training["command"]
-        if self.info["command"].split("; ")[-1] != command:
-            self.info["command"] += f"; {command}"
+        self._of_models = training["settings"]
         self.update()
         shutil.rmtree(self.checkpoint_path, ignore_errors=True)
 

@@ -193,6 +193,8 @@ NAMES = {  # format of a path -> subject and scan of the first of them
     "OAS1_{p:04d}_MR1_mpr-1_{k}.jpg": "OAS1_0001",
     "Patient {p} slice {k}.png": "Patient 1",
     "sub-{p:02d}_z{k:03d}_T1w.png": "sub-01",
+    "sub-{p:03d}_{k:03d}_T1w.png": "sub-001",
+    "P{p:03d}_{k:03d}_T1.png": "P001",
     "case_{p:03d}_week_0_slice_{k}.png": "case_001",
     "P{p:03d}/image_{k:02d}.png": "P001",
     "AB{p:03d}/series_{k}/img_{k:03d}.png": "AB001",
@@ -268,8 +270,8 @@ def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):
         (("grade1", "grade2", "grade3", "grade4"), "{p}_{k}.png"),
         (("0", "1", "2"), "{p}_{k}.png"),
         (("CDR_0", "CDR_0.5"), "{p:03d}_{k}.png"),
-        (("Data/AD", "Data/N C"), "sub-{p:02d}_z{k}.png"),
-        (("AD", "NC"), "P{p:03d}/z{k}.png"),
+        (("3T/AD", "3T/N C"), "sub-{p:02d}_z{k}.png"),
+        (("age<65", "age>65"), "P{p:03d}/z{k}.png"),
     ],
 )
 def test_folders_are_classes_unless_they_name_people(tmp_path, classes, form):
@@ -281,7 +283,7 @@ def test_folders_are_classes_unless_they_name_people(tmp_path, classes, form):
         write_folder(tmp_path / "d", f"{c}/{masks}", people)
     index = dataset.scan(tmp_path / "d", "folder")
     subjects = index.table.groupby("label")["subject"].nunique().to_dict()
-    names = [name.removeprefix("Data/") for name in classes]
+    names = [name.removeprefix("3T/") for name in classes]
     assert subjects == dict.fromkeys(names, 8)
     assert len(index.table) == 24 * len(names) == len(index.ignored)
 
@@ -546,7 +548,7 @@ def test_single_files(hipmri):
     pd.testing.assert_frame_equal(own.table[kept], expected)
     assert own.table["split"].tolist() == ["test"]
     # Two sites, equal names, other scales: each for itself.
-    paths = [Path(site, "slice_010.nii.gz") for site in "ab"]
+    paths = [Path(site, "slice.nii.gz") for site in ("P1", "P2")]
     for path, gain in zip(paths, (1, 100), strict=True):
         path.parent.mkdir()
         write_nifti(path, (GREY.astype(np.int32) + 1) * gain)
@@ -554,10 +556,11 @@ def test_single_files(hipmri):
     images = both.read()
     assert (images[0] == images[1]).all() and np.ptp(images) > 0.9
     assert np.isnan(both.table["position"]).all()
-    assert both.table["subject"].tolist() == ["slice_010.nii.gz"] * 2
+    assert both.table["subject"].tolist() == ["slice.nii.gz"] * 2
     # The files of one folder are one scan.
-    write_nifti(Path("a/slice_011.nii.gz"), GREY.astype(np.int32) * 3)
-    scan = dataset.read_files(["a"], run)
+    os.rename("P2/slice.nii.gz", "P2/s10.nii.gz")
+    write_nifti(Path("P2/s11.nii.gz"), GREY.astype(np.int32) * 3)
+    scan = dataset.read_files(["P2"], run)
     assert scan.table["high"].nunique() == 1 and len(scan) == 2
 
 
@@ -567,9 +570,12 @@ def test_single_files_of_another_size_or_kind(oasis_dir, tmp_path, capsys):
     Image.fromarray(np.kron(GREY, np.ones((4, 2), np.uint8))).save("large.png")
     Image.new("L", (SIZE, SIZE)).save("blank.png")
     Image.fromarray(GREY[4:28, 4:28]).save("near.png")
-    slices = dataset.read_files(["large.png", "blank.png", "near.png"], run)
+    Image.fromarray(GREY.astype(np.uint16) * 9).save("deep.png")
+    names = ["large.png", "blank.png", "near.png", "deep.png"]
+    slices = dataset.read_files(names, run)
     assert "; 128x64 scaled to 32x32, their" in capsys.readouterr().out
-    large, blank, near = slices.read_bytes()[..., 0]
+    large, blank, near, deep = slices.read_bytes()[..., 0]
+    assert deep.max() == 255
     assert not large[:, :8].any() and large[:, 8:24].max() > 229
     assert not blank.any() and (near == GREY)[4:28, 4:28].all()
     for name, match in (("gone.png", "nothing there"), (".", "not.png: found")):
@@ -609,7 +615,7 @@ def take(batches, count):
 
 def test_ordered_batches(slices):
     batches = dataset.ordered_batches(slices, 5)
-    assert batches.cardinality() == 5 == dataset.steps_per_epoch(24, 5)
+    assert batches.cardinality() == 5
     images = take(batches, -1)
     assert [len(x) for x in images] == [5, 5, 5, 5, 4]
     assert (np.concatenate(images) == slices.read()).all()
@@ -868,7 +874,7 @@ VOLUMES = {  # file -> how it is made of the brain
 
 @pytest.mark.parametrize("plane", dataset.PLANES)
 def test_one_anatomy_gives_the_same_slices_in_any_file(brain, tmp_path, plane):
-    options = dataset.Slice(src="", dest="", plane=plane, slices=8)
+    options = dataset.Slice(src=".", dest=".", plane=plane, slices=8)
     nibabel.save(brain, tmp_path / "ras.nii")
     expected, notes = dataset.cut_volume(str(tmp_path / "ras.nii"), options)
     assert notes == [] and len(expected) == 8
@@ -991,7 +997,7 @@ def test_thick_planes_are_taken_as_they_are(tmp_path):
     for thickness, count in ((5.0, 6), (1.0, 32)):
         affine = np.diag([1, 1, thickness, 1])
         nibabel.save(NIFTI(volume, affine), tmp_path / "v.nii")
-        options = dataset.Slice(src="", dest="", slices=32)
+        options = dataset.Slice(src=".", dest=".", slices=32)
         images, _ = dataset.cut_volume(str(tmp_path / "v.nii"), options)
         middle = images[:, images.shape[1] // 2, images.shape[2] // 2] / 65535
         assert len(images) == count and (np.diff(middle) >= 0).all()
@@ -1052,20 +1058,25 @@ def test_labels_of_volumes(tmp_path, capsys):
         ",sex,id,group\n0,1,sub-01,A\n1,2,sub-02,B\n2,1,sub-03,A\n"
         "3,2,sub-03, \n4,1,sub-04,B\nTotal: 5"
     )
-    options = dataset.Slice(src="", dest="", labels=str(table))
+    options = dataset.Slice(src=".", dest=".", labels=str(table))
     assert list(dataset._read_labels(subjects, options)) == ["A", "B", "A"]
     assert "several" not in capsys.readouterr().out
     table.write_text(table.read_text().replace("03, ", "03,B"))
     assert list(dataset._read_labels(subjects, options)) == ["A", "B", "A"]
     assert "1 subjects have several labels" in capsys.readouterr().out
     # Of columns of numbers the one that is called like an id; as Excel writes.
-    text = "\ufeffage,subject,group\n2,1.0, .5 \n1,2.0,Abeta+\n3,3.0,Abeta-"
+    text = "\ufeffage,subject,group\n2,1.0, .5,\n1,2.0,Abeta+,\n3,3.0,Abeta-"
     table.write_text(text, "utf-8")
     found = dataset._read_labels(subjects, options)
     assert list(found) == ["0.5", "Abeta+", "Abeta-"]
-    table.write_text("")
-    with pytest.raises(DataError, match="people.csv: .* expected a table"):
-        dataset._read_labels(subjects, options)
+    for text, match in (
+        ("", "people.csv: .* expected a table"),
+        ("subject,group", "no column names a subject"),
+        ("subject,group\n1,M0", "found the label M0, expected none"),
+    ):
+        table.write_text(text)
+        with pytest.raises(DataError, match=match):
+            dataset._read_labels(subjects, options)
 
 
 # ------------------------------------------------------------- command line

@@ -191,16 +191,17 @@ def test_poor_trials_are_pruned():
     )
 
     def fit(trial):
-        callback = train.pruning(trial)
-        value = 0.9 if trial.number < 3 else 0.1
+        callback, rounds = train.pruning(trial), 2 + trial.number // 3
+        value = (1, 1, 1, 1.1, 0.5)[trial.number]
         for epoch in range(4):
-            callback.on_epoch_end(epoch, {"val_ssim": value})
-            callback.on_epoch_end(epoch, {})  # a round without validation
+            callback.on_epoch_end(epoch * rounds, {})  # no validation
+            logs = {"val_ssim": epoch * value}
+            callback.on_epoch_end(epoch * rounds + rounds - 1, logs)
         return value
 
     study.optimize(fit, n_trials=5)
     states = [trial.state.name for trial in study.trials]
-    assert states == ["COMPLETE"] * 3 + ["PRUNED"] * 2
+    assert states == ["COMPLETE"] * 4 + ["PRUNED"]
 
 
 def test_what_is_refused(tmp_path, monkeypatch, capsys):
