@@ -1874,7 +1874,7 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
                     layer.dtype_policy = policy
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def log_prob(self, indices, **conditions):
+    def log_prob(self, indices, upper=(), label=None, slice_position=None):
         """Log-probability in nats of each position, `(B, h, w)` float32.
 
         The sum over positions is the log-probability of the grid.
@@ -1882,7 +1882,7 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         from tensorflow_probability import distributions  # takes seconds
 
         with self._in_float32():
-            logits = self(indices, **conditions)
+            logits = self(indices, upper, label, slice_position)
         return distributions.Categorical(logits=logits).log_prob(indices)
 
     def _batch_loss(self, batch, training):
@@ -2223,7 +2223,7 @@ def export_archive(vqvae, priors=(), texture=None):
         decode: the same the other way.
         generate: `n` >= 1, `seed` >= 0, int32, `temperature` > 0, float32,
             `label`, string, "" to alternate -> `images` `(n, H, W)`, and
-            their indices; only with priors. Equal to the function `generate`.
+            their indices; only with priors. As of the function `generate`.
 
     Returns: `keras.export.ExportArchive`.
     """

@@ -49,7 +49,7 @@ jinja2 = utils.lazy_import("jinja2")
 # `chunk_size` of a prior; a few MB, and seconds of work that a kill loses.
 CHUNK = 64
 CALIBRATION = 256  # validation images that anomalies are compared with
-ANOMALIES = 8  # images in the figure
+PICTURED = 8  # images in a figure of reconstructions or anomalies
 UNLIKELY = 95  # percentile of 3x3 indices there above which they are redrawn
 
 # === Settings of the verbs ===
@@ -121,7 +121,7 @@ class Show(DataArguments):
 
 @utils.settings
 class Reconstruct(SplitArguments):
-    """Encode and decode images; write a figure and print the SSIM of each."""
+    """Encode and decode images; print the SSIM of each, draw up to 8."""
 
     images: Annotated[tuple[str, ...], arg(metavar="PATH")] = ()
     """Image files (default: some images of a split)."""
@@ -609,7 +609,7 @@ def anomaly(trained, options):
         name, score, percentile = Path(row.path).name, row.score, row.percentile
         print(f"{score:.4f}  percentile {percentile:5.1f}  {name}")
         captions.append(f"score {score:.3f}\npercentile {percentile:.0f}")
-    some = utils.spread(len(table), ANOMALIES)
+    some = utils.spread(len(table), PICTURED)
     shown = [found[name][some] for name in ("images", "restored", "residual")]
     vqvae = trained.vqvae
     for level, side in zip(found["bits"], vqvae.factors, strict=True):
@@ -1172,10 +1172,11 @@ def plot_least_likely(trained, images, bits):
 
 def plot_reconstructions(path, trained, images, **options):
     """Figure of images and their reconstructions; returns the SSIM."""
-    decoded = trained.vqvae.reconstruct(images).numpy()
-    values = utils.ssim(images, decoded).numpy()
-    pair = trained.cut(images[..., 0], decoded[..., 0])
-    utils.plot_reconstructions(path, *pair, values, **options)
+    decoded = modules.rebuild(trained.vqvae, dataset.ordered_batches(images))
+    values = utils.ssim(images, decoded[..., None]).numpy()
+    some = utils.spread(len(images), PICTURED)
+    pair = trained.cut(images[some, ..., 0], decoded[some])
+    utils.plot_reconstructions(path, *pair, values[some], **options)
     return values
 
 
@@ -1205,9 +1206,8 @@ def plot_test_figures(folder, trained, test, found):
 SECTIONS = ("data", "reconstruction", "codebook", "prior")
 SECTIONS += ("generation", "memorization", "labels", "speed")
 STAGES = ("rebuilt", "upper_real", "all_drawn")  # each adds a source of error
-CLOSE = 1.3  # a Fréchet ratio below which little is left to gain
-WORDS = {
-    CLOSE: "about as close to unseen people as other real people are",
+WORDS = {  # up to a Fréchet ratio
+    1.3: "about as close to unseen people as other real people are",
     2: "close to real slices; a trained eye may tell them",
     5: "alike, but details give them away",
     math.inf: "told from real slices at a glance",
@@ -1226,9 +1226,7 @@ def verdict(evaluation):
     words = [text for high, text in WORDS.items() if ratio and ratio <= high]
     ratios, limit = generation.get("by_stage") or {}, ""
     ratios = {name: ratios[name] for name in STAGES if ratios.get(name)}
-    if ratios.get("all_drawn", math.inf) <= CLOSE:
-        limit = "nothing much: little is left to gain"
-    elif "all_drawn" in ratios:
+    if "all_drawn" in ratios:
         before = [1, *ratios.values()]
         rise = {k: ratios[k] - b for k, b in zip(ratios, before, strict=False)}
         limit = explain(max(rise, key=rise.get), "bad").partition(": ")[2]
@@ -1387,6 +1385,7 @@ def render(template, facts):
     )
     environment.filters |= {
         "explain": explain,
+        "quote": lambda path: shlex.quote(str(path)),
         "day": lambda time: f"{time[:4]}-{time[4:6]}-{time[6:8]}",
         "show": show_value,
         "size": utils.size_text,

@@ -2124,7 +2124,8 @@ def image_grid(path, rows, captions=None, titles=None, title=""):
     downs = np.cumsum([0, *(high + 0.03 + LINE * n for n in lines)])
     left, top = (1.1 if titles else 0.1), 0.1 + 0.2 * len(title.splitlines())
     scaled = any(row[-1].unit for row in rows)
-    width = max(left + columns * (wide + 0.03) + (0.9 if scaled else 0.1), 4)
+    width = left + columns * (wide + 0.03) + (0.9 if scaled else 0.1)
+    width = max(width, 4, *(0.075 * len(x) for x in title.splitlines()))
     height = top + downs[-1] + 0.1
 
     figure = _figures.Figure((width, height), facecolor="black")

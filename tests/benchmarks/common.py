@@ -40,9 +40,8 @@ def run(description, cases, flags, argv=None):
     options, results = parser.parse_args(argv), {}
     for name in options.cases:
         rows = results[name] = cases[name](options)
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[cell(row.get(key)) for key in keys] for row in rows]
-        print(f"\n{name}\n{utils.align([keys, *cells])}", flush=True)
+        table = utils.pd.DataFrame([*rows]).map(cell).to_string(index=False)
+        print(f"\n{name}\n{table}", flush=True)
     if options.json:
         utils.write_json(options.json, results)
     return results
