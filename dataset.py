@@ -234,16 +234,13 @@ def scan(root, dataset, pattern=None, split=None):
     """
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
     base, files, ignored, notes = _list_files(root, dataset)
-    around = 0
+    around = 0 if any_folder else None
     if any_folder and not pattern:
         cut, around = _around(files["stem"])
         files["stem"] = files["stem"].str[cut:]
     known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
-    rows = (
-        _row(file, match, around if any_folder else None)
-        for file, match in zip(files.itertuples(), matches, strict=True)
-    )
+    rows = map(_row, files.itertuples(), matches, itertools.repeat(around))
     columns = ["path", "subject", "scan", "slice", "label", "split"]
     table = pd.DataFrame(rows, columns=columns)
     told = [m is not None or not pattern for m in matches]
@@ -282,9 +279,9 @@ def _note_what_is_untold(table, notes):
 
 
 def _around(stems):
-    """Return how much of each path is folders that hold everything.
+    """Return the lengths of two parts of the folders that hold everything.
 
-    Up to one with a number, which may name a person; and how much comes then.
+    The second begins with a folder with a number, which may name a person.
     """
     folders = [os.path.dirname(stem) for stem in stems] or [""]
     shared = os.path.join(os.path.commonpath(folders), "")
@@ -464,7 +461,7 @@ def _tells_subjects(guess, stems):
 def _row(file, match, around):
     """Return what the path of a slice tells, in the order of the table.
 
-    Of "folder" `around` is how much of it is folders that hold everything.
+    `around`: how much of a path of "folder" is folders that hold everything.
     """
     groups, stem = match.groupdict() if match else {}, file.stem
     number, label = (groups.get(name) or "" for name in ("slice", "label"))
@@ -2125,13 +2122,7 @@ def _read_labels(subjects, options):
     # They name folders; those that begin with a dot are hidden.
     labels = labels.str.replace(r"[\s/\\\0]+", "-", regex=True)
     labels = labels.str.replace(r"^\.", "0.", regex=True)
-    others = re.compile(rf"{VISIT}|(?i:{'|'.join(SUBJECTS)})")
-    for name in labels.dropna().unique():
-        if others.fullmatch(name) or MASKS.fullmatch(name):
-            raise DataError(
-                f"{_show(options.labels)}: found the label {_show(name)}, "
-                "expected none that reads like a visit, a person or a mask"
-            )
+    _refuse_misread(labels.dropna().unique(), options.labels)
     wanted = subjects.map(_canonical)
     # Of the other columns, the one that names most of the subjects; of two
     # rather names than numbers, which may be those of the rows.
@@ -2158,6 +2149,17 @@ def _read_labels(subjects, options):
     if (result == "").any():
         print(f"{(result == '').sum()} of {len(result)} volumes have no label")
     return result
+
+
+def _refuse_misread(labels, file):
+    """Refuse labels that `scan` would take for something else."""
+    others = re.compile(rf"{VISIT}|(?i:{'|'.join(SUBJECTS)})")
+    for name in labels:
+        if others.fullmatch(name) or MASKS.fullmatch(name):
+            raise DataError(
+                f"{_show(file)}: found the label {_show(name)}, expected none "
+                "that reads like a visit, a person or a mask"
+            )
 
 
 def _cut_to_file(options, source, file):

@@ -2223,7 +2223,8 @@ def export_archive(vqvae, priors=(), texture=None):
         decode: the same the other way.
         generate: `n` >= 1, `seed` >= 0, int32, `temperature` > 0, float32,
             `label`, string, "" to alternate -> `images` `(n, H, W)`, and
-            their indices; only with priors. As of the function `generate`.
+            their indices; only with priors. What the function `generate` gives,
+            but for the rounding of a texture in bfloat16.
 
     Returns: `keras.export.ExportArchive`.
     """

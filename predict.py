@@ -49,7 +49,7 @@ jinja2 = utils.lazy_import("jinja2")
 # `chunk_size` of a prior; a few MB, and seconds of work that a kill loses.
 CHUNK = 64
 CALIBRATION = 256  # validation images that anomalies are compared with
-PICTURED = 8  # images in a figure of reconstructions or anomalies
+PICTURED = 8  # images in a figure of reconstructions or anomalies, at most
 UNLIKELY = 95  # percentile of 3x3 indices there above which they are redrawn
 
 # === Settings of the verbs ===
@@ -1182,7 +1182,7 @@ def plot_reconstructions(path, trained, images, **options):
 
 def plot_test_figures(folder, trained, test, found):
     """Reconstructions, the worst of them, index maps and codebook usage."""
-    rows = utils.choose_rows(len(test), 8)
+    rows = utils.choose_rows(len(test), PICTURED)
     worst = np.argsort(found["ssim"], kind="stable")[:FAILURES]
     shown, indices = test.read(rows), found["indices"]
     plot_reconstructions(folder / "reconstructions.png", trained, shown)

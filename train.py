@@ -48,7 +48,6 @@ tf = utils.lazy_import("tensorflow")
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 LEAST_USAGE = 0.02  # of a codebook over the training images
-PICTURED = 8  # images shown while a stage is trained
 PICTURES = 5  # times that they are shown
 SAMPLING = {"temperature": (1.0, 0.9, 0.8, 0.7), "top_p": (1.0, 0.95, 0.9)}
 LEAST_TO_CHOOSE, MOST_TO_CHOOSE = 64, 256  # validation images
@@ -262,7 +261,7 @@ def begin_parts(job, parts):
             f"{job.run.path}: its training stopped before "
             f"{', '.join(sorted(others))}; finish it first with --resume"
         )
-    check_batches(job, parts)
+    check_parts(job, parts)
     job.begin(parts)
 
 
@@ -305,7 +304,7 @@ def plan_resume(job, earlier):
         parts |= trained | {"indices"}
         longer, under_way = {"vqvae"}, False
     since = {part: int(epochs.get(part, 0)) for part in longer}
-    check_batches(job, parts)
+    check_parts(job, parts)
     if not under_way:
         return job.begin(parts, **since)
     now = run.info["training"]  # other parts go on from their checkpoints
@@ -343,7 +342,7 @@ def load_images(job, asked):
     }
     vqvae_only = job.settings.run.stage == "vqvae"
     parts = {"vqvae", "indices"} if vqvae_only else {*all_parts(run)}
-    check_batches(job, parts)
+    check_parts(job, parts)
     if len(slices.rejected):
         utils.write_csv(run.rejected_path, slices.rejected)
     job.begin(parts)
@@ -393,17 +392,18 @@ def settle_conditions(job, source, asked=True):
     }
 
 
-def check_batches(job, parts):
-    """Refuse what replicas cannot do, and an empty share of a batch.
+def check_parts(job, parts):
+    """Refuse parts of a training that cannot be made, before anything changes.
 
-    `parts`: names of what will be trained.
+    Their images may be gone, replicas cannot do all, a share of a batch may be
+    empty. `parts`: names of what will be trained.
     """
     run, options = job.settings.run, job.settings.training
     spared = {"sampling"}
     if not (options.flips or options.prior_augment):
         spared |= {*job.run.prior_names}  # indices are enough
     if parts - spared:
-        _ = job.images  # a start without them is refused before any change
+        _ = job.images  # a `DataError` if they are gone
     replicas = job.strategy.num_replicas_in_sync
     half = run.precision == "mixed_float16"
     for flag, given in ("jit", run.jit), ("precision mixed_float16", half):
@@ -906,7 +906,7 @@ def vqvae_pictures(job, vqvae):
     images = job.images["validate"]
     if not len(images):
         return None
-    shown = images.read(utils.choose_rows(len(images), PICTURED))
+    shown = images.read(utils.choose_rows(len(images), predict.PICTURED))
 
     def draw():
         indices = [grid.numpy() for grid in vqvae.encode(shown)]
@@ -936,7 +936,7 @@ def prior_pictures(job, vqvae, prior, level):
     priors.insert(level - 1, prior)
 
     def draw():
-        images, *_ = modules.generate(vqvae, priors, 2 * PICTURED, seed)
+        images, *_ = modules.generate(vqvae, priors, 2 * predict.PICTURED, seed)
         title = f"samples, seed {seed}"
         utils.log_figure("samples", utils.plot_samples, images, title)
 

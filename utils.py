@@ -412,7 +412,7 @@ def _fits(value, hint):
         return right and all(map(_fits, value, inner))
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is hint and value != ""
+    return type(value) is hint and value != ""  # as of "$RUN", if unset
 
 
 def _expected(hint):

@@ -593,8 +593,10 @@ def test_atlas():
 
 def test_attention_in_parts(monkeypatch):
     """Prevents: attention of a part to others, or after other blocks."""
-    layers = tiny_prior("pixelsnail", blocks=3).causal_layers
-    assert [type(layer).__name__[0] for layer in layers] == [*"GGGCGC"]
+    for attention, order in ((True, "GGGCGC"), (False, "GGGG")):
+        prior = tiny_prior("pixelsnail", blocks=3, attention=attention)
+        names = [type(layer).__name__[0] for layer in prior.causal_layers]
+        assert "".join(names) == order
     layer = modules.CausalAttention(16)
     x, codes = noise(2, 3, 7, 16), noise(2, 3, 7, 16, seed=1)
     layer(x, codes)

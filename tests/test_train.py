@@ -231,7 +231,7 @@ def test_a_single_subject_has_none_to_validate_on(oasis_dir, tmp_path, plain):
 
 
 def test_stages_give_the_same_bits(tiny_run, vqvae_run, tmp_path, monkeypatch):
-    """Also from another folder, and whatever the rounds are."""
+    """From another folder, whatever the rounds are; old scores are gone."""
     copy_run(vqvae_run, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "prior_pictures", lambda *_: None)
@@ -240,7 +240,6 @@ def test_stages_give_the_same_bits(tiny_run, vqvae_run, tmp_path, monkeypatch):
     for name in ("vqvae.keras", "prior.keras"):
         pair = (modules.load_model(r.path / name) for r in (tiny_run, staged))
         np.testing.assert_equal(*(model.get_weights() for model in pair))
-    # They are of the model before.
     assert not {"evaluation.json", "MODEL_CARD.md"} & files(staged.path).keys()
     one, other = files(tiny_run.path), files(vqvae_run.path)
     for name in ("split.csv", "indices.npz", "figures/reconstructions.png"):
@@ -557,9 +556,9 @@ def test_only_batches_of_what_is_trained_are_checked(tiny_run, tmp_path):
     sizes = {"batch_size": 1, "prior_batch_size": 2, "accumulation_steps": 2}
     run.settings = utils.replace(run.settings, **sizes)
     job = train.Job(run, tf.distribute.get_strategy(), None)
-    train.check_batches(job, {"prior", "sampling"})
+    train.check_parts(job, {"prior", "sampling"})
     with pytest.raises(utils.FlagError, match="--batch-size: 1 images"):
-        train.check_batches(job, {"vqvae"})
+        train.check_parts(job, {"vqvae"})
 
 
 def test_a_stopped_run_may_get_more_epochs(half_done, tmp_path, plain):
