@@ -321,25 +321,6 @@ class RoundCheckpoint(keras.callbacks.Callback):
             ]
 
 
-class Pictures(keras.callbacks.Callback):
-    """Show TensorBoard pictures of a training after some of its rounds.
-
-    `draw()`, after the `rounds` (from 1), calls `tf.summary.image`. It must not
-    change the state of a random generator. `path` is for the event files.
-    """
-
-    def __init__(self, path, draw, rounds):
-        super().__init__()
-        self.draw, self.rounds = draw, rounds
-        self.writer = tf.summary.create_file_writer(str(path))
-
-    def on_epoch_end(self, epoch, logs=None):
-        if epoch + 1 in self.rounds:
-            with self.writer.as_default(epoch + 1):
-                self.draw()
-            self.writer.flush()
-
-
 # === Vector quantizer ===
 
 

@@ -849,7 +849,10 @@ class Fit:
             if pictures:
                 epochs = {1, *utils.spread(self.epochs, PICTURES) + 1}
                 rounds = {self.rounds * epoch for epoch in epochs}
-                callbacks.append(modules.Pictures(folder, pictures, rounds))
+                show = functools.partial(log_pictures, folder, pictures, rounds)
+                callbacks.append(
+                    keras.callbacks.LambdaCallback(on_epoch_end=show)
+                )
         return callbacks
 
     def _after_step(self, number, logs):
@@ -896,6 +899,15 @@ class Fit:
 
 
 # === Pictures ===
+
+
+def log_pictures(folder, draw, rounds, number, logs):
+    """Show TensorBoard what `draw()` shows of a training after some rounds."""
+    if number + 1 in rounds:
+        writer = tf.summary.create_file_writer(str(folder))
+        with writer.as_default(number + 1):
+            draw()
+        writer.close()
 
 
 def vqvae_pictures(job, vqvae):
