@@ -129,11 +129,14 @@ SUBJECTS = (
     r"(?:subject|subj|sub|patient|pat|case|person|volunteer)[-_ ]?\d+",
 )
 # What a slice number follows, to be told from others: sub-03_z001_T1w.
-NUMBER = r"(?:.*[^a-z])?(?:z|slice|slc|img|image|frame)[-_ ]?(?P<slice>\d+)"
+NUMBER = (
+    r"(?:.*[^a-z])?(?:(?:z|slice|slc)[-_ ]?|(?:img|image|frame)[-_ ]?"
+    r"(?:\d+[-_ ])*)(?P<slice>\d+)"
+)
 # What tells scans of one person apart: visits, and contrasts.
 VISIT = (
     r"(?i:(?:ses|session|visit|week|month|day|year|tp|timepoint|scan|run|echo)"
-    r"[-_ ]?\d+|[vm]\d\d?)"
+    r"[-_ ]?\d+|[vm]\d\d?|baseline|follow[-_ ]?up\d*)"
 )
 APART = rf"(?:{VISIT}|(?i:T[12][a-z]*|PDT2))"
 TAIL = rf"(?:[-_. ]+{APART})*[^/\d]*$"  # after a slice number: 045_T1
@@ -255,8 +258,9 @@ def scan(root, dataset, pattern=None, split=None):
     table = kept.reset_index(drop=True)
     for name in ("subject", "scan", "label"):
         table[name] = _unify(table[name])
-    if any_folder and table["label"].nunique() == 1:
-        table["label"] = ""  # one class tells nothing
+    people = table.groupby("label")["subject"].nunique()
+    if any_folder and (len(people) == 1 or people.max() == 1):
+        table["label"] = ""  # one class tells nothing, nor do names of people
     _note_what_is_untold(table, notes)
     if split:
         table["split"] = split
@@ -315,16 +319,17 @@ def _list_files(root, dataset):
     files = files_below(top, ignored, lost.append)
     names = [os.path.relpath(path, top) for path in files]
     names = pd.Series(names, dtype=object)
-    splits = f"{layout.prefix}(?P<split>{'|'.join(SPLIT_NAMES)})"
+    prefix = layout.prefix if layout.pattern else r"(?:(?P<word>\w+)_)?"
+    splits = f"{prefix}(?P<split>{'|'.join(SPLIT_NAMES)})"
     splits = f"(?P<folder>{splits}(?:[-_ ]?(?:set|data|images))?)/"
     splits += "(?:(?P=folder)/)*"  # doubled by unzipping: train/train/AD
     way = rf"(?is)^(?P<above>(?:[^/]+/)*?){splits}(?P<stem>.*)$"
     table = names.str.extract(way).fillna("").assign(path=names)
     table["split"] = table["split"].str.casefold().replace(SPLIT_NAMES)
     if layout.pattern is None:
-        stem = (table["above"] + table["stem"]).mask(
-            table["split"] == "", names
-        )
+        word = table["word"].where(table["word"] == "", table["word"] + "/")
+        stem = table["above"] + word + table["stem"]  # of AD_train: AD
+        stem = stem.mask(table["split"] == "", names)
         table["stem"] = stem.str.replace(SUFFIX, "", regex=True)
         fits, above = names.str.fullmatch(IMAGE_FILE).astype(bool), [""]
     else:
@@ -335,7 +340,7 @@ def _list_files(root, dataset):
     if len(above) > 1:
         raise DataError(
             f"{_show(root)}: found several data sets, expected one; name "
-            f"one of {_some(above)}"
+            f"one of {_some(above)}, or use --dataset folder"
         )
     base = os.path.join(top, above[0])
     for error in lost:
@@ -388,7 +393,7 @@ def files_below(folder, ignored=None, onerror=_refuse_folder):
             ignored.append(parent)
             names.clear()
         elif any(map(MASKS.fullmatch, inside.split(os.sep))):
-            ignored += filter(IMAGE_FILE.fullmatch, paths)
+            ignored += paths
         else:
             for path in paths:
                 if MASKS.fullmatch(_stem(path)):
@@ -643,6 +648,8 @@ def _read_picture(path, data, notes):
 
 def _open_nifti(path):
     """Return what nibabel makes of a file, its voxels unread."""
+    if not os.path.isfile(path):
+        raise _Unfit("found no file, or a link to none, expected a file")
     nibabel.imageglobals.logger.setLevel("CRITICAL")  # else lines a file
     if str(path).lower().endswith("gz"):  # also mgz
         with gzip.open(path) as stream:  # to the checksum, which nibabel skips
@@ -1854,7 +1861,7 @@ VOLUME_FILE = re.compile(
 KINDS = re.compile(
     r"(?i)(?:^|[_-])(T[12][a-z]*|PD(?:w|T2)?|FLAIR|MRA|SWI|DTI|ADC|angio|"
     r"inplaneT[12]|UNIT1|bold|sbref|dwi|asl|epi|magnitude\d?|phase\w*)"
-    r"(?:-\d+)?$"
+    r"(?:-\d+)?(?:_[a-z]+)*$"  # T1w_acpc_dc, T1_brain
 )
 # Where the planes of a stack, their rows and their columns go to (Superior,
 # Posterior, Right and so on), and how a picture says so.
@@ -1979,14 +1986,15 @@ def _find_volumes(source, options):
     names = {f: os.path.relpath(f, source.parent) for f in files}
     fits = functools.partial(fnmatch.fnmatch, pat=options.match)
     files = {f: n for f, n in names.items() if fits(n)}
-    if not files:
-        raise DataError(
-            f"{_show(source)}: found {len(names)} volumes "
-            f"({_some(names.values(), 3)}), expected NIfTI, Analyze, MGZ or "
-            f"MINC files that fit --match '{options.match}'"
-        )
     if masks:
         print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
+    if not files:
+        there = sorted(os.listdir(source)) if source.is_dir() else [source]
+        raise DataError(
+            f"{_show(source)}: found {len(names)} volumes "
+            f"({_some(names.values(), 3)}) in {_some(there)}, expected NIfTI, "
+            f"Analyze, MGZ or MINC files that fit --match '{options.match}'"
+        )
     _refuse_several_kinds(files.values())
     _compile(options.subject_pattern or "")
     table = pd.DataFrame({"source": [*files]})
@@ -1995,8 +2003,12 @@ def _find_volumes(source, options):
     table["subject"] = _unify(
         _subject_of(*pair, options.subject_pattern) for pair in pairs
     )
-    if not (options.subject_pattern or any(folders)):
-        _warn_of_likeness([*map(_stem, files)], table["subject"])
+    if not options.subject_pattern:
+        names = [f or _stem(n) for f, n in zip(folders, files, strict=True)]
+        _warn_of_likeness(names, table["subject"])
+    people = table["subject"].groupby([*map(_stem, files)]).nunique()
+    if len(several := people.index[people > 1]) > 1:
+        _warn(f"kinds of volumes, all taken: {_some(several)}; see --match")
     table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
@@ -2052,14 +2064,18 @@ def _subject_folders(paths):
     their folder: P01/T1.nii, P02/T1.nii; P01/P01_t1.nii.
     """
     stems = [*map(_stem, paths)]
-    parts = [path.split("/")[:-1] for path in paths]
+    parts = [
+        [p for p in path.split("/")[:-1] if not re.fullmatch(APART, p)]
+        for path in paths
+    ]
     times, folders = collections.Counter(stems), {tuple(p) for p in parts}
     numbered = re.compile(r".*\d").match
     alike = [
         times[stem] > 1
         or bool(numbered(p[-1]))
         and stem.startswith(p[-1])
-        or any(n.isdigit() and f"_{n}_" in stem for n in p)  # ADNI_3102_MR
+        # ADNI_3102_MR, 100307_T1w
+        or any(n.isdigit() and f"_{n}_" in f"_{stem}_" for n in p)
         for p, stem in zip(parts, stems, strict=True)
         if p
     ]
@@ -2180,7 +2196,11 @@ def cut_volume(path, options):
     thin planes is interpolated; thick ones are taken as they are.
     """
     volume, spacing, notes = _open_volume(path, PLANES[options.plane][0])
-    low, high = _window(volume[::2, ::2, ::2])
+    some = volume[::2, ::2, ::2]
+    low, high = _window(some)
+    levels, counts = np.unique(some, return_counts=True)
+    if max(counts) > some.size / 5:  # a background of one value is black
+        volume = np.where(volume == levels[counts.argmax()], low, volume)
     inside = volume > low + INSIDE * (high - low)
     if not inside.any() or inside.all():
         raise _Unfit("found no contrast, expected anatomy")
