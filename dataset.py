@@ -327,9 +327,11 @@ def _list_files(root, dataset):
     table = names.str.extract(way).fillna("").assign(path=names)
     table["split"] = table["split"].str.casefold().replace(SPLIT_NAMES)
     if layout.pattern is None:
-        word = table["word"].where(table["word"] == "", table["word"] + "/")
-        stem = table["above"] + word + table["stem"]  # of AD_train: AD
-        stem = stem.mask(table["split"] == "", names)
+        stem, word = table["stem"], table["word"]
+        several = word[table["split"] != ""].str.casefold().nunique() > 1
+        if several:  # AD_train, NC_train
+            stem = (word + "/").str.removeprefix("/") + stem
+        stem = (table["above"] + stem).mask(table["split"] == "", names)
         table["stem"] = stem.str.replace(SUFFIX, "", regex=True)
         fits, above = names.str.fullmatch(IMAGE_FILE).astype(bool), [""]
     else:
@@ -1054,7 +1056,7 @@ def _load(index, plan, dataset, skip_bad, root):
     """Return the `Slices` of an index and what their files hold; print it."""
     table, base = index.table, index.root
     file, found = _decode(table, base, plan)
-    about = _read_marker(root, base)
+    about = _read_marker(root, base, Path(root).absolute().parent)
     if about is not None:  # a simulator knows the labels of its subjects
         known = table["subject"].map(about.get("labels", {})).fillna("")
         table["label"] = table["label"].where(table["label"] != "", known)
@@ -1203,7 +1205,8 @@ def load_run(run, data_dir=None, needed=SPLITS):
         data_dir: where the data set is now, by default where it was.
         needed: splits; `DataError` if files of these are gone or changed.
     """
-    table, root = utils.read_split_table(run), _root_of_run(run, data_dir)
+    table = utils.read_split_table(run)
+    root = _root_of_run(run, data_dir, table["path"][0])
     there = np.array([os.path.isfile(root / path) for path in table["path"]])
     _refuse_lost(root, table[~there], needed, "are gone")
     table = table[there].reset_index(drop=True)
@@ -1221,13 +1224,15 @@ def load_run(run, data_dir=None, needed=SPLITS):
     return {split: slices.split(split) for split in SPLITS}
 
 
-def _root_of_run(run, data_dir):
+def _root_of_run(run, data_dir, first):
+    """Return the folder of a run's images; `first` is the path of one in it."""
     data = run.settings.data
     root = Path(data_dir or run.info["data_dir"])
     if data.dataset == "phantom" and not root.is_dir():
         root = simulated_folder(data.phantom_subjects)
-    if data_dir and data.dataset not in ("phantom", "folder"):
-        root, *_ = _list_files(root, data.dataset)
+    if data_dir and not (root / first).exists():  # a folder above
+        ends = (p for p in files_below(root) if p.endswith(f"/{first}"))
+        root = Path(next(ends, f"{root}/{first}").removesuffix(first))
     return root.absolute()
 
 

@@ -1858,7 +1858,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
     def log_prob(self, indices, upper=(), label=None, slice_position=None):
         """Log-probability in nats of each position, `(B, h, w)` float32.
 
-        The sum over positions is the log-probability of the grid.
+        The sum over positions is the log-probability of the grid. Conditions
+        are those of `call`: a label is its number in `labels`.
         """
         from tensorflow_probability import distributions  # takes seconds
 

@@ -129,7 +129,7 @@ class Reconstruct(SplitArguments):
 
 @utils.settings
 class Generate(RunArguments, SamplingArguments, OutputArguments):
-    """Generate new slices as files, and the first 64 of them as a figure.
+    """Generate new slices as files, and the first, at most 64, as a figure.
 
     Files that exist are not sampled again, so an interrupted request goes on.
     Parts of a large request (--first) may run at the same time, also on
@@ -758,24 +758,30 @@ def evaluate_run(trained, splits, options=None):
 def is_external(run, options):
     """Whether --data-dir is another data set, not the run's own one moved.
 
-    It is the run's own if the first file of its split table is somewhere there.
+    It is the run's own if two files of its split table, the first one and the
+    last, one to train and one to test, are somewhere there.
     """
     external = options.data_dir is not None
     if external and run.split_path.exists():
-        first = utils.read_split_table(run).iloc[0]
-        external = not any(
-            path.endswith(f"/{first['path']}")
-            and dataset.file_sha256(path) == first["sha256"]
-            for path in dataset.files_below(options.data_dir)
+        files = [*dataset.files_below(options.data_dir)]
+        external = not all(
+            any(
+                path.endswith(f"/{row.path}")
+                and dataset.file_sha256(path) == row.sha256
+                for path in files
+            )
+            for row in utils.read_split_table(run).iloc[[0, -1]].itertuples()
         )
-    usual, wrong = vars(Evaluate()), {"skip_bad", "subject_pattern"}
-    why = f"expected another data set in --data-dir, found that of {run.path}"
-    if external:
-        wrong = usual.keys() - wrong - {"run", "output", "data_dir"}
-        why = f"nothing is generated for {options.data_dir}: leave the flag out"
-    for name in sorted(wrong):
-        if getattr(options, name) != usual[name]:
-            raise utils.FlagError(f"--{name.replace('_', '-')}: {why}")
+    usual, of_others = vars(Evaluate()), {"skip_bad", "subject_pattern"}
+    of_samples = usual.keys() - of_others - {"run", "output", "data_dir"}
+    drawn = not external and run.has_priors
+    for names, fit, why in (
+        (of_others, external, "needs another data set in --data-dir"),
+        (of_samples, drawn, "nothing is generated: leave the flag out"),
+    ):
+        for name in sorted(names):
+            if not fit and getattr(options, name) != usual[name]:
+                raise utils.FlagError(f"--{name.replace('_', '-')}: {why}")
     return external
 
 
@@ -1319,8 +1325,9 @@ def run_facts(trained):
     sizes = {name: getattr(vqvae.settings, name) for name in sizes}
     paths = [run.vqvae_path, *run.prior_paths[: len(trained.priors)]]
     models = [vqvae, *trained.priors]
-    if trained.texture:
-        paths, models = [*paths, run.texture_path], [*models, trained.texture]
+    texture = modules.load_texture(run, vqvae) if trained.priors else None
+    if texture:
+        paths, models = [*paths, run.texture_path], [*models, texture]
     return {
         **{key: run.info[key] for key in run.info if key != "training"},
         "settings": utils.flat(run.settings),

@@ -166,6 +166,8 @@ class Job:
         `epochs_before`: what parts that are trained on had before.
         """
         done = [part for part in all_parts(self.run) if part not in parts]
+        for part in parts - epochs_before.keys():
+            shutil.rmtree(self.run.logs_path / part, ignore_errors=True)
         self.run.begin(self.settings, done, epochs_before=epochs_before)
 
     def epochs_before(self, part):
@@ -187,11 +189,13 @@ class Job:
     def finish(self, part, model):
         """Save the model of a part; the training is past it."""
         utils.write_atomic(self.run.model_path(part), model.save)
-        # Its scores are those of the model that was there before.
+        # These show the model that was there before.
         run = self.run
-        for path in run.evaluation_path, run.card_path, run.report_path:
+        stale = {run.evaluation_path, run.card_path, run.report_path}
+        stale |= {*run.figures_path.glob("*.png")}
+        for path in stale - {run.figures_path / "reconstructions.png"}:
             path.unlink(missing_ok=True)
-        self.run.note_done(part)
+        run.note_done(part)
 
 
 def all_parts(run):
@@ -564,7 +568,7 @@ def train_prior(job, vqvae, indices, level):
     name = run.prior_names[level - 1]
     prior = job.make_model(name, lambda: new_prior(job, vqvae, level))
     prior.recompute = settings.training.recompute
-    print(f"{name}: {settings.prior.network}, {prior.count_params():,} weights")
+    print(f"{name}: {type(prior).__name__}, {prior.count_params():,} weights")
 
     def inputs(split):
         grids = [indices[f"{split}_{k + 1}"] for k in range(vqvae.levels)]
@@ -1022,7 +1026,8 @@ def open_study(folder, settings, space):
         load_if_exists=True,
     )
     values = utils.flat(settings)
-    now = {k: utils.typed(v) for k, v in values.items() if k not in FREE}
+    now = {"objective": ""}  # it decides what is searched: compared first
+    now |= {k: utils.typed(v) for k, v in values.items() if k not in FREE}
     now |= dict.fromkeys(space, "a range")
     if not begun:
         study.set_metric_names(list(objectives))

@@ -976,7 +976,9 @@ def _settings_for(stage, folder):
         )
     run = Run.open(folder)
     once = {"prior_level": None, "force": False, "evaluate": True}
-    return replace(run.settings, **once, resume=None, strategy="auto")
+    # Of a training that was stopped, which may have more parts to make.
+    now = run.training_settings
+    return replace(now, **once, resume=None, strategy="auto")
 
 
 def _check_together(chosen, is_new):

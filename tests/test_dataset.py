@@ -201,12 +201,13 @@ NAMES = {  # format of a path -> subject and scan of the first of them
     "P{p:03d}/P{p:03d}_ses{k}_{k:03d}.png": "P001",
     "study_2020/P{p:03d}/z{k}.png": "P001",
     "IXI{p:03d}-Guys-{k:03d}.png": "IXI001",
-    "{p}_{k}.jpeg": "1",
     "IXI{p:03d}_t1ce_{k:03d}.png": "IXI001",
     "BraTS_{p:03d}_ses{k}_{k:03d}.png": "BraTS_001",
     "ses-{k}/P{p:03d}/z{k}.png": "P001",
     "z{k:03d}_IXI{p:03d}.png": "IXI001",
     "axial_{k}/P{p:03d}.png": "P001",
+    "osi/P{p:02d}/IMG-0001-{k:05d}.png": "P01",
+    "OAS3{p:04d}_d1/anat/sub-OAS3{p:04d}_{k:03d}.png": "sub-OAS30001",
     "患者{p:02d}_切片{k}.png": "患者01",
     os.fsdecode(b"{p}\xe9_{k}.jpeg"): "1\\udce9",  # not UTF-8
 }
@@ -300,20 +301,26 @@ def test_what_is_odd_about_names_is_said(tmp_path):
 
 def test_folders_give_splits_and_classes(tmp_path, capsys):
     root = tmp_path / "d"
-    write_folder(root, "train/CDR 0/p{p}_{k}.png", range(1, 6))
-    write_folder(root, "train/AD/p{p}_{k}.png", range(6, 11))
-    write_folder(root, "Test_set/Test_set/AD/p{p}_{k}.png", range(11, 13))
+    write_folder(root, "x_train/CDR 0/p{p}_{k}.png", range(1, 6))
+    write_folder(root, "x_train/AD/p{p}_{k}.png", range(6, 11))
+    write_folder(root, "X_Test_set/X_Test_set/AD/p{p}_{k}.png", range(11, 13))
     write_folder(root, "other/p{p}_{k}.png", range(20, 22))
-    write_folder(root, "train/masks/p{p}_{k}.png", range(1, 3))
+    write_folder(root, "x_train/masks/p{p}_{k}.png", range(1, 3))
     assert dataset.detect_layout(root) == "folder"
     slices = load(root, "folder")
     assert set(slices.table["label"]) == {"AD", "CDR 0"}
     splits = slices.table.groupby("split")["subject"].nunique()
     assert splits.to_dict() == {"train": 9, "validate": 1, "test": 2}
     output = capsys.readouterr().out
-    assert "folder test_set is read as test" in output
+    assert "folder x_test_set is read as test" in output
     assert "other: 6 files ignored: p20_0.png" in output
-    assert "train/masks: 6 files ignored" in output
+    assert "x_train/masks: 6 files ignored" in output
+    for folder, p in ("AD_train", 1), ("NC_train", 4), ("NC_test", 7):
+        write_folder(
+            tmp_path / "e", f"{folder}/p{{p}}_{{k}}.png", range(p, p + 3)
+        )
+    found = dataset.scan(tmp_path / "e", "folder").table[["label", "split"]]
+    assert found.value_counts()["NC", "test"] == 9 and len(found) == 27
 
 
 # ------------------------------------------------------------------- reading
@@ -494,7 +501,6 @@ def test_an_image_size_below_the_content_is_refused(oasis, hipmri, capsys):
         image[:9], image[-9:] = 0, 0
         Image.fromarray(image).save(path)
     assert load(oasis, image_size=(16, 32)).size == (16, 32)
-    # A minority of another size is cut, and said.
     assert load(hipmri, "hipmri").read().shape == (24, 32, 32, 1)
     output = capsys.readouterr().out
     assert "32x32 (20), 32x36 (4); padded or cropped to 32x32" in output
@@ -940,7 +946,7 @@ def test_flags_of_slicing(brain, tmp_path, capsys):
         "--layout oasis": "--layout: found several volumes of a .* 01",
         "--split 1,2": "--split: found 1,2",
         "--from 0.8 --to 0.2": "--from",
-        "--match nothing*": "found 24 volumes .*--match 'nothing",
+        "--match nothing*": "24 volumes .* in .*sub-01.*--match 'nothing",
         "--subject-pattern (": "--subject-pattern: found",
         f"--labels {root}/participants.tsv --label-column x": "the columns",
         f"--labels {tmp_path}/other.csv": "no column names a subject",
@@ -999,6 +1005,9 @@ def test_thick_planes_are_taken_as_they_are(tmp_path):
         assert len(images) == count and (np.diff(middle) >= 0).all()
         if count == 6:
             assert np.allclose(middle, np.arange(1, 7) / 6, atol=0.01)
+    nibabel.save(NIFTI(volume - 3.5 * (volume > 0), affine), tmp_path / "v.nii")
+    scored, _ = dataset.cut_volume(str(tmp_path / "v.nii"), options)
+    assert scored.shape == images.shape and (scored[images == 0] == 0).all()
     nibabel.save(NIFTI(volume[..., :1], affine), tmp_path / "v.nii")
     images, _ = dataset.cut_volume(str(tmp_path / "v.nii"), options)
     assert len(images) == 1 and images.any()
@@ -1028,6 +1037,7 @@ def test_names_of_volumes(capsys):
         "v/{p}.{k}.nii": "",
         "{p}/T1w/T1w.nii": "1",
         "PPMI/310{p}/T1/{k}/PPMI_310{p}_MR_{k}.nii": "3101",
+        "{p}/T1w_MPR{k}/{p}_T1w_MPR{k}.nii": "1",
     }.items():
         paths = [form.format(p=p, k=k) for p in range(1, 9) for k in "ab"]
         assert dataset._subject_folders(paths)[0] == folder
@@ -1035,6 +1045,9 @@ def test_names_of_volumes(capsys):
         assert dataset._subject_folders(paths)[0] == folder
     paths = [f"v/{c}/P{p}/T1.nii" for c in ("AD", "NC", "MCI") for p in "123"]
     assert dataset._subject_folders(paths)[:2] == ("P1", "P2")
+    paths = [f"v/{v}/P{p}.nii" for v in ("baseline", "ses2") for p in "123"]
+    people = map(dataset._subject_of, paths, dataset._subject_folders(paths))
+    assert [*people] == ["P1", "P2", "P3"] * 2
     paths = [f"v/{c}/{p}.nii" for c in ("AD", "NC") for p in "123"]
     assert dataset._subject_folders(paths)[::3] == ["AD_1", "NC_1"]
     stems = [f"prostate_{p:03d}_000{k}" for p in range(3) for k in range(2)]
@@ -1042,9 +1055,9 @@ def test_names_of_volumes(capsys):
     assert not capsys.readouterr().err
     dataset._warn_of_likeness(stems, pd.Series(stems))
     assert "alike count as several subjects: pro" in capsys.readouterr().err
-    kinds = "X_t1 X_t1ce flair I-T2 sub-1_T1w_PD I-MRA X_t1_2008 PD01".split()
-    found = [bool(dataset.KINDS.search(name)) for name in kinds]
-    assert found == [True] * 6 + [False] * 2
+    kinds = "X_t1 X_t1ce flair I-T2 sub-1_T1w_PD I-MRA T1w_acpc_dc T2_brain "
+    found = [dataset.KINDS.search(x) for x in f"{kinds}X_t1_2008 PD01".split()]
+    assert [*map(bool, found)] == [True] * 8 + [False] * 2
 
 
 def test_labels_of_volumes(tmp_path, capsys):
@@ -1089,10 +1102,3 @@ def test_check(oasis, tmp_path, capsys):
     output = capsys.readouterr().out
     assert f"left out {train_file(oasis)}: " in output
     assert utils.read_png(Path("p/a.png")).any()
-    options = ["--layout", "hipmri", "--subjects", "3", "--image-size", "32"]
-    dataset.main(["simulate", str(tmp_path / "d"), *options])
-    dataset.main(["check", str(tmp_path / "d")])
-    assert "simulated, layout hipmri" in capsys.readouterr().out
-    for flags in (["simulate", "d", "--subjects", "0"], ["chek"]):
-        with pytest.raises(FlagError):
-            dataset.main(flags)

@@ -274,6 +274,9 @@ def test_a_prior_needs_no_image(tiny_run, tmp_path, oasis_dir, capsys, plain):
     train.main([*stage, *flags])
     assert "predict.py evaluate" in capsys.readouterr().err
     after = files(run.path)
+    names = [path.name for path in run.figures_path.iterdir()]
+    assert names == ["reconstructions.png"]
+    assert len([*run.logs_path.glob("prior/*/*")]) == 2
     for name in ("vqvae.keras", "split.csv", "indices.npz"):
         assert after[name] == before[name]
     (prior,) = modules.load_models(run)[1]
@@ -527,6 +530,8 @@ def test_more_epochs_keep_what_is_under_way(levels_run, tmp_path):
     found = utils.Run.open(run.path).info["training"]
     assert found["done"] == ["vqvae", "indices", "prior_bottom"]
     assert found["epochs_before"] == {"texture": 1} and checkpoint.exists()
+    flags = ["--stage", "prior", "--run-dir", str(run.path)]
+    assert utils.parse_training(flags).training.texture_epochs == 3
 
 
 def test_what_a_resume_makes(tiny_run, tmp_path):

@@ -217,6 +217,7 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys):
         (2, run_dir, "--embedding-dim 8", f"{search_of} has a range, found 8"),
         (2, run_dir, all_given, "nothing to search"),
         (2, run_dir, "--stage vqvae --objective ssim+bits", "--stage vqvae"),
+        (2, run_dir, "--objective ssim+bits", f"--objective: {search_of}"),
         (2, run_dir, "--strategy multiworker", "--tune: a trial is trained"),
         (4, mine, "", "neither empty nor"),
     ):

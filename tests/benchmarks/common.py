@@ -40,18 +40,12 @@ def run(description, cases, flags, argv=None):
     options, results = parser.parse_args(argv), {}
     for name in options.cases:
         rows = results[name] = cases[name](options)
-        table = utils.pd.DataFrame([*rows]).map(cell).to_string(index=False)
-        print(f"\n{name}\n{table}", flush=True)
+        table = utils.pd.DataFrame([*rows])
+        text = table.to_string(index=False, float_format="{:,.4g}".format)
+        print(f"\n{name}\n{text}", flush=True)
     if options.json:
         utils.write_json(options.json, results)
     return results
-
-
-def cell(value):
-    """Return a value as a table shows it."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
 
 
 def seconds(function, *arguments):

@@ -8,8 +8,7 @@ each turn; that time does not count.
 
 - `tutorial`: the VQ-VAE of https://keras.io/examples/generative/vq_vae/ written
   anew from its description; float32, constant rate, `--minutes` long.
-- `informed`: the same, but code vectors start at latents of the first batch, to
-  show what that alone is worth.
+- `informed`: the same, but code vectors start at latents of the first batch.
 - `recipe`: the VQ-VAE of adni-vqvae-tuned with `--epochs`, to the end.
 """
 
@@ -72,11 +71,10 @@ def turns(model, batches, steps, minutes):
     """Train a turn at a time; yield step and minutes, so far."""
     model.make_train_function()
     batches, done, spent = iter(batches), 0, 0.0
-    step = lambda: float(model.train_function(batches)["loss"])  # noqa: E731
     while done < steps and spent < 60 * minutes:
         until = min(spent + min(max(0.2 * spent, 3.0), 25.0), 60 * minutes)
         while done < steps and spent < until:
-            spent += common.seconds(step)
+            spent += common.seconds(model.train_function, batches)
             done += 1
         yield {"step": done, "minutes": spent / 60}
 
