@@ -652,9 +652,9 @@ def test_by_stage_of_two_levels(levels, draws, monkeypatch):
 def test_verdict_names_the_stage_where_the_ratio_rises():
     for ratios, word in {
         (4.0, None, 5.0): "the VQ-VAE",
-        (1.2, None, 5.0): "the prior of the top",
+        (1.2, None, 5.0): "the prior of the highest",
         (1.2, 3.0, 4.0): "the prior of the lowest",
-        (1.2, 1.3, 4.0): "the prior of the top",
+        (1.2, 1.3, 4.0): "the prior of the highest",
     }.items():
         stages = dict(zip(predict.STAGES, ratios, strict=True))
         found = predict.verdict({"generation": {"by_stage": stages}})
