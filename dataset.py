@@ -586,10 +586,15 @@ class _Unfit(Exception):
     """Why a file cannot be used: what was found, what was expected."""
 
 
-def _read_bytes(path):
+def _require_file(path):
     if not os.path.isfile(path):  # a pipe would be waited on for ever
-        found = "not a file" if os.path.lexists(path) else "nothing there"
+        found = "not a file" if os.path.exists(path) else "a link to nothing"
+        found = found if os.path.lexists(path) else "nothing there"
         raise _Unfit(f"found {found}, expected a file")
+
+
+def _read_bytes(path):
+    _require_file(path)
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -650,8 +655,7 @@ def _read_picture(path, data, notes):
 
 def _open_nifti(path):
     """Return what nibabel makes of a file, its voxels unread."""
-    if not os.path.isfile(path):
-        raise _Unfit("found no file, or a link to none, expected a file")
+    _require_file(path)
     nibabel.imageglobals.logger.setLevel("CRITICAL")  # else lines a file
     if str(path).lower().endswith("gz"):  # also mgz
         with gzip.open(path) as stream:  # to the checksum, which nibabel skips
@@ -1231,8 +1235,8 @@ def _root_of_run(run, data_dir, first):
     if data.dataset == "phantom" and not root.is_dir():
         root = simulated_folder(data.phantom_subjects)
     if data_dir and not (root / first).exists():  # a folder above
-        ends = (p for p in files_below(root) if p.endswith(f"/{first}"))
-        root = Path(next(ends, f"{root}/{first}").removesuffix(first))
+        fits = (p for p in files_below(root) if p.endswith(f"/{first}"))
+        root = Path(next(fits, f"{root}/{first}").removesuffix(first))
     return root.absolute()
 
 

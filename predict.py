@@ -1325,7 +1325,9 @@ def run_facts(trained):
     sizes = {name: getattr(vqvae.settings, name) for name in sizes}
     paths = [run.vqvae_path, *run.prior_paths[: len(trained.priors)]]
     models = [vqvae, *trained.priors]
-    texture = modules.load_texture(run, vqvae) if trained.priors else None
+    texture = trained.texture
+    if trained.priors and not texture:  # it may be there, but not asked for
+        texture = modules.load_texture(run, vqvae)
     if texture:
         paths, models = [*paths, run.texture_path], [*models, texture]
     return {

@@ -906,7 +906,11 @@ class Fit:
 
 
 def log_pictures(folder, draw, rounds, number, logs):
-    """Show TensorBoard what `draw()` shows of a training after some rounds."""
+    """Show TensorBoard pictures of a training after some of its rounds.
+
+    `draw()` calls `tf.summary.image`. It must not change the state of a random
+    generator.
+    """
     if number + 1 in rounds:
         writer = tf.summary.create_file_writer(str(folder))
         with writer.as_default(number + 1):
