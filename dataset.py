@@ -1015,12 +1015,8 @@ def fit_to(image, size, resize=False):
 KNOWN = ["height", "width", "low", "high", "sha256"]
 
 
-def load(settings, image_size=None):
-    """Return the `Slices` of a data set, checked; print what it holds.
-
-    Args:
-        settings: `utils.DataSettings`.
-        image_size: (H, W) in pixels in place of that of the settings.
+def load(settings):
+    """Return the `Slices` of `utils.DataSettings`; print what they hold.
 
     Raises:
         DataError: naming all unfit files.
@@ -1030,8 +1026,8 @@ def load(settings, image_size=None):
     if dataset == "phantom":
         root, dataset = simulated_folder(settings.phantom_subjects), "oasis"
     index = scan(root, dataset, settings.subject_pattern)
-    size = image_size or settings.image_size
-    plan = _Plan(size and tuple(size), () if settings.resize else None)
+    size = settings.image_size
+    plan = _Plan(size, () if settings.resize else None)
     slices, found = _load(index, plan, dataset, settings.skip_bad, root)
     train = found["cut"][found["split"] == "train"]
     native = max(statistics.multimode(_sizes(found)))
