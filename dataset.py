@@ -27,7 +27,6 @@ import json
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 import typing
@@ -39,7 +38,7 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 import utils
-from utils import DataError, FlagError
+from utils import DataError, FlagError, warn
 
 Image = utils.lazy_import("PIL.Image")
 ImageOps = utils.lazy_import("PIL.ImageOps")
@@ -185,10 +184,6 @@ def _show(path):
     """Return a path on one line that any terminal prints, whatever it holds."""
     text = os.fsdecode(path)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _warn(text):
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def _some(names, most=5):
@@ -1069,7 +1064,7 @@ def _load(index, plan, dataset, skip_bad, root):
         if not skip_bad:
             raise DataError(_listed(rejected, base, len(table)))
         first = _show(base / rejected["path"][0])
-        _warn(f"{len(rejected)} unfit files left out, such as {first}")
+        warn(f"{len(rejected)} unfit files left out, such as {first}")
     if lost := sorted(set(table["split"]) - set(kept["split"])):
         listed = _listed(rejected, base, len(table), advice="")
         raise DataError(f"{lost[0]}: no file is left; {listed}")
@@ -1079,9 +1074,9 @@ def _load(index, plan, dataset, skip_bad, root):
             f"{_some(str(base / path) for path in kept['path'])}"
         )
     for note, count in _count_notes(kept):
-        _warn(f"{count} files {note}")
+        warn(f"{count} files {note}")
     if copies := kept[~kept["constant"]].duplicated("sha256").sum():
-        _warn(f"{copies} files repeat others of their split")
+        warn(f"{copies} files repeat others of their split")
     high = (kept["high"] / kept["full"])[kept["full"] > 0].max()
     high = float(np.nan_to_num(high))
     slices = Slices(
@@ -1326,7 +1321,7 @@ def _warn_of_crop(slices, run):
     """Say of how many images the crop of a run loses content."""
     crop = run.info["crop"]
     if crop and (count := len(outside(slices, crop))):
-        _warn(f"{count} images reach beyond the crop of the run, and lose that")
+        warn(f"{count} images reach beyond the crop of the run, and lose that")
 
 
 def file_sha256(path):
@@ -1946,7 +1941,7 @@ def slice_volumes(options):
         + ", ".join(f"{counts[split]} {split}" for split in SPLITS)
     )
     if len(splits) == 1 < len(table):
-        _warn(
+        warn(
             f"all {len(table)} volumes are taken for those of one subject; "
             "tell subjects with --subject-pattern"
         )
@@ -2013,7 +2008,7 @@ def _find_volumes(source, options):
         _warn_of_likeness(names, table["subject"])
     people = table["subject"].groupby([*map(_stem, files)]).nunique()
     if len(several := people.index[people > 1]) > 1:
-        _warn(f"kinds of volumes, all taken: {_some(several)}; see --match")
+        warn(f"kinds of volumes, all taken: {_some(several)}; see --match")
     table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
@@ -2048,7 +2043,7 @@ def _warn_of_likeness(stems, subjects):
             alike = [subjects[heads == head].unique() for head in set(heads)]
             most = max(alike, key=len)
             if len(most) > 1:
-                _warn(
+                warn(
                     "volumes named alike count as several subjects: "
                     f"{_some(most, 3)}; if they are of one person, tell "
                     "subjects with --subject-pattern"
@@ -2300,7 +2295,7 @@ def _write_slices(folder, table, options):
     utils.write_csv(folder / "manifest.csv", pd.DataFrame(rows))
     if cut:
         size_text = utils.size_text(size)
-        _warn(f"--image-size {size_text} cuts content of {cut} slices")
+        warn(f"--image-size {size_text} cuts content of {cut} slices")
     shown = [[*np.load(name, "r")] for name in table["file"][:4]]
     utils.image_grid(
         folder / "orientation.png",

@@ -28,7 +28,6 @@ import math
 import os
 import re
 import shlex
-import sys
 import time
 import typing
 from pathlib import Path
@@ -274,7 +273,7 @@ class Trained:
                 f"prior --run-dir {shlex.quote(str(run.path))}{level}"
             )
         if level:  # other priors may still be in training
-            print(f"warning: {what}: no priors are used", file=sys.stderr)
+            utils.warn(f"{what}: no priors are used")
         if missing or isinstance(options, Reconstruct):
             return cls.of(run, modules.load_model(run.vqvae_path), [], options)
         trained = cls.of(run, *modules.load_models(run), options)
@@ -814,10 +813,9 @@ def evaluate_external(trained, options):
         utils.write_csv(figures / "rejected.csv", slices.rejected)
         print(f"files left out: {figures / 'rejected.csv'}")
     if not run.split_path.exists():
-        print(
-            "warning: a model without split.csv may have been trained on these "
-            "images; then the scores are too good",
-            file=sys.stderr,
+        utils.warn(
+            "a model without split.csv may have been trained on these images; "
+            "then the scores are too good"
         )
     else:
         own = utils.read_split_table(run)
@@ -825,8 +823,8 @@ def evaluate_external(trained, options):
         seen = int(slices.table["sha256"].isin(own).sum())
         about["images_seen_in_training"] = seen
         if seen:
-            text = f"warning: {seen} of {len(slices)} images were trained on"
-            print(f"{text}: the scores are too good", file=sys.stderr)
+            text = f"{seen} of {len(slices)} images were trained on"
+            utils.warn(f"{text}: the scores are too good")
     path = trained.output.path / f"evaluation-{name}.json"
     utils.write_json(path, evaluation)
     print(f"scores: {path}, figures: {figures}")

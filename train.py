@@ -28,7 +28,6 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -441,11 +440,10 @@ def train(job):
         try:
             images = job.images
         except utils.DataError as error:
-            print(
-                f"warning: {error}; --temperature and --top-p are not chosen "
-                "but as given, or 1; evaluate later: python predict.py "
-                f"evaluate {job.run.path}",
-                file=sys.stderr,
+            utils.warn(
+                f"{error}; --temperature and --top-p are not chosen but as "
+                "given, or 1; evaluate later: python predict.py evaluate "
+                f"{job.run.path}"
             )
             images = {}
         if not job.run.is_done("sampling"):
@@ -558,7 +556,7 @@ def collapsed_levels(vqvae, indices):
         if count < max(LEAST_USAGE * total, 2)
     )
     if text:
-        print(f"warning: {text}", file=sys.stderr)
+        utils.warn(text)
     return text
 
 

@@ -257,6 +257,11 @@ class StopSignals:
             raise Stopped(self.received)
 
 
+def warn(text):
+    """Print a warning on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def run_main(main, argv=None):
     """Call `main(argv)`; end with the exit codes of the README.
 
@@ -1220,7 +1225,7 @@ class Run:
             if getattr(error, "errno", None) in RESOURCE_ERRNOS:
                 raise
             warning = "this file system cannot lock out other trainings"
-            print(f"warning: {self.path}: {warning}", file=sys.stderr)
+            warn(f"{self.path}: {warning}")
         self._lock = lock
         remove_temporary_files(self.path.rglob("*.tmp-*"))
 
