@@ -384,20 +384,19 @@ def files_below(folder, ignored=None, onerror=_refuse_folder):
     for parent, names, files in os.walk(top, True, onerror, followlinks=True):
         real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
         names[:] = sorted(n for n in names if not hidden.match(n))
-        ours = {MARKER}.union(SLICED if SLICED.issubset(files) else ())
-        paths = [os.path.join(parent, name) for name in sorted(files)]
         if real in seen:
             ignored.append(parent)
             names.clear()
-        elif any(map(MASKS.fullmatch, inside.split(os.sep))):
-            ignored += paths
-        else:
-            for path in paths:
-                if MASKS.fullmatch(_stem(path)):
-                    ignored.append(path)
-                elif os.path.basename(path) not in ours:
-                    yield path
+            continue
         seen.add(real)
+        ours = {MARKER}.union(SLICED if SLICED.issubset(files) else ())
+        are_masks = any(map(MASKS.fullmatch, inside.split(os.sep)))
+        for name in sorted(files):
+            path = os.path.join(parent, name)
+            if are_masks or MASKS.fullmatch(_stem(name)):
+                ignored.append(path)
+            elif name not in ours:
+                yield path
 
 
 def _choose_pattern(stems, pattern, notes):
