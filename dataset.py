@@ -1972,15 +1972,9 @@ def slice_volumes(options):
 def _find_volumes(source, options):
     """Return a table of the volumes: source, subject, number, scan."""
     files, ignored = [str(source)], []
-    if source.is_dir():
-        files = sorted(
-            filter(VOLUME_FILE.fullmatch, files_below(source, ignored))
-        )
-    elif not source.exists():
-        raise DataError(
-            f"{_show(source)}: found nothing there, expected a volume or a "
-            "folder of volumes"
-        )
+    if not source.is_file():
+        below = files_below(source, ignored)
+        files = sorted(filter(VOLUME_FILE.fullmatch, below))
     masks = [*filter(VOLUME_FILE.fullmatch, ignored)]
     names = {f: os.path.relpath(f, source.parent) for f in files}
     fits = functools.partial(fnmatch.fnmatch, pat=options.match)
