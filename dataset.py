@@ -2029,19 +2029,17 @@ def _refuse_several_kinds(paths):
 
 def _warn_of_likeness(stems, subjects):
     """Say if names alike up to a number that varies are of many subjects."""
-    words = [re.split(r"[\W_]+", stem) for stem in stems]
-    for k, column in enumerate(itertools.zip_longest(*words, fillvalue="")):
-        if len(set(column)) > 2 and all(re.search(r"\d", x) for x in column):
-            heads = np.array(["_".join(w[: k + 1]) for w in words])
-            alike = [subjects[heads == head].unique() for head in set(heads)]
-            most = max(alike, key=len)
-            if len(most) > 1:
-                warn(
-                    "volumes named alike count as several subjects: "
-                    f"{_some(most, 3)}; if they are of one person, tell "
-                    "subjects with --subject-pattern"
-                )
-            return
+    stems = pd.Series(map(_show, stems))
+    words = stems.str.split(r"[\W_]+", regex=True, expand=True)
+    varies = words.apply(lambda word: word.str.contains(r"\d", na=False).all())
+    varies &= words.nunique() > 2
+    heads = words.loc[:, : varies.idxmax()].agg("_".join, axis=1)
+    alike = max(subjects.groupby(heads).unique(), key=len)
+    if varies.any() and len(alike) > 1:
+        warn(
+            f"volumes named alike count as several subjects: {_some(alike, 3)};"
+            " if they are of one person, tell subjects with --subject-pattern"
+        )
 
 
 def _stem(path):
