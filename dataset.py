@@ -1683,16 +1683,6 @@ def _sample(maps, at):
     )
 
 
-@functools.cache
-def _pelvis():
-    """Return the solids of a pelvis; later ones lie over earlier ones.
-
-    Columns: name; centre (up, left, back) and radii in mm; intensity; strength
-    of its texture; sides, 2 if there is one on either side.
-    """
-    return pd.read_csv(utils.RESOURCES / "pelvis.csv")
-
-
 def _simulate_pelvis(rng, size):
     """Return slices (planes, H, W) of a pelvis, int16, left to right down."""
     width = size * 9 // 16 if rng.random() < 1 / 6 else size // 2
@@ -1708,7 +1698,9 @@ def _simulate_pelvis(rng, size):
     texture = ndimage.gaussian_filter(noise, (0.5, 1, 1))
     texture /= texture.std()
     image = np.zeros(at.shape[1:])
-    for solid in _pelvis().itertuples():
+    # Later ones lie over earlier ones: name; centre and radii (up, left, back)
+    # in mm; intensity, strength of its texture; 2 sides: one on either side.
+    for solid in pd.read_csv(utils.RESOURCES / "pelvis.csv").itertuples():
         centre = np.array(solid[2:5]) * rng.uniform(0.95, 1.05, 3)
         centre += rng.normal(0, 1.5, 3)
         radii = np.array(solid[5:8]) * rng.uniform(0.9, 1.1, 3)
