@@ -682,9 +682,8 @@ def _turn(image, axes):
         return voxels, None
     goal = nibabel.orientations.axcodes2ornt(axes)
     turn = nibabel.orientations.ornt_transform(own, goal)
-    spacing = nibabel.affines.voxel_sizes(image.affine)
-    order = np.argsort(turn[:, 0])
-    return nibabel.apply_orientation(voxels, turn), spacing[order]
+    spacing = nibabel.affines.voxel_sizes(image.affine)[turn[:, 0].argsort()]
+    return nibabel.apply_orientation(voxels, turn), spacing
 
 
 def _read_nifti(path, notes):
@@ -791,8 +790,7 @@ class Slices:
     def chunks(self, count=256):
         """Yield the images as uint8 (n, H, W), `count` at a time."""
         for k in range(0, len(self), count):
-            rows = np.arange(k, min(k + count, len(self)))
-            yield self.read_bytes(rows)[..., 0]
+            yield self.read_bytes(slice(k, k + count))[..., 0]
 
 
 @functools.cache
@@ -1078,16 +1076,10 @@ def _load(index, plan, dataset, skip_bad, root):
         warn(f"{copies} files repeat others of their split")
     high = (kept["high"] / kept["full"])[kept["full"] > 0].max()
     high = float(np.nan_to_num(high))
-    slices = Slices(
-        file,
-        np.flatnonzero(fit),
-        kept[[*table, *KNOWN]],
-        base,
-        _open_array(file).shape[1:],
-        about is not None,
-        {"rule": INTENSITY_RULE, "low": 0.0, "high": high},
-        rejected,
-    )
+    intensity = {"rule": INTENSITY_RULE, "low": 0.0, "high": high}
+    simulated, size = about is not None, _open_array(file).shape[1:]
+    files = file, np.flatnonzero(fit), kept[[*table, *KNOWN]], base, size
+    slices = Slices(*files, simulated, intensity, rejected)
     for line in _summary(slices, kept, dataset, index, plan):
         print(line)
     _tell_cuts(kept)
@@ -2208,13 +2200,9 @@ def cut_volume(path, options):
         begins.append(middle - (shape[-1] - 1) / 2 * step[axis])
     # A pixel larger than a voxel is about the mean of its voxels.
     spread = np.sqrt(np.maximum(0, step**2 - 1) / 12) * (0, 1, 1)
+    volume = ndimage.gaussian_filter(volume, spread)
     images = ndimage.affine_transform(
-        ndimage.gaussian_filter(volume, spread),
-        np.diag(step),
-        begins,
-        tuple(shape),
-        order=1,
-        cval=low,
+        volume, np.diag(step), begins, tuple(shape), order=1, cval=low
     )
     scaled = np.clip((images - low) / max(high - low, 1e-6), 0, 1)
     return np.rint(scaled * 65535).astype(np.uint16), notes
