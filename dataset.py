@@ -112,7 +112,7 @@ SPLIT_NAMES = {  # of folders, whatever their case -> the split they hold
     **dict.fromkeys(("validate", "validation", "valid", "val"), "validate"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-SUFFIX = re.compile(r"(?i)(\.nii)?\.(png|jpe?g|nii|nii\.gz)$")
+SUFFIX = re.compile(r"(?i)(\.(png|jpe?g|nii|img|hdr|mgz|mgh|mnc|gz))+$")
 IMAGE_FILE = re.compile(r"(?is)(.*/)?[^./][^/]*\.(png|jpe?g|nii|nii\.gz)")
 # Folders and files of masks, which may have names like those of slices.
 MASKS = re.compile(
@@ -2028,8 +2028,7 @@ def _warn_of_likeness(stems, subjects):
 
 def _stem(path):
     """Return the name of a file without the suffix of its format."""
-    suffix = r"(?i)(\.(nii|img|hdr|mgz|mgh|mnc|png|jpe?g|gz))+$"
-    return re.sub(suffix, "", os.path.basename(path))
+    return SUFFIX.sub("", os.path.basename(path))
 
 
 def _subject_folders(paths):
