@@ -2266,16 +2266,12 @@ def _write_slices(folder, table, options):
     if cut:
         size_text = utils.size_text(size)
         warn(f"--image-size {size_text} cuts content of {cut} slices")
-    shown = [[*np.load(name, "r")] for name in table["file"][:4]]
-    utils.image_grid(
-        folder / "orientation.png",
-        [
-            [fit_to(x[k], size) / 65535 for k in utils.spread(len(x), 8)]
-            for x in shown
-        ],
-        titles=list(table["scan"][:4]),
-        title=PLANES[options.plane][1],
-    )
+    shown, first = [], table[:4]
+    for images in (np.load(name, "r") for name in first["file"]):
+        some = images[utils.spread(len(images), 8)]
+        shown.append([fit_to(image, size) / 65535 for image in some])
+    about = {"titles": [*first["scan"]], "title": PLANES[options.plane][1]}
+    utils.image_grid(folder / "orientation.png", shown, **about)
 
 
 # ---------------------------------------------------------- 9. Command line
