@@ -1959,31 +1959,28 @@ def _find_volumes(source, options):
     if not source.is_file():
         below = files_below(source, ignored)
         files = sorted(filter(VOLUME_FILE.fullmatch, below))
-    masks = [*filter(VOLUME_FILE.fullmatch, ignored)]
-    names = {f: os.path.relpath(f, source.parent) for f in files}
-    fits = functools.partial(fnmatch.fnmatch, pat=options.match)
-    files = {f: n for f, n in names.items() if fits(n)}
-    if masks:
+    if masks := [*filter(VOLUME_FILE.fullmatch, ignored)]:
         print(f"{len(masks)} masks are not read: {_some(map(_stem, masks))}")
-    if not files:
+    files = {os.path.relpath(file, source.parent): file for file in files}
+    paths = fnmatch.filter(files, options.match)
+    if not paths:
         there = sorted(os.listdir(source)) if source.is_dir() else [source]
         raise DataError(
-            f"{_show(source)}: found {len(names)} volumes "
-            f"({_some(names.values(), 3)}) in {_some(there)}, expected NIfTI, "
+            f"{_show(source)}: found {len(files)} volumes "
+            f"({_some(files, 3)}) in {_some(there)}, expected NIfTI, "
             f"Analyze, MGZ or MINC files that fit --match '{options.match}'"
         )
-    _refuse_several_kinds(files.values())
-    _compile(options.subject_pattern or "")
-    table = pd.DataFrame({"source": [*files]})
-    folders = _subject_folders([*files.values()])
-    pairs = zip(files.values(), folders, strict=True)
-    table["subject"] = _unify(
-        _subject_of(*pair, options.subject_pattern) for pair in pairs
-    )
-    if not options.subject_pattern:
-        names = [f or _stem(n) for f, n in zip(folders, files, strict=True)]
+    _refuse_several_kinds(paths)
+    pattern, folders = options.subject_pattern, _subject_folders(paths)
+    _compile(pattern or "")
+    pairs = [*zip(paths, folders, strict=True)]
+    subjects = _unify(_subject_of(*pair, pattern) for pair in pairs)
+    sources = [files[path] for path in paths]
+    table = pd.DataFrame({"source": sources, "subject": subjects})
+    if not pattern:
+        names = [folder or _stem(path) for path, folder in pairs]
         _warn_of_likeness(names, table["subject"])
-    people = table["subject"].groupby([*map(_stem, files)]).nunique()
+    people = table["subject"].groupby([*map(_stem, paths)]).nunique()
     if len(several := people.index[people > 1]) > 1:
         warn(f"kinds of volumes, all taken: {_some(several)}; see --match")
     table["number"] = 1 + pd.factorize(table["subject"])[0]
