@@ -1082,13 +1082,7 @@ def _load(index, plan, dataset, skip_bad, root):
     slices = Slices(*files, simulated, intensity, rejected)
     for line in _summary(slices, kept, dataset, index, plan):
         print(line)
-    _tell_cuts(kept)
     return slices, kept
-
-
-def _tell_cuts(found):
-    if found["cut"].any():
-        print(f"content of {found['cut'].sum()} images is cut at the border")
 
 
 def _count_notes(table):
@@ -1150,7 +1144,7 @@ def _summary(slices, found, dataset, index, plan):
         counts = "".join(f", {labels[x]} {x}" for x in sorted(labels.index))
         subjects = part["subject"].nunique()
         yield f"{split:9}{subjects} subjects, {len(part)} images{counts}"
-    yield _sizes_line(slices, plan)
+    yield _sizes_line(slices, plan, found)
     for full, high in found.groupby("full")["high"].first().items():
         if full:
             yield f"intensities: 0 to {high:g} of {full} become black to white"
@@ -1170,7 +1164,7 @@ def _summary(slices, found, dataset, index, plan):
         yield f"{_show(folder)}: {len(names)} files ignored: {_some(names)}"
 
 
-def _sizes_line(slices, plan):
+def _sizes_line(slices, plan, found):
     """Return in words which sizes there are and what becomes of them."""
     counts = collections.Counter(_sizes(slices.table))
     texts = [f"{utils.size_text(x)} ({n})" for x, n in counts.most_common()]
@@ -1180,6 +1174,8 @@ def _sizes_line(slices, plan):
     if scaled := [*map(utils.size_text, filter(plan.scales, counts))]:
         which = "" if len(scaled) == len(counts) else f"{_some(scaled, 8)} "
         fitted = f"{which}scaled to {frame}, their aspect ratio kept"
+    if cut := found["cut"].sum():
+        fitted += f"; content of {cut} images is cut at the border"
     return f"plane sizes: {_some(texts, 8)}; {fitted}"
 
 
@@ -1301,9 +1297,8 @@ def read_files(paths, run):
     table = table.drop(columns=["low", "high"]).join(found[KNOWN])
     table["slice"] = table["slice"].astype(int)
     slices = _slices_of_run(run, file, table, here)
-    if not set(_sizes(table)) <= {*plan.kept, plan.size}:
-        print(_sizes_line(slices, plan))
-    _tell_cuts(found)
+    if found["cut"].any() or not {*_sizes(table)} <= {*plan.kept, plan.size}:
+        print(_sizes_line(slices, plan, found))
     _warn_of_crop(slices, run)
     return slices
 
