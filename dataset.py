@@ -233,9 +233,9 @@ def scan(root, dataset, pattern=None, split=None):
     layout, any_folder = LAYOUTS[dataset], dataset == "folder"
     base, files, ignored, notes = _list_files(root, dataset)
     around = 0 if any_folder else None
-    if any_folder and not pattern:
-        cut, around = _around(files["stem"])
-        files["stem"] = files["stem"].str[cut:]
+    if any_folder and not pattern:  # folders that hold everything
+        folders = [*map(os.path.dirname, files["stem"])] or [""]
+        around = len(os.path.join(os.path.commonpath(folders), ""))
     known = layout.pattern or _choose_pattern(files["stem"], pattern, notes)
     matches = [re.search(known, s) if known else None for s in files["stem"]]
     rows = map(_row, files.itertuples(), matches, itertools.repeat(around))
@@ -275,17 +275,6 @@ def _note_what_is_untold(table, notes):
             "every image counts as a scan of its own, as no slice number is "
             "told: slice positions mean nothing"
         )
-
-
-def _around(stems):
-    """Return the lengths of two parts of the folders that hold everything.
-
-    The second begins with a folder with a number, which may name a person.
-    """
-    folders = [os.path.dirname(stem) for stem in stems] or [""]
-    shared = os.path.join(os.path.commonpath(folders), "")
-    cut = re.match(r"(?:[^/\d]*/)*", shared).end()
-    return cut, len(shared) - cut
 
 
 def _in_order(table):
