@@ -29,10 +29,9 @@ import re
 import statistics
 import tempfile
 import time
-import typing
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -78,7 +77,7 @@ MOST_SLICES = 512  # of a subject on average; more are not of one person
 # --------------------------------------------------------------- 1. Layouts
 
 
-class Layout(typing.NamedTuple):
+class Layout(NamedTuple):
     """How the files of a data set are called."""
 
     prefix: str  # of a split's folder, before "train" or "test"
@@ -171,7 +170,7 @@ DOUBTFUL = 2 * len(SUBJECTS)
 # ------------------------------------------------------------------ 2. Scan
 
 
-class Index(typing.NamedTuple):
+class Index(NamedTuple):
     """The slices of a data set, unread."""
 
     root: Path  # of the folder that the paths are relative to
@@ -195,8 +194,8 @@ def _some(names, most=5):
 def detect_layout(root):
     """Return the name of the layout that lies under `root`."""
     found = {name: _list_files(root, name) for name in LAYOUTS}
-    counts = {name: len(files) for name, (_, files, *_) in found.items()}
-    masks = [*filter(IMAGE_FILE.fullmatch, found["folder"][2])]
+    counts = {name: len(index.table) for name, index in found.items()}
+    masks = [*filter(IMAGE_FILE.fullmatch, found["folder"].ignored)]
     masked = f" ({len(masks)} images are named like masks)" if masks else ""
     names = [name for name in ("oasis", "hipmri") if counts[name]]
     if len(names) > 1 or not counts["folder"]:
@@ -207,7 +206,7 @@ def detect_layout(root):
             f"{_some(sorted(os.listdir(root)))}{masked}; name the folder of one"
         )
     # In the folder of a person the first number is that of a series.
-    inner = found["adni"][1]["stem"].str.contains(r"^[^/]+/.*\d.*/").sum()
+    inner = found["adni"].table["stem"].str.contains(r"^[^/]+/.*\d.*/").sum()
     is_adni = 2 * (counts["adni"] - inner) > counts["folder"]
     return names[0] if names else "adni" if is_adni else "folder"
 
@@ -291,12 +290,10 @@ def _in_order(table):
 
 
 def _list_files(root, dataset):
-    """Return the folder of the split folders and a table of what is in them.
+    """Return the `Index` of the files named as a layout's, or of all images.
 
-    The lists `ignored` and `notes` of `Index` come after these two. Columns of
-    the table: path, relative to that folder; split, "" for none; stem, the path
-    without the folder that gives the split. Of "folder" all images are listed,
-    of a layout the files that are named as its.
+    Columns of its table: path; split, "" for none; stem, the path without the
+    folder that gives the split.
     """
     layout, top = LAYOUTS[dataset], os.path.abspath(root)
     ignored, lost = [], []
@@ -336,7 +333,7 @@ def _list_files(root, dataset):
     ignored = [path for path in ignored if path.startswith(base)]
     table["path"] = names.str.removeprefix(above[0])
     table = table[fits].reset_index(drop=True)
-    return Path(base), table, ignored, _notes_on_folders(table, layout)
+    return Index(Path(base), table, ignored, _notes_on_folders(table, layout))
 
 
 def _notes_on_folders(table, layout):
