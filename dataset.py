@@ -82,7 +82,7 @@ class Layout(NamedTuple):
 
     prefix: str  # of a split's folder, before "train" or "test"
     pattern: str | None  # regex of paths below that folder; None: to be guessed
-    example: str  # a file name, for messages
+    name: str  # of a file; subject and slice go into it
 
 
 LAYOUTS = {
@@ -90,19 +90,19 @@ LAYOUTS = {
         "keras_png_slices_",
         r"(?is)^(.*/)?case_(?P<subject>\d+)_slice_(?P<slice>\d+)(\.nii)?"
         r"\.(png|jpe?g)$",
-        "case_001_slice_0.nii.png",
+        "case_{}_slice_{}.nii.png",
     ),
     "hipmri": Layout(
         "keras_slices_",
         r"(?is)^(.*/)?case_(?P<subject>\d+)_week_(?P<week>\d+)"
         r"_slice_(?P<slice>\d+)\.nii(\.gz)?$",
-        "case_004_week_0_slice_10.nii.gz",
+        "case_{}_week_0_slice_{}.nii.gz",
     ),
     "adni": Layout(
         "",
         r"(?is)^((?P<label>[^/]+)/)?(.*/)?(?P<subject>\d+)_(?P<slice>\d+)"
         r"\.(png|jpe?g)$",
-        "218391_78.jpeg",
+        "{}_{}.jpeg",
     ),
     "folder": Layout("", None, "any.png, .jpeg, .nii or .nii.gz"),
 }
@@ -539,7 +539,7 @@ def _check_table(table, base, layout, split, ignored):
         raise DataError(
             f"{_show(base)}: found {table['subject'].nunique()} subjects, none "
             f"for {' and '.join(empty)}; looked for files like "
-            f"{layout.example} in folders "
+            f"{layout.name.format('001', 10)} in folders "
             f"{_some(layout.prefix + split for split in SPLITS)}; ignored "
             f"{_some(os.path.relpath(path, base) for path in ignored)}"
         )
@@ -1734,15 +1734,14 @@ def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
     about |= {
         "about": "simulated: brains from the MNI152 anatomy, pelvises from "
         "simple solids; no person was scanned",
-        "labels": {subject: label for subject, label, _ in people},
+        "labels": {subject: label for _, subject, label, _ in people},
     }
 
     def write(folder):
         folder.mkdir()
         _anatomy() if layout != "hipmri" else None  # before the threads
         work = functools.partial(_simulate_subject, folder, options)
-        numbers = range(len(people))
-        _in_parallel("simulating", work, numbers, *zip(*people, strict=True))
+        _in_parallel("simulating", work, *zip(*people, strict=True))
         utils.write_json(folder / MARKER, about)
 
     if not _holds(dest, about):
@@ -1763,7 +1762,7 @@ def simulated_folder(subjects, layout="oasis", image_size=128):
 
 
 def _people(options):
-    """Yield (subject, label, split); ADNI has no folder to validate."""
+    """Yield (number, subject, label, split); ADNI has no split to validate."""
     first = {"oasis": 1, "adni": 100_001, "hipmri": 4}[options.layout]
     count = options.subjects
     test, validate = max(1, round(0.15 * count)), max(1, round(0.1 * count))
@@ -1771,7 +1770,7 @@ def _people(options):
     counts = (count - validate - test, validate, test)
     for k, split in enumerate(np.repeat(SPLITS, counts).tolist()):
         label = ("AD" if k % 2 else "NC") if options.layout != "hipmri" else ""
-        yield f"{first + k:03d}", label, split
+        yield k, f"{first + k:03d}", label, split
 
 
 def _holds(dest, about=None):
@@ -1795,25 +1794,23 @@ def _holds(dest, about=None):
 
 def _simulate_subject(folder, options, number, subject, label, split):
     """Write the slices of one subject."""
-    layout, size = options.layout, options.image_size
+    layout, size = LAYOUTS[options.layout], options.image_size
     rng = np.random.default_rng([options.seed, number])
-    parent = folder / f"{LAYOUTS[layout].prefix}{split}"
-    if layout == "adni":
-        parent /= label
+    parent, first = folder / f"{layout.prefix}{split}", 0
+    if options.layout == "hipmri":
+        planes = _simulate_pelvis(rng, size)
+    else:
+        planes = _simulate_brain(rng, label, size, BRAIN_PLANES[options.layout])
+    if options.layout == "adni":
+        parent, first = parent / label, int(rng.integers(60, 90))
     parent.mkdir(parents=True, exist_ok=True)
-    if layout == "hipmri":
-        for k, plane in enumerate(_simulate_pelvis(rng, size)):
+    for k, plane in enumerate(planes, first):
+        path = parent / layout.name.format(subject, k)
+        if options.layout == "hipmri":
             data = nibabel.Nifti1Image(plane, np.eye(4)).to_bytes()
-            path = parent / f"case_{subject}_week_0_slice_{k}.nii.gz"
             path.write_bytes(gzip.compress(data, mtime=0))
-        return
-    images = _simulate_brain(rng, label, size, BRAIN_PLANES[layout])
-    first = int(rng.integers(60, 90))
-    for k, image in enumerate(images):
-        name = f"case_{subject}_slice_{k}.nii.png"
-        if layout == "adni":
-            name = f"{subject}_{first + k}.jpeg"
-        Image.fromarray(utils.to_pixels(image)).save(parent / name, quality=95)
+        else:
+            Image.fromarray(utils.to_pixels(plane)).save(path, quality=95)
 
 
 # ---------------------------------------------------- 8. Slicing of volumes
@@ -2231,8 +2228,9 @@ def _write_slices(folder, table, options):
             name = f"{volume.scan}_slice-{number:03d}.png"
             name = "/".join(filter(None, (volume.split, volume.label, name)))
             if options.layout == "oasis":
-                name = f"case_{volume.number:03d}_slice_{number}.nii.png"
-                name = f"{LAYOUTS['oasis'].prefix}{volume.split}/{name}"
+                layout, subject = LAYOUTS["oasis"], f"{volume.number:03d}"
+                name = layout.name.format(subject, number)
+                name = f"{layout.prefix}{volume.split}/{name}"
             whole, image = image, fit_to(image, size)
             cut += np.sum(whole > black) > np.sum(image > black)
             if options.bits == 8:
