@@ -53,7 +53,7 @@ SPLITS = ("train", "validate", "test")
 SHARES = (0.7, 0.15, 0.15)  # of subjects, where no folder gives the split
 CARVED = 0.1  # share of training subjects that becomes a missing split
 MARKER = "simulated.json"  # left beside simulated slices
-SLICED = {"manifest.csv", "orientation.png"}  # left beside those of volumes
+OURS = {MARKER, "manifest.csv", "orientation.png"}  # no files of a data set
 CACHE = Path("data") / "cache"  # of decoded images
 CACHE_FORMAT = 3  # to be raised when files are decoded in another way
 CACHE_DAYS = 30  # that an entry is kept without being used
@@ -375,13 +375,12 @@ def files_below(folder, ignored=None, onerror=_refuse_folder):
             names.clear()
             continue
         seen.add(real)
-        ours = {MARKER}.union(SLICED if SLICED.issubset(files) else ())
         are_masks = any(map(MASKS.fullmatch, inside.split(os.sep)))
         for name in sorted(files):
             path = os.path.join(parent, name)
             if are_masks or MASKS.fullmatch(_stem(name)):
                 ignored.append(path)
-            elif name not in ours:
+            elif name not in OURS:
                 yield path
 
 
