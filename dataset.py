@@ -1,7 +1,7 @@
 """Slices on disk -> checked and decoded once -> batches; makers of slices.
 
     python dataset.py check DIR
-        what would be trained on; every problem file by name
+        what would be trained on; problem files by name
     python dataset.py slice SRC DEST
         volumes (NIfTI, Analyze, MGZ, MINC) cut into slices that train.py reads
     python dataset.py simulate DEST --layout oasis --subjects 60
@@ -1849,7 +1849,7 @@ class Slice:
     subject_pattern: str | None = None
     """Regular expression of the subject in a path (default: guessed)."""
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    """Plane of the slices; the left of the body is on their left."""
+    """Plane; on the left is the body's left, of sagittal slices its back."""
     slices: utils.integer(1, 1024) = 32
     """Slices of a volume, evenly spread."""
     start: Annotated[utils.Fraction, arg(name="from")] = 0.0

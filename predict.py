@@ -1,13 +1,13 @@
 """Use a trained run: reconstruct, generate, evaluate, inspect.
 
     python predict.py [RUN]                    generate, reconstruct, report
-    python predict.py reconstruct RUN [--images PATH ...] [--split test]
-    python predict.py generate RUN -n 64 [--seed 0] [--temperature 1]
+    python predict.py reconstruct [RUN] [--images PATH ...] [--split test]
+    python predict.py generate [RUN] -n 64 [--seed 0] [--temperature 1]
     python predict.py generate RUN -n 25000 --first 25000 --format npz
-    python predict.py evaluate RUN [--data-dir DIR]
+    python predict.py evaluate [RUN] [--data-dir DIR]
     python predict.py complete RUN IMAGE ... [--keep-fraction 0.5] [-n 4]
-    python predict.py anomaly RUN [IMAGE ...]
-    python predict.py inspect RUN [--json]
+    python predict.py anomaly [RUN] [IMAGE ...]
+    python predict.py inspect [RUN] [--json]
     python predict.py export RUN DEST
 
 RUN is a folder that train.py made; complete and export need it. The others take
@@ -108,7 +108,8 @@ class SamplingArguments:
     top_k: utils.Whole = 0
     """Sample from the k likeliest codes only; 0: all."""
     guidance: utils.number(0, 100) = 1.0
-    """Classifier-free guidance; above 1: more typical of the label."""
+    """Classifier-free guidance; above 1: more typical of the label, without
+    labels of the slice position."""
     texture: bool = True
     """Give images the texture that was trained for the run, if there is."""
 
@@ -216,8 +217,8 @@ class Inspect(RunArguments):
 class Export:
     """Write the models as a SavedModel that needs TensorFlow only.
 
-    Its signatures are encode, decode and, with priors, generate;
-    `export.json` beside it says what they take.
+    Its signatures are encode, decode and, with priors, generate. Size of the
+    images, labels and intensity rule are in its `export.json`.
     """
 
     run: GivenRun

@@ -374,7 +374,7 @@ def settings(cls):
         kind, _, bounds = _expected(hint).partition(" in ")
         bounded = kind in ("a whole number", "a number")
         look = {"metavar": bounds} if bounded and bounds else {}
-        if getattr(cls, name, ...) is None:  # the help says what None means
+        if getattr(cls, name, ()) in (None, ()):  # the help says what it means
             look["help_behavior_hint"] = _default_but_none
         if name in helps:  # not in groups of settings
             look["help"] = helps[name]
@@ -384,7 +384,7 @@ def settings(cls):
 
 
 def _default_but_none(label):
-    return "" if label == "None" else f"(default: {label})"
+    return "" if label in ("None", "") else f"(default: {label})"
 
 
 def _field_help(cls):
