@@ -1242,7 +1242,9 @@ def _plan_of_run(run, white=None):
 def _white_of_run(run):
     """Return {full scale: share of it that is white} of a run's pictures."""
     share, highs = run.info["intensity"]["high"], _split_table(run)["high"]
-    full = np.where(highs > 255, 65535, 255)
+    # Dark pictures of 16 bits may have no level above 255.
+    deep = (highs > 255) | np.isclose(highs.astype(float), 65535 * (share or 0))
+    full = np.where(deep, 65535, 255)
     shares = (highs.astype(float) / full).groupby(full).max().to_dict()
     return (shares or {255: share}) if share else {}
 

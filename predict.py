@@ -245,7 +245,10 @@ def main(argv):
     types = {name: settings for name, (_, settings) in verbs.items()}
     name, options = utils.parse_verbs(types, argv, __doc__, default="show")
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
-    verbs[name][0](Trained.load(run, options), options)
+    models = models_hash(run)
+    trained = Trained.load(run, options)
+    refuse_replaced(run, models)
+    verbs[name][0](trained, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,7 +410,9 @@ def generate(trained, options):
     for first, count in utils.progress_bar("sampling", "chunk")(chunks):
         files = sample_files(folder / name, kind, first, count)
         if len(read_images(files)) < count:
-            write_chunk(files, sample_chunk(trained, options, first, count))
+            chunk = sample_chunk(trained, options, first, count)
+            if len(read_images(files)) < count:  # nor by another process
+                write_chunk(files, chunk)
             drawn += count
     found = options.number - drawn
     print(f"{drawn} images sampled, {found} there already: {folder}")
@@ -466,6 +471,14 @@ def models_hash(run, texture=True):
     for path in paths + [run.texture_path] * texture:
         digest.update(path.read_bytes() if path.exists() else b"")
     return digest.hexdigest()
+
+
+def refuse_replaced(run, models):
+    """Raise `RunError` if the models of a run have another hash by now."""
+    if models_hash(run) != models:
+        raise utils.RunError(
+            f"{run.path}: a training replaced its models meanwhile; try again"
+        )
 
 
 def sample_name(trained, options):
@@ -697,9 +710,11 @@ def inspect(trained, options):
 def export(trained, options):
     """Write the SavedModel, the whole folder or nothing."""
     dest = Path(options.dest)
-    if dest.is_file() or dest.exists() and any(dest.iterdir()):
+    is_free = not dest.exists() or dest.is_dir() and not any(dest.iterdir())
+    if not is_free or not dest.name:
         raise utils.RunError(
-            f"{dest}: exists and is not an empty folder; choose another"
+            f"{dest}: found other files or the current folder, expected a new "
+            "or an empty folder"
         )
     facts = run_facts(trained)
     kept = ("versions", "intensity", "labels", "latent_grids", "crop", "data")
@@ -738,6 +753,7 @@ def evaluate_run(trained, splits, options=None):
     """
     options = options or Evaluate()
     output, priors, test = trained.output, trained.priors, splits["test"]
+    models = models_hash(trained.run)
     if options.features == "inception" and priors:
         utils.inception_network()  # refused before anything is computed
     evaluation, found = evaluate_vqvae(trained.vqvae, test)
@@ -748,7 +764,8 @@ def evaluate_run(trained, splits, options=None):
         if priors[0].labels:
             evaluation["labels"] = evaluate_labels(trained, test)
     evaluation["speed"] |= measure_speed(trained)
-    evaluation["models"] = models_hash(trained.run)
+    evaluation["models"] = models
+    refuse_replaced(trained.run, models)
     utils.write_json(output.evaluation_path, evaluation)
     plot_test_figures(output.figures_path, trained, test, found)
     write_report(trained)
@@ -1312,12 +1329,9 @@ def run_facts(trained):
     What `config.json` says, and of the data, each level's codebook and each
     model; `evaluation` is empty without one.
     """
-    run, vqvae, evaluation = trained.run, trained.vqvae, {}
-    for known in run, trained.output:  # that of --output wins if of this run
-        if known.evaluation_path.exists():
-            found = utils.read_evaluation(known)
-            if known is run or found.get("models") == models_hash(run):
-                evaluation = found
+    run, vqvae = trained.run, trained.vqvae
+    evaluation = known_scores(trained, trained.output)
+    evaluation = evaluation or known_scores(trained, run)
     grids = enumerate(vqvae.latent_grids, start=1)
     levels = [{"level": k, "grid": list(grid)} for k, grid in grids]
     sizes = ("num_embeddings", "embedding_dim")
@@ -1344,6 +1358,15 @@ def run_facts(trained):
     }
 
 
+def known_scores(trained, folder):
+    """Scores of a run in its folder or that of --output; {} without any."""
+    if not folder.evaluation_path.exists():
+        return {}
+    found, run = utils.read_evaluation(folder), trained.run
+    same = folder is run or found.get("models") == models_hash(run)
+    return found if same else {}
+
+
 def model_facts(model):
     """Type, precision, weights and layers of a model, named by attribute."""
     names = {id(value): name for name, value in vars(model).items()}
@@ -1366,10 +1389,14 @@ def write_report(trained):
     network.
     """
     facts, output = run_facts(trained), trained.output
+    figures = [*trained.run.figures_path.glob("*.png")]
+    drawn = [*output.figures_path.glob("*.png")]
+    if output.evaluation_path.exists() and not known_scores(trained, output):
+        # Those of an evaluation are of other models.
+        drawn = [p for p in drawn if p.stem in ("samples", "reconstructions")]
     facts["figures"] = {
         path.stem: base64.b64encode(path.read_bytes()).decode()
-        for folder in (trained.run.figures_path, output.figures_path)
-        for path in folder.glob("*.png")
+        for path in figures + drawn
     }
     facts["rows"] = summary_rows(facts["evaluation"])
     facts |= {"stages": STAGES} | verdict(facts["evaluation"])

@@ -192,6 +192,9 @@ class Job:
         run = self.run
         stale = {run.evaluation_path, run.card_path, run.report_path}
         stale |= {*run.figures_path.glob("*.png")}
+        if part == "vqvae":  # also on other data sets
+            stale |= {*run.path.glob("evaluation-*.json")}
+            stale |= {*run.figures_path.glob("*/*.png")}
         for path in stale - {run.figures_path / "reconstructions.png"}:
             path.unlink(missing_ok=True)
         run.note_done(part)
@@ -306,6 +309,8 @@ def plan_resume(job, earlier):
     if "vqvae" in longer:  # other codes need other indices and priors
         parts |= trained | {"indices"}
         longer, under_way = {"vqvae"}, False
+        if level := earlier.run.prior_level:
+            utils.warn(f"all priors get the settings of that of level {level}")
     since = {part: int(epochs.get(part, 0)) for part in longer}
     check_parts(job, parts)
     if not under_way:

@@ -49,6 +49,10 @@ import tyro
 from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+# What is opened later may not take the number of a stream that is closed.
+for _name, _mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, _mode))
 # What the program depends on, whatever the user's environment says.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ["MPLBACKEND"] = "Agg"

@@ -16,7 +16,6 @@ import time_to_ssim
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
-    """Measure in this process and an empty folder."""
     monkeypatch.setattr(common, "in_process", lambda f, *a: f(*a))
     monkeypatch.chdir(tmp_path)
 

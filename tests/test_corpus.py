@@ -80,7 +80,6 @@ def test_growth_of_memory_is_seen():
 
 
 def test_mutants_are_read_or_refused(tmp_path):
-    """Whatever the bytes: a finite image or a reason, nothing else."""
     rng = np.random.default_rng(0)
     sources = {
         "a.png": corpus.png(corpus.GREY),

@@ -52,7 +52,6 @@ def free_port():
 
 
 def start_workers(folders, flags):
-    """Two processes of `train.py`, each in a folder of its own."""
     hosts = [f"127.0.0.1:{free_port()}" for _ in folders]
     for k, own in enumerate(folders):
         own.mkdir(exist_ok=True)
@@ -141,7 +140,6 @@ def test_refused(flags, message, oasis_dir, tmp_path, capsys, monkeypatch):
 
 
 def test_the_launch_line_for_slurm_names_the_workers(tmp_path):
-    """The lines of the guide, with what Slurm would answer."""
     page = ROOT / "resources" / "guide" / "many-machines.md"
     pattern = r"(?ms)^srun .*? bash -c '\n(.*?)^'$"
     (script,) = re.findall(pattern, page.read_text(encoding="utf-8"))

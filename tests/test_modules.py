@@ -85,7 +85,6 @@ def assert_all_equal(found, expected):
 
 
 def reload(model, path):
-    """`model` saved and opened again, as a new process would open it."""
     model.save(path)
     # Other initial values than those of `model`, so that a weight that was
     # not saved differs.
@@ -121,7 +120,6 @@ def request(prior, given):
 
 
 def prior_batch(prior, n, seed=0):
-    """Training batch of `prior`: random indices, and conditions."""
     rng = np.random.default_rng(seed)
     shape = (n, *prior.latent_grid)
     indices = rng.integers(prior.num_embeddings, size=shape).astype("int32")
@@ -482,7 +480,6 @@ def test_mask_by_hand():
 
 
 def losses_by_hand(model, images):
-    """Loss terms of one level, from their definitions."""
     latents = model.projection_1(model.encoder_1(images)).numpy()
     output = model(images)
     ssim = float(tf.reduce_mean(tf.image.ssim(images, output, 1.0)))

@@ -493,7 +493,6 @@ def test_evaluate_data_that_were_moved(run, oasis_dir, tmp_path, capsys):
 
 
 def test_evaluate_other_data(run, adni_dir, tmp_path, capsys):
-    """All images are test images; unfit files are refused or left out."""
     before = files(run.path)
     data = shutil.copytree(adni_dir, tmp_path / "other")
     bad = next((data / "test").rglob("*.jpeg"))
@@ -529,6 +528,16 @@ def test_weights_that_cannot_be_had_are_one_line(run, monkeypatch, capsys):
     flags = ["evaluate", run.path, "--features", "inception"]
     error = refused(6, capsys, *flags)
     assert "refused" in error and "--features hog" in error
+    assert run.evaluation_path.read_bytes() == before
+
+
+def test_models_replaced_meanwhile_are_not_scored(run, monkeypatch, capsys):
+    def replace(trained):
+        return run.vqvae_path.write_bytes(b"") or {}
+
+    before = run.evaluation_path.read_bytes()
+    monkeypatch.setattr(predict, "measure_speed", replace)
+    assert "try again" in refused(4, capsys, "evaluate", run.path)
     assert run.evaluation_path.read_bytes() == before
 
 

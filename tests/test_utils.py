@@ -67,12 +67,15 @@ def test_how_a_program_ends(capsys):
         utils.run_main(raising(utils.DataError("x")), ["--debug"])
 
 
-def test_closed_pipe_ends_quietly():
+def test_closed_streams_end_quietly():
     code = "import utils\ndef main(argv):\n  while True: print('x' * 1000)\n"
     code += "utils.run_main(main, [])"
     shell = f'{sys.executable} -c "$0" | head -n 1'
     done = subprocess.run(["bash", "-c", shell, code], cwd=ROOT, stderr=-1)
     assert done.stderr == b""
+    shell = f'{sys.executable} -c "$0" <&- >&- 2>&-'
+    code = "import utils; utils.tf.constant(1)"
+    assert not subprocess.call(["bash", "-c", shell, code], cwd=ROOT)
 
 
 def test_a_signal_that_is_ignored_stays_so():
