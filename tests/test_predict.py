@@ -661,9 +661,9 @@ def test_by_stage_of_two_levels(levels, draws, monkeypatch):
 def test_verdict_names_the_stage_where_the_ratio_rises():
     for ratios, word in {
         (4.0, None, 5.0): "the VQ-VAE",
-        (1.2, None, 5.0): "the prior of the highest",
+        (1.2, None, 5.0): "the prior of the only",
         (1.2, 3.0, 4.0): "the prior of the lowest",
-        (1.2, 1.3, 4.0): "the prior of the highest",
+        (1.2, 1.3, 4.0): "the prior of the only",
     }.items():
         stages = dict(zip(predict.STAGES, ratios, strict=True))
         found = predict.verdict({"generation": {"by_stage": stages}})
@@ -876,7 +876,7 @@ def test_export_is_all_or_nothing(vqvae_run, tmp_path, monkeypatch, capsys):
     assert "signatures encode, decode:" in capsys.readouterr().out
     before = files(dest)
     error = refused(4, capsys, "export", vqvae_run.path, dest)
-    assert "not an empty folder" in error and files(dest) == before
+    assert "an empty folder" in error and files(dest) == before
 
     def fail(*args):
         raise OSError(28, "No space left on device")
