@@ -1995,7 +1995,11 @@ def _warn_of_likeness(stems, subjects):
     varies &= words.nunique() > 2
     heads = words.loc[:, : varies.idxmax()].agg("_".join, axis=1)
     alike = max(subjects.groupby(heads).unique(), key=len)
-    if varies.any() and len(alike) > 1:
+    # Only numbers behind a contrast, maybe of series: T1_MPRAGE_2, T1_MPRAGE_9.
+    told = stems.str.match(r"(?i)\D*(?<![^\W_])(T[12]|PD|FLAIR|MPRAGE)")
+    told &= subjects == stems.str.replace(r"[\W_]", "", regex=True)
+    alike = subjects.unique() if told.all() else alike
+    if (told.all() or varies.any()) and len(alike) > 1:
         warn(
             f"volumes named alike count as several subjects: {_some(alike, 3)};"
             " if they are of one person, tell subjects with --subject-pattern"

@@ -36,7 +36,6 @@ SMALL_PRIOR |= {"blocks": 2, "kernel_size": 5, "head_layers": 1}
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same numbers, whichever tests run before it."""
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
