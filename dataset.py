@@ -1988,18 +1988,21 @@ def _refuse_several_kinds(paths):
 
 
 def _warn_of_likeness(stems, subjects):
-    """Say if names alike up to a number that varies are of many subjects."""
+    """Say if names alike up to a number that varies are of many subjects.
+
+    Or if only numbers behind a contrast tell them, maybe those of series:
+    T1_MPRAGE_2, T1_MPRAGE_9.
+    """
     stems = pd.Series(map(_show, stems))
     words = stems.str.split(r"[\W_]+", regex=True, expand=True)
     varies = words.apply(lambda word: word.str.contains(r"\d", na=False).all())
     varies &= words.nunique() > 2
     heads = words.loc[:, : varies.idxmax()].agg("_".join, axis=1)
-    alike = max(subjects.groupby(heads).unique(), key=len)
-    # Only numbers behind a contrast, maybe of series: T1_MPRAGE_2, T1_MPRAGE_9.
-    told = stems.str.match(r"(?i)\D*(?<![^\W_])(T[12]|PD|FLAIR|MPRAGE)")
-    told &= subjects == stems.str.replace(r"[\W_]", "", regex=True)
-    alike = subjects.unique() if told.all() else alike
-    if (told.all() or varies.any()) and len(alike) > 1:
+    alike = subjects.groupby(heads if varies.any() else subjects).unique()
+    behind = stems.str.match(r"(?i)\D*(?<![^\W_])(T[12]|FLAIR|MPRAGE)")
+    behind &= subjects == stems.str.replace(r"[\W_]", "", regex=True)
+    alike = subjects.unique() if behind.all() else max(alike, key=len)
+    if len(alike) > 1:
         warn(
             f"volumes named alike count as several subjects: {_some(alike, 3)};"
             " if they are of one person, tell subjects with --subject-pattern"

@@ -245,7 +245,7 @@ def main(argv):
     types = {name: settings for name, (_, settings) in verbs.items()}
     name, options = utils.parse_verbs(types, argv, __doc__, default="show")
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
-    models = models_hash(run)
+    models = models_hash(run)  # samples are filed under it
     trained = Trained.load(run, options)
     refuse_replaced(run, models)
     verbs[name][0](trained, options)
@@ -411,7 +411,8 @@ def generate(trained, options):
         files = sample_files(folder / name, kind, first, count)
         if len(read_images(files)) < count:
             chunk = sample_chunk(trained, options, first, count)
-            if len(read_images(files)) < count:  # nor by another process
+            # Another process may have written more of them meanwhile.
+            if len(read_images(files)) < count:
                 write_chunk(files, chunk)
             drawn += count
     found = options.number - drawn
@@ -1359,7 +1360,10 @@ def run_facts(trained):
 
 
 def known_scores(trained, folder):
-    """Scores of a run in its folder or that of --output; {} without any."""
+    """Scores in the folder of a run, or in that of --output; {} without any.
+
+    Those in --output do not count if they are of other models.
+    """
     if not folder.evaluation_path.exists():
         return {}
     found, run = utils.read_evaluation(folder), trained.run

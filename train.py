@@ -310,7 +310,7 @@ def plan_resume(job, earlier):
         parts |= trained | {"indices"}
         longer, under_way = {"vqvae"}, False
         if level := earlier.run.prior_level:
-            utils.warn(f"all priors get the settings of that of level {level}")
+            utils.warn(f"all priors get the settings of level {level}")
     since = {part: int(epochs.get(part, 0)) for part in longer}
     check_parts(job, parts)
     if not under_way:

@@ -661,9 +661,9 @@ def test_by_stage_of_two_levels(levels, draws, monkeypatch):
 def test_verdict_names_the_stage_where_the_ratio_rises():
     for ratios, word in {
         (4.0, None, 5.0): "the VQ-VAE",
-        (1.2, None, 5.0): "the prior of the only",
+        (1.2, None, 5.0): "the prior, of an upper",
         (1.2, 3.0, 4.0): "the prior of the lowest",
-        (1.2, 1.3, 4.0): "the prior of the only",
+        (1.2, 1.3, 4.0): "the prior, of an upper",
     }.items():
         stages = dict(zip(predict.STAGES, ratios, strict=True))
         found = predict.verdict({"generation": {"by_stage": stages}})
@@ -796,7 +796,7 @@ def test_summary_is_five_lines(levels, capsys):
     assert len(lines) == 5
     assert str(levels.report_path) in lines[0] and "SSIM" in lines[1]
     assert "(- in the foreground)" in lines[1]
-    assert "1.25: about as close" in lines[2] and "the prior of" in lines[3]
+    assert "1.25: about as close" in lines[2] and "the prior, of" in lines[3]
     assert f"python predict.py generate {levels.path}" in lines[4]
     text = predict.summary_table(evaluation | {"memorization": None})
     assert re.search("ssim foreground  +-\n", text)
