@@ -58,7 +58,8 @@ class TrainableModel(keras.Model):
     """Model with a custom `train_step` and `test_step` over one loss.
 
     A subclass gives `_batch_loss(batch, training)`: the mean loss over the
-    images of a batch. It also updates the trackers that an epoch logs.
+    images of a batch. It also updates the trackers that an epoch logs. Targets
+    that `fit` is given are not used.
 
     Under a strategy of `tf.distribute` each replica trains on its part of the
     batch; the step equals that of one device with the whole batch, but for
@@ -72,7 +73,12 @@ class TrainableModel(keras.Model):
     accumulation_steps = 1
 
     def __new__(cls, *args, **kwargs):
-        # A layer records its arguments for `get_config`, a model would not.
+        # A layer records its arguments for `get_config`, a model would not. It
+        # cannot write numbers of NumPy, such as `images.var()`.
+        args, kwargs = tf.nest.map_structure(
+            lambda x: x.item() if isinstance(x, np.generic) else x,
+            (args, kwargs),
+        )
         return keras.layers.Layer.__new__(cls, *args, **kwargs)
 
     @classmethod
@@ -88,6 +94,7 @@ class TrainableModel(keras.Model):
             keras.config.set_dtype_policy(current)
 
     def train_step(self, batch):
+        batch, *_ = keras.utils.unpack_x_y_sample_weight(batch)
         norm = self._apply(self._accumulated_gradients(batch), batch)
         # For `FiniteCheck`: a NaN voxel can leave the loss finite, since a
         # fused ReLU turns it into 0. Then only gradients and weights tell.
@@ -150,6 +157,7 @@ class TrainableModel(keras.Model):
         return norm / loss_scale
 
     def test_step(self, batch):
+        batch, *_ = keras.utils.unpack_x_y_sample_weight(batch)
         self._batch_loss(batch, training=False)
         return self._logged(self.get_metrics_result())
 
@@ -469,6 +477,8 @@ class VectorQuantizer(keras.layers.Layer):
         `tf.where` rather than `tf.cond`: a variable may not be assigned in a
         branch under `tf.distribute`.
         """
+        if not self.trainable:  # frozen: a decoder is trained on
+            return
         size = self.num_embeddings
         indices = tf.reshape(result.indices, (-1,))
         counts = count_codes(indices, size)  # (K,)
@@ -760,6 +770,7 @@ class VQVAE(TrainableModel):
 
     def cropped(self, images):
         """The box of frames that is encoded, `(B, height, width, 1)`."""
+        images = tf.ensure_shape(images, (None, *self.image_size, 1))
         return tf.image.crop_to_bounding_box(images, *self.box)
 
     def framed(self, images):
@@ -1011,7 +1022,7 @@ class Texture(TrainableModel):
         That of an image is a function of the seed, an int64 tensor, its
         number, of which `numbers` `(B,)` has one for each image, and the image.
         """
-        shape, inside = images.shape[1:], shown(images)
+        shape, inside = tf.shape(images)[1:], shown(images)
 
         def noise_of(number):
             # Codes were drawn with (seed, number) itself.
@@ -1410,6 +1421,7 @@ class ContextMap(keras.layers.Layer):
             self.split = keras.layers.Dense(4 * channels)
 
     def call(self, slice_position, label, upper=(), training=False):
+        slice_position = tf.cast(slice_position, tf.float32)
         shape = (tf.shape(label)[0], *self.grid, self.CHANNELS)
         context = tf.zeros(shape, self.compute_dtype)
         if self.place:
@@ -1513,7 +1525,8 @@ def sample_index(logits, uniform, temperature, top_p=1.0, top_k=0):
     random number `uniform` `(B, 1)` in [0, 1), not K. See `Sampling`.
     """
     probabilities = tf.nn.softmax(logits / temperature)
-    if top_k or top_p < 1:  # sorting is most of the cost of a draw
+    # Sorting is most of the cost of a draw.
+    if top_k or tf.is_tensor(top_p) or top_p < 1:
         probabilities = keep_likeliest(probabilities, top_k, top_p)
     cumulative = tf.cumsum(probabilities, axis=-1)
     # Strictly below the total, whatever the rounding: else an index past the
@@ -1560,7 +1573,8 @@ class RasterSampler:
             ValueError: if a label or `known` does not fit this prior, or
                 guidance has no condition to guide by.
         """
-        conditions = self.conditions(n, **given) | {"upper": tuple(upper)}
+        upper = tuple(map(np.asarray, upper))
+        conditions = self.conditions(n, **given) | {"upper": upper}
         known = self.known_indices(n, known)
         inputs = {"conditions": conditions, "known": known}
         draw = functools.partial(
@@ -1635,7 +1649,8 @@ class RasterSampler:
             tf.convert_to_tensor(known),
             tf.convert_to_tensor(sampling.temperature, tf.float32),
             tf.convert_to_tensor(sampling.guidance, tf.float32),
-            top_p=float(sampling.top_p),
+            # A tensor, so that no other value is compiled for.
+            top_p=tf.constant(sampling.top_p) if sampling.top_p < 1 else 1.0,
             top_k=int(sampling.top_k),
         )
 
@@ -1756,7 +1771,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         upper_grids: (h, w) of each level above, nearest first, each half of
             the one before: condition on the indices of these grids.
         codebook_sha256: str. Which codebook the indices belong to.
-        kwargs: those of `utils.PriorSettings` that concern a network.
+        kwargs: those of `utils.PriorSettings` that concern a network, but for
+            `attention` and `condition`.
 
     Input shape: `indices` `(B, h, w)` int, and the conditions: `upper`, a
         tuple of `(B, h, w)` int tensors, one for each upper grid; `label`
@@ -1768,7 +1784,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
 
     Attributes:
         recompute: bool. Compute each block again for its gradients instead of
-            keeping its inner values, which saves memory and costs time.
+            keeping its inner values, which saves memory and costs time. Not
+            with dropout, which would differ.
     """
 
     recompute = False
@@ -2152,6 +2169,9 @@ def generate(
         `(n, h, w)` of each level, bottom first; `(n,)` float32
         log-probability in nats of the indices, summed over levels.
     """
+    found = f"n {n}, {len(priors)} priors"
+    message = f"expected n >= 1 and {vqvae.levels} priors, found {found}"
+    require(n >= 1 and len(priors) == vqvae.levels, message)
     if slice_position is None:
         slice_position = slice_positions(n, first)
     if label is None:

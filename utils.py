@@ -59,6 +59,8 @@ os.environ["MPLBACKEND"] = "Agg"
 # TensorFlow's own log: what fails is raised as an exception too, and its graph
 # optimizer reports every fusion that it gives up as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Its faster kernels, which it uses by itself on CPUs with AVX-512 only.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 # Its Python log warns of retracing whenever several models are trained.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
