@@ -1935,7 +1935,7 @@ def texture_features(images):
     return np.array(rows, np.float32)
 
 
-def c2st(a, b, subjects_a, subjects_b, seed=0):
+def c2st(a, b, subjects_a, subjects_b):
     """Return how well a small classifier tells two sets of images apart.
 
     Logistic regression on principal components of HOG at half the resolution
@@ -1967,14 +1967,12 @@ def c2st(a, b, subjects_a, subjects_b, seed=0):
         StandardScaler(),
         LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000),
     )
-    folds = StratifiedGroupKFold(
-        LEAST_SUBJECTS, shuffle=True, random_state=seed
-    )
+    folds = StratifiedGroupKFold(LEAST_SUBJECTS, shuffle=True, random_state=0)
     told = cross_val_predict(model, rows, truth, groups=subjects, cv=folds)
     of_a, of_b = (
         mean_of(np.where(truth == k, told == truth, np.nan)) for k in (0, 1)
     )
-    return bootstrap(lambda w: (of_a(w) + of_b(w)) / 2, subjects, seed=seed)
+    return bootstrap(lambda w: (of_a(w) + of_b(w)) / 2, subjects)
 
 
 def nearest_images(queries, batches, spaces):
