@@ -1491,9 +1491,7 @@ def is_chief(strategy):
 
 def is_multi_worker(strategy):
     """Return whether a `tf.distribute` strategy spans several processes."""
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return bool(strategy.cluster_resolver.cluster_spec())
-    return False
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 @functools.cache
