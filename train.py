@@ -383,7 +383,7 @@ def settle_conditions(job, source, asked=True):
     Images without labels are a `DataError` if the user asked for them, else
     the prior does without.
     """
-    table, wanted = job.tables["train"], job.settings.conditions
+    table, wanted = job.tables["train"], job.settings.prior.condition
     names = sorted(set(table["label"]) - {""})
     if "label" in wanted and not names:
         if asked:

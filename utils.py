@@ -750,12 +750,6 @@ class Settings:
             raise FlagError("--recompute: does not go with --prior-dropout")
 
     @property
-    def conditions(self):
-        """What the prior is conditioned on, as a tuple of names."""
-        condition = self.prior.condition
-        return () if condition == "none" else tuple(condition.split(","))
-
-    @property
     def total_downsampling(self):
         """Pixels per latent of the top grid, each way."""
         return self.vqvae.downsampling * 2 ** (self.vqvae.levels - 1)

@@ -208,7 +208,7 @@ def test_values_are_read_by_type():
     assert chosen.data.image_size == (64, 48) and not chosen.data.crop
     assert (chosen.run.seed, chosen.run.run_dir) == (7, "r")
     assert chosen.vqvae.ssim_weight == 1.0 and chosen.prior.network == "gated"
-    assert chosen.conditions == ("label", "slice")
+    assert chosen.prior.condition == "label,slice"
     for word, size in (("64", (64, 64)), ("None", None)):
         chosen = utils.parse_training(["--image-size", word])
         assert chosen.data.image_size == size
