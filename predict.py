@@ -20,7 +20,6 @@ import base64
 import collections
 import copy
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -512,8 +511,7 @@ def write_chunk(files, chunk):
         utils.write_arrays(files[0], chunk)
     else:
         for path, pixels in zip(files, chunk["images"], strict=True):
-            write = functools.partial(utils.write_png, pixels=pixels)
-            utils.write_atomic(path, write)
+            utils.write_png(path, pixels)
 
 
 def read_images(files):

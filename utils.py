@@ -2299,8 +2299,8 @@ def to_pixels(images):
 
 
 def write_png(path, pixels):
-    """Write one image, `(H, W)` uint8, as a grey PNG."""
-    _image.fromarray(pixels).save(path)
+    """Write one image, `(H, W)` uint8, as a grey PNG, atomically."""
+    write_atomic(path, _image.fromarray(pixels).save)
 
 
 def read_png(path):
