@@ -732,6 +732,7 @@ class Fit:
         self.training, self.validation = training, validation
         self.transform, self.options = transform, job.settings.training
         self.option = functools.partial(option, job.settings, stage)
+        self.log_dir = job.run.logs_path / stage
         self.epochs = self.option("epochs")
         count = len(job.tables["train"])
         self.batch_size = min(self.option("batch_size"), count)
@@ -764,7 +765,8 @@ class Fit:
         """Train from the last checkpoint to the end, and save the model.
 
         Args:
-            pictures: function that shows pictures of the model, or None.
+            pictures: function that calls `tf.summary.image`, or None. It must
+                not change the state of a random generator.
         """
         steps, done = self.rounds * self.steps, self.first * self.steps
         print(f"{self.stage}: {self.epochs} epochs of {steps} steps")
@@ -779,6 +781,7 @@ class Fit:
         )
         bar = utils.progress_bar(self.stage, "step")
         self.bar = bar(total=self.last * self.steps, initial=done)
+        self.pictures = pictures if utils.is_chief(self.job.strategy) else None
         with self.job.signals.deferred(), self.bar:
             self.model.fit(
                 dataset.distributed(self.job.strategy, batches),
@@ -786,7 +789,7 @@ class Fit:
                 epochs=self.last,
                 steps_per_epoch=self.steps,
                 **self._validation(),
-                callbacks=[*self._logs(pictures), *callbacks, self.checkpoint],
+                callbacks=[*self._logs(), *callbacks, self.checkpoint],
                 shuffle=False,
                 verbose=0,
             )
@@ -835,9 +838,9 @@ class Fit:
             "validation_freq": self.rounds,
         }
 
-    def _logs(self, pictures):
+    def _logs(self):
         """Callbacks that check, log and show the training."""
-        callbacks, folder = [], self.job.run.logs_path / self.stage
+        callbacks = []
         if self.option("ema_momentum"):  # first: the others see the average
             callbacks += [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
         callbacks += [
@@ -848,18 +851,10 @@ class Fit:
             ),
         ]
         if self.stopping:
-            callbacks.append(self.stopping)
+            callbacks += [self.stopping]
         if utils.is_chief(self.job.strategy):
-            callbacks.append(
-                keras.callbacks.TensorBoard(folder, write_graph=False)
-            )
-            if pictures:
-                epochs = {1, *utils.spread(self.epochs, PICTURES) + 1}
-                rounds = {self.rounds * epoch for epoch in epochs}
-                show = functools.partial(log_pictures, folder, pictures, rounds)
-                callbacks.append(
-                    keras.callbacks.LambdaCallback(on_epoch_end=show)
-                )
+            board = keras.callbacks.TensorBoard(self.log_dir, write_graph=False)
+            callbacks += [board]
         return callbacks
 
     def _after_step(self, number, logs):
@@ -868,7 +863,7 @@ class Fit:
         self.bar.update()
 
     def _after_round(self, number, logs):
-        """After an epoch add a row to `history.csv`, and print a line."""
+        """After an epoch print a line, extend `history.csv`, at times draw."""
         epoch, rest = divmod(number + 1, self.rounds)
         if rest:
             return
@@ -892,6 +887,12 @@ class Fit:
             kept = (old["stage"] != self.stage) | (old["epoch"] < epoch)
             history = pd.concat([old[kept], history], ignore_index=True)
         utils.write_csv(path, history)
+        shown = {1, *utils.spread(self.epochs, PICTURES) + 1}
+        if self.pictures and epoch in shown:
+            writer = tf.summary.create_file_writer(str(self.log_dir))
+            with writer.as_default(number + 1):
+                self.pictures()
+            writer.close()
 
     def _minutes_left(self, epoch, seconds):
         """Of this stage by its pace so far, of later ones by `TIMES`."""
@@ -906,19 +907,6 @@ class Fit:
 
 
 # === Pictures ===
-
-
-def log_pictures(folder, draw, rounds, number, logs):
-    """Show TensorBoard pictures of a training after some of its rounds.
-
-    `draw()` calls `tf.summary.image`. It must not change the state of a random
-    generator.
-    """
-    if number + 1 in rounds:
-        writer = tf.summary.create_file_writer(str(folder))
-        with writer.as_default(number + 1):
-            draw()
-        writer.close()
 
 
 def vqvae_pictures(job, vqvae):
