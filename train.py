@@ -29,6 +29,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import typing
 import warnings
 from pathlib import Path
 
@@ -118,19 +119,14 @@ def settings_of_worker(settings, strategy):
 # === Start ===
 
 
+@dataclasses.dataclass
 class Job:
-    """A training under way: its run, devices and images.
+    """A training under way: its run, devices and images."""
 
-    Args:
-        run: `utils.Run`, locked.
-        strategy: of `tf.distribute`.
-        signals: `utils.StopSignals`, which end the training.
-        data_dir: where the images are now, if they were moved.
-    """
-
-    def __init__(self, run, strategy, signals, data_dir=None):
-        self.run, self.strategy, self.signals = run, strategy, signals
-        self.data_dir = data_dir
+    run: utils.Run  # locked
+    strategy: typing.Any  # of `tf.distribute`
+    signals: utils.StopSignals  # which end the training
+    data_dir: str | None = None  # where the images are now, if they were moved
 
     settings = property(lambda self: self.run.settings)
 
