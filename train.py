@@ -283,17 +283,14 @@ def plan_resume(job, earlier):
     under_way = "training" in run.info
     stages = {"vqvae", *run.prior_names, "texture"} - parts
     trained = {part for part in stages if run.model_path(part).exists()}
-    more, before = (
-        {part: option(settings, part, "epochs") for part in stages}
-        for settings in (job.settings, earlier)
-    )
-    longer = {part for part in trained if more[part] > before[part]}
+    asked = {part: option(job.settings, part, "epochs") for part in stages}
+    more = {x for x in stages if asked[x] > option(earlier, x, "epochs")}
+    longer = trained & more
     epochs = {}  # that there have been, by level maybe more than in settings
     if longer:
         epochs = utils.read_history(run).groupby("stage")["epoch"].max()
-        longer = {part for part in longer if more[part] > epochs.get(part, 0)}
-    untrained = stages - trained
-    if "texture" in untrained and more["texture"] > before["texture"]:
+        longer = {part for part in longer if asked[part] > epochs.get(part, 0)}
+    if "texture" in more - trained:
         parts.add("texture")  # the first one
     if not (parts or longer or under_way):
         raise utils.FlagError(
@@ -312,11 +309,10 @@ def plan_resume(job, earlier):
     if not under_way:
         return job.begin(parts, **since)
     now = run.info["training"]  # other parts go on from their checkpoints
-    done = [part for part in now["done"] if part not in parts]
-    since = now["epochs_before"] | since
-    changes = {"settings": utils.flat(job.settings)}
-    changes |= {"done": done, "epochs_before": since}
-    run.update(training=now | changes)
+    now["settings"] = utils.flat(job.settings)
+    now["done"] = [part for part in now["done"] if part not in parts]
+    now["epochs_before"] |= since
+    run.update()
 
 
 def load_images(job, asked):
