@@ -1335,13 +1335,13 @@ def run_facts(trained):
     levels = [{"level": k, "grid": list(grid)} for k, grid in grids]
     sizes = ("num_embeddings", "embedding_dim")
     sizes = {name: getattr(vqvae.settings, name) for name in sizes}
-    paths = [run.vqvae_path, *run.prior_paths[: len(trained.priors)]]
-    models = [vqvae, *trained.priors]
+    names = ["vqvae", *run.prior_names]
+    models = dict(zip(names, [vqvae, *trained.priors], strict=False))
     texture = trained.texture
     if trained.priors and not texture:  # it may be there, but not asked for
         texture = modules.load_texture(run, vqvae)
     if texture:
-        paths, models = [*paths, run.texture_path], [*models, texture]
+        models["texture"] = texture
     return {
         **{key: run.info[key] for key in run.info if key != "training"},
         "settings": utils.flat(run.settings),
@@ -1350,8 +1350,7 @@ def run_facts(trained):
         "data": evaluation.get("data") or about_data(run),
         "codebook": [x | sizes for x in evaluation.get("codebook") or levels],
         "models": {
-            path.name: model_facts(model)
-            for path, model in zip(paths, models, strict=True)
+            f"{name}.keras": model_facts(models[name]) for name in models
         },
         "evaluation": evaluation,
     }
