@@ -1115,20 +1115,19 @@ class Run:
     Attributes:
         path: Path of the folder.
         settings: `Settings` of its models.
-        info: dict of what `config.json` holds beside the settings: versions,
-            command, started, image_size [H, W] of the frame, crop [top, left,
-            height, width] or None, latent_grids [[h, w], ...], labels {name:
-            number}, slice_range, intensity {rule, low, high}, simulated,
-            dataset, data_dir, sampling {temperature: [...], top_p: [...]}, a
-            value a level, and, while under way, training.
+        info: dict of what `config.json` holds: format, settings of the models,
+            versions, command, started, image_size [H, W] of the frame, crop
+            [top, left, height, width] or None, latent_grids [[h, w], ...],
+            labels {name: number}, slice_range, intensity {rule, low, high},
+            simulated, dataset, data_dir, sampling {temperature: [...], top_p:
+            [...]}, a value a level, and, while under way, training.
     """
 
     def __init__(self, path, settings, info):
         self.path = Path(path)
         self.settings = settings
-        self.info = info
+        self.info = {"format": FORMAT, "settings": flat(settings)} | info
         self._lock, self._is_new = None, False
-        self._of_models = flat(settings)  # in config.json
 
     config_path = property(lambda self: self.path / "config.json")
     split_path = property(lambda self: self.path / "split.csv")
@@ -1264,7 +1263,7 @@ class Run:
     def complete(self):
         """Note that nothing is left to do."""
         training = self.info.pop("training")
-        self._of_models = training["settings"]
+        self.info["settings"] = training["settings"]
         self.update()
         shutil.rmtree(self.checkpoint_path, ignore_errors=True)
 
@@ -1278,8 +1277,8 @@ class Run:
             raise RunError(f"{path}: {what}")
         try:
             info = json.loads(file.read_text("utf-8", "surrogateescape"))
-            number, stored = int(info.pop("format")), info.pop("settings")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            number, stored = int(info["format"]), info["settings"]
+        except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{file}: not readable ({error!r})") from error
         if number != FORMAT:
             raise RunError(
@@ -1287,7 +1286,7 @@ class Run:
                 "the version that made it"
             )
         run = cls(path, Settings(), info)
-        run.settings, run._of_models = run._read_settings(stored), stored
+        run.settings = run._read_settings(stored)
         return run
 
     def _read_settings(self, stored):
@@ -1328,8 +1327,7 @@ class Run:
     def update(self, **keys):
         """Add keys to `info` and rewrite `config.json` in one step."""
         self.info.update(keys)
-        document = {**self.info, "format": FORMAT, "settings": self._of_models}
-        write_json(self.config_path, document)
+        write_json(self.config_path, self.info)
 
 
 # What NumPy, pandas and json raise over a damaged file.
