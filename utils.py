@@ -125,7 +125,7 @@ class lazy_import:
 
     def __getattr__(self, attribute):
         # Tools that look a module over (`__wrapped__`) must not import it.
-        if attribute.startswith("__") and attribute != "__version__":
+        if attribute.startswith("__"):
             raise AttributeError(attribute)
         return getattr(_import(self._name), attribute)
 
