@@ -979,10 +979,9 @@ def _settings_for(stage, folder):
             f"--stage {stage} needs --run-dir: the folder of a run that holds "
             "a trained VQ-VAE"
         )
-    run = Run.open(folder)
-    once = {"prior_level": None, "force": False, "evaluate": True}
     # Of a training that was stopped, which may have more parts to make.
-    now = run.training_settings
+    now = Run.open(folder).training_settings
+    once = {"prior_level": None, "force": False, "evaluate": True}
     return replace(now, **once, resume=None, strategy="auto")
 
 
