@@ -375,21 +375,19 @@ def settings(cls):
                 raise _refusal(flag_name(field), field.type, typed(value))
         further(self)
 
-    helps = _field_help(cls)
-    for name, hint in cls.__annotations__.items():
+    for name, text in _field_help(cls).items():  # groups of settings have none
+        hint = cls.__annotations__[name]
+        look = {"help": text, "help_behavior_hint": _default_but_none}
         kind, _, bounds = _expected(hint).partition(" in ")
-        bounded = kind in ("a whole number", "a number")
-        look = {"metavar": bounds} if bounded and bounds else {}
-        if getattr(cls, name, ()) in (None, ()):  # the help says what it means
-            look["help_behavior_hint"] = _default_but_none
-        if name in helps:  # not in groups of settings
-            look["help"] = helps[name]
-            cls.__annotations__[name] = Annotated[hint, arg(**look)]
+        if bounds and kind in ("a whole number", "a number"):
+            look["metavar"] = bounds
+        cls.__annotations__[name] = Annotated[hint, arg(**look)]
     cls.__post_init__ = check
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 def _default_but_none(label):
+    # What None means, the help says.
     return "" if label in ("None", "") else f"(default: {label})"
 
 
