@@ -1165,10 +1165,8 @@ class Run:
     @property
     def training_settings(self):
         """`Settings` of the training under way, else of the models."""
-        training = self.info.get("training")
-        if training:
-            return self._read_settings(training["settings"])
-        return self.settings
+        latest = self.info.get("training", self.info)
+        return self._read_settings(latest["settings"])
 
     @classmethod
     def create(cls, settings):
@@ -1259,9 +1257,7 @@ class Run:
 
     def complete(self):
         """Note that nothing is left to do."""
-        training = self.info.pop("training")
-        self.info["settings"] = training["settings"]
-        self.update()
+        self.update(settings=self.info.pop("training")["settings"])
         shutil.rmtree(self.checkpoint_path, ignore_errors=True)
 
     @classmethod
