@@ -163,7 +163,7 @@ class Job:
         done = [part for part in all_parts(self.run) if part not in parts]
         for part in parts - epochs_before.keys():
             shutil.rmtree(self.run.logs_path / part, ignore_errors=True)
-        self.run.begin(self.settings, done, epochs_before=epochs_before)
+        self.run.begin(done, epochs_before=epochs_before)
 
     def epochs_before(self, part):
         """Epochs that an earlier training of the run gave a part."""

@@ -1194,7 +1194,7 @@ class Run:
                     f"{run.path}: the folder is not empty; choose another with "
                     "--run-dir, or continue its training with --resume"
                 )
-            run.begin(settings)
+            run.begin()
         except BaseException as error:
             run.unlock()
             if not isinstance(error, OSError):
@@ -1230,19 +1230,18 @@ class Run:
             self._lock.release()
             self._lock = None
 
-    def begin(self, settings, done=(), **notes):
+    def begin(self, done=(), **notes):
         """Note that a training is under way; remove all checkpoints.
 
         Until it is complete, `settings` in `config.json` stay those of the
         models that are there. Parts in `done` are not to be trained; `notes`
         go into `info["training"]`, too.
         """
-        self.settings = settings
         shutil.rmtree(self.checkpoint_path, ignore_errors=True)
         command = shlex.join(sys.argv)
         if self.info["command"].split("; ")[-1] != command:
             self.info["command"] += f"; {command}"
-        notes |= {"settings": flat(settings), "done": list(done)}
+        notes |= {"settings": flat(self.settings), "done": list(done)}
         self.update(training=notes)
 
     def is_done(self, part):

@@ -514,7 +514,7 @@ def test_training_on_resumes(vqvae_run, tmp_path, monkeypatch, capsys, plain):
 def begin_again(run, *parts):
     """Leave a complete run as if it had been stopped before some parts."""
     done = [x for x in train.all_parts(run) if x not in {*parts, "sampling"}]
-    run.begin(run.settings, done, epochs_before={})
+    run.begin(done, epochs_before={})
 
 
 def test_more_epochs_keep_what_is_under_way(levels_run, tmp_path):

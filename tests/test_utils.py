@@ -306,8 +306,8 @@ def test_run_round_trip(run):
 
 def test_settings_of_the_models_stay_until_the_training_is_complete(run):
     run.complete()
-    longer = utils.replace(run.settings, epochs=40)
-    run.begin(longer, done=["vqvae"], first={"vqvae": 30})
+    run.settings = longer = utils.replace(run.settings, epochs=40)
+    run.begin(done=["vqvae"], first={"vqvae": 30})
     again = utils.Run.open(run.path)
     assert again.settings.training.epochs == 30
     assert again.training_settings == longer
