@@ -1112,7 +1112,7 @@ def evaluate_memorization(trained, images, train, test):
     both = np.concatenate([images, rebuild(trained, test)])
     bar = utils.progress_bar("looking for copies", "batch")
     batches = bar(dataset.ordered_batches(train))
-    found, n = utils.nearest_images(both, batches, utils.SPACES), len(images)
+    found, n = utils.nearest_images(both, batches), len(images)
     new = {key: (row[:n], apart[:n]) for key, (row, apart) in found.items()}
     old = {key: (row[n:], apart[n:]) for key, (row, apart) in found.items()}
     audited, copies = utils.audit(new, old, test.subjects)

@@ -1957,25 +1957,32 @@ def c2st(a, b, subjects_a, subjects_b):
     return bootstrap(lambda w: (of_a(w) + of_b(w)) / 2, subjects)
 
 
-def nearest_images(queries, batches, spaces):
-    """Return the nearest of many images to each query, in several spaces.
+SPACES = {
+    "pixels": lambda images: np.reshape(images, (len(images), -1)),
+    "hog": hog_features,
+}
+LEAST_UNSEEN = 100  # images, for their 1st percentile to be one of them
+MOST_COPIES = 0.02  # of the generated images, and one at least
+
+
+def nearest_images(queries, batches):
+    """Return the nearest of many images to each query, in each of `SPACES`.
 
     Args:
         queries: (N, H, W).
         batches: iterable of (B, H, W, 1), read once.
-        spaces: {name: function of images (B, H, W) to features (B, F)}.
 
     Returns: {name: (row number (N,), distance (N,))}. The distance is the
         Euclidean one over the length of the query's features, so that small
         and large heads compare; NaN for a blank query.
     """
-    features = {name: space(queries) for name, space in spaces.items()}
-    rows = {name: np.zeros(len(queries), int) for name in spaces}
-    best = {name: np.full(len(queries), np.inf) for name in spaces}
+    features = {name: space(queries) for name, space in SPACES.items()}
+    rows = {name: np.zeros(len(queries), int) for name in SPACES}
+    best = {name: np.full(len(queries), np.inf) for name in SPACES}
     first = 0
     for batch in batches:
         batch = np.asarray(batch)[..., 0]
-        for name, space in spaces.items():
+        for name, space in SPACES.items():
             row, apart = _measures.pairwise_distances_argmin_min(
                 features[name], space(batch)
             )
@@ -1983,18 +1990,10 @@ def nearest_images(queries, batches, spaces):
             rows[name][nearer] = first + row[nearer]
             best[name][nearer] = apart[nearer]
         first += len(batch)
-    for name in spaces:
+    for name in SPACES:
         length = np.linalg.norm(features[name], axis=1)
         best[name] /= np.where(length > 0, length, np.nan)
-    return {name: (rows[name], best[name]) for name in spaces}
-
-
-SPACES = {
-    "pixels": lambda images: np.reshape(images, (len(images), -1)),
-    "hog": hog_features,
-}
-LEAST_UNSEEN = 100  # images, for their 1st percentile to be one of them
-MOST_COPIES = 0.02  # of the generated images, and one at least
+    return {name: (rows[name], best[name]) for name in SPACES}
 
 
 def audit(generated, unseen, subjects, n=1000):

@@ -634,9 +634,9 @@ def test_copies_of_training_images_raise_the_alarm():
     (unseen, subjects), (fresh, _) = people(100, 13), people(200, 5)
 
     def audit(generated, unseen=unseen, subjects=subjects):
-        known = np.array_split(train[..., None], 5), utils.SPACES
-        near = utils.nearest_images(generated, *known)
-        far = utils.nearest_images(unseen, *known)
+        known = np.array_split(train[..., None], 5)
+        near = utils.nearest_images(generated, known)
+        far = utils.nearest_images(unseen, known)
         found, copies = utils.audit(near, far, subjects, n=100)
         json.dumps(found, allow_nan=False)
         return found, copies
