@@ -832,22 +832,16 @@ class Fit:
 
     def _logs(self):
         """Callbacks that check, log and show the training."""
-        callbacks = []
         if self.option("ema_momentum"):  # first: the others see the average
-            callbacks += [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
-        callbacks += [
-            modules.FiniteCheck(self.stage),
-            keras.callbacks.LambdaCallback(
-                on_train_batch_end=self._after_step,
-                on_epoch_end=self._after_round,
-            ),
-        ]
+            yield keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        yield modules.FiniteCheck(self.stage)
+        yield keras.callbacks.LambdaCallback(
+            on_train_batch_end=self._after_step, on_epoch_end=self._after_round
+        )
         if self.stopping:
-            callbacks += [self.stopping]
+            yield self.stopping
         if utils.is_chief(self.job.strategy):
-            board = keras.callbacks.TensorBoard(self.log_dir, write_graph=False)
-            callbacks += [board]
-        return callbacks
+            yield keras.callbacks.TensorBoard(self.log_dir, write_graph=False)
 
     def _after_step(self, number, logs):
         """Show the scores of the round so far in the progress bar."""
