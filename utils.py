@@ -2220,12 +2220,12 @@ CURVES = ("loss", "ssim", "bits_per_code", "perplexity", "codebook_usage")
 
 def plot_history(path, history):
     """Draw the curves of `history.csv`, a row a stage, training and val."""
-    stages = dict(list(history.groupby("stage", sort=False))) or {"": history}
+    stages = history.groupby("stage", sort=False)
     size = 4.2 * len(CURVES), 3 * len(stages)
     figure = _figures.Figure(size, layout="constrained")
     figure.suptitle("Training")
     axes = figure.subplots(len(stages), len(CURVES), squeeze=False)
-    for panels, (stage, rows) in zip(axes, stages.items(), strict=True):
+    for panels, (stage, rows) in zip(axes, stages, strict=True):
         curves = rows.set_index("epoch").dropna(axis=1, how="all")
         for ax, name in zip(panels, CURVES, strict=True):
             shown = curves.filter(regex=rf"^(val_)?{name}$")
