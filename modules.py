@@ -1684,19 +1684,21 @@ class RasterSampler:
         self, uniforms, context, known, temperature, guidance, top_p, top_k
     ):
         """The compiled loop in float32: rows outside, columns inside."""
-        batch = uniforms.shape[0]
+        batch, layers = uniforms.shape[0], self.causal_layers
         height, width = self.latent_grid
         wide = batch if context is None else context.shape[0]
         copies = wide // batch  # 2 with guidance: with the condition, without
 
-        def draw_row(row, grid, log_prob, caches):
-            def draw(column, grid, log_prob, caches):
+        def draw_row(row, grid, log_prob, codes, caches):
+            def draw(column, grid, log_prob, codes, caches):
                 here, place, one = None, [0, row, column], [batch, 1, 1]
                 if context is not None:
                     size = [wide, 1, 1, context.shape[-1]]
                     here = tf.slice(context, [*place, 0], size)[:, 0, 0]
-                logits, caches = self._step(caches, column, here)
-                logits, *null = tf.split(logits, copies)
+                x = None
+                for k, layer in enumerate(layers):
+                    x, caches[k] = layer.step(x, caches[k], column, here)
+                logits, *null = tf.split(self._predict(x), copies)
                 guided = logits
                 if null:
                     guided = null[0] + guidance * (logits - null[0])
@@ -1707,50 +1709,30 @@ class RasterSampler:
                 nats = tf.nn.log_softmax(logits)
                 log_prob += tf.gather(nats, index, batch_dims=1)
                 code = tf.gather(self.embedding.embeddings, index)
-                caches = self._write(tf.tile(code, [copies, 1]), caches, column)
-                index = index[:, None, None]
-                grid = keras.ops.slice_update(grid, place, index)
-                return column + 1, grid, log_prob, caches
+                code = tf.tile(code, [copies, 1])
+                for k, layer in enumerate(layers):
+                    caches[k] = layer.write(code, caches[k], column)
+                update = keras.ops.slice_update
+                codes = update(codes, [0, column, 0], code[:, None])
+                grid = update(grid, place, index[:, None, None])
+                return column + 1, grid, log_prob, codes, caches
 
-            state = (0, grid, log_prob, self._start_row(caches, row))
+            above = codes
+            for k, layer in enumerate(layers):
+                above, caches[k] = layer.start_row(above, caches[k], row)
+            state = (0, grid, log_prob, tf.zeros_like(codes), caches)
             _, *state = tf.while_loop(lambda k, *_: k < width, draw, state)
             return row + 1, *state
 
         grid = tf.zeros((batch, height, width), tf.int32)
-        state = (0, grid, tf.zeros((batch,)), self._init_caches(wide))
+        codes = tf.zeros((wide, width, self.channels))  # embedded, of a row
+        caches = [layer.init_cache(wide, self.latent_grid) for layer in layers]
+        state = (0, grid, tf.zeros((batch,)), codes, caches)
         with self._in_float32():
-            _, *found, _ = tf.while_loop(
+            _, *found, _, _ = tf.while_loop(
                 lambda row, *_: row < height, draw_row, state
             )
         return found
-
-    def _init_caches(self, batch):
-        """The embedded row so far, then the caches of the layers."""
-        row = tf.zeros((batch, self.latent_grid[1], self.channels))
-        layers = self.causal_layers
-        return [row, *(x.init_cache(batch, self.latent_grid) for x in layers)]
-
-    def _start_row(self, caches, row):
-        vertical, *caches = caches
-        moved = [tf.zeros_like(vertical)]
-        for layer, cache in zip(self.causal_layers, caches, strict=True):
-            vertical, cache = layer.start_row(vertical, cache, row)
-            moved.append(cache)
-        return moved
-
-    def _step(self, caches, column, context):
-        """Logits `(B, K)` of one position, and the caches."""
-        x, moved = None, [caches[0]]
-        for layer, cache in zip(self.causal_layers, caches[1:], strict=True):
-            x, cache = layer.step(x, cache, column, context)
-            moved.append(cache)
-        return self._predict(x), moved
-
-    def _write(self, code, caches, column):
-        row, *caches = caches
-        row = keras.ops.slice_update(row, [0, column, 0], code[:, None])
-        pairs = zip(self.causal_layers, caches, strict=True)
-        return [row, *(layer.write(code, x, column) for layer, x in pairs)]
 
 
 # === Priors ===
