@@ -979,8 +979,7 @@ class Texture(TrainableModel):
         self.middle = [TextureBlock(deep) for _ in range(3)]
         self.doubling = keras.layers.Conv2DTranspose(wide, 2, strides=2)
         self.after = [TextureBlock(wide) for _ in range(3)]
-        options = {"kernel_initializer": "zeros", "dtype": "float32"}
-        self.head = conv(4, 3, **options)
+        self.head = conv(4, 3, kernel_initializer="zeros", dtype="float32")
         self.noise = keras.random.SeedGenerator(seed)
         self._make_trackers("loss")
         image = tf.zeros((1, 16, 16, 1))
@@ -1425,7 +1424,9 @@ class ContextMap(keras.layers.Layer):
         shape = (tf.shape(label)[0], *self.grid, self.CHANNELS)
         context = tf.zeros(shape, self.compute_dtype)
         if self.place:
-            context += self.place(self._grid_features())
+            places = np.moveaxis(np.indices(self.grid), 0, -1) / self.grid
+            features = sine_features(places.astype("float32"), self.OCTAVES)
+            context += self.place(tf.reshape(features, (*self.grid, -1)))
         # Null where unknown or dropped.
         known = self._known(slice_position, training)
         slice_position = tf.where(known, slice_position, -1)
@@ -1460,11 +1461,6 @@ class ContextMap(keras.layers.Layer):
         own = tf.where(label[:, None] >= 0, own, 1 / labels)
         shares = near[:, :, None] * own[:, None]
         return tf.tensordot(shares, tf.convert_to_tensor(self.atlas), 2)
-
-    def _grid_features(self):
-        places = np.moveaxis(np.indices(self.grid), 0, -1) / self.grid
-        features = sine_features(places.astype("float32"), self.OCTAVES)
-        return tf.reshape(features, (*self.grid, -1))
 
     def _from_above(self, upper):
         """A residual network over the indices of all levels above."""
