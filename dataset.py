@@ -24,6 +24,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -55,7 +56,7 @@ CARVED = 0.1  # share of training subjects that becomes a missing split
 MARKER = "simulated.json"  # left beside simulated slices
 OURS = {MARKER, "manifest.csv", "orientation.png"}  # no files of a data set
 CACHE = Path("data") / "cache"  # of decoded images
-CACHE_FORMAT = 3  # to be raised when files are decoded in another way
+CACHE_FORMAT = 4  # to be raised when files are decoded in another way
 CACHE_DAYS = 30  # that an entry is kept without being used
 PERCENTILES = (0.5, 99.5)  # of a scan's voxels: black and white of NIfTI
 WHITE = 99.9  # percentile of training pixels: white of dark PNG and JPEG
@@ -718,9 +719,9 @@ def _read_file(path):
 
 # ----------------------------------------------------------- 4. Decode once
 #
-# Every file is decoded once, into one uint8 array on disk beside a table of
-# what was found. Both are named by a hash of all that they depend on, so later
-# starts open them; batches read rows of the array: memory stays flat.
+# Every file is decoded once: its pixels into one file of uint8 on disk, beside
+# it, in JSON, what was found. Both are named by a hash of all that they depend
+# on, so later starts open them; batches read some images: memory stays flat.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -732,7 +733,7 @@ class Slices:
     in the file that become 0 and 1) and sha256.
     """
 
-    file: Path  # .npy, uint8 (N, H, W)
+    file: Path  # of pixels, uint8 (N, H, W)
     rows: np.ndarray  # (n,) ints, the images in it, one a row of the table
     table: object  # DataFrame
     root: Path  # of the data set's folder
@@ -761,7 +762,15 @@ class Slices:
     def read_bytes(self, numbers=None):
         """Return what `read` does as it is stored, uint8."""
         rows = self.rows if numbers is None else self.rows[numbers]
-        return np.asarray(_open_array(self.file))[rows][..., None]
+        try:
+            # A map each time, for pages that are read stay in it.
+            images = np.memmap(self.file, mode="r").reshape(-1, *self.size, 1)
+            return np.asarray(images)[rows]
+        except (OSError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{_show(self.file)}: {error}; expected decoded images, "
+                "delete it"
+            ) from error
 
     def take(self, numbers):
         """Return the `Slices` of some rows of the table, in that order."""
@@ -776,25 +785,6 @@ class Slices:
         """Yield the images as uint8 (n, H, W), `count` at a time."""
         for k in range(0, len(self), count):
             yield self.read_bytes(slice(k, k + count))[..., 0]
-
-
-@functools.cache
-def _place_in(file):
-    """Return shape and offset of the bytes in an array file."""
-    # Once: Python 3.11 may fail if several threads parse such a header.
-    array = np.load(file, mmap_mode="r")
-    return array.shape, array.offset
-
-
-def _open_array(file):
-    """Return a map of an array; one each time, for pages read stay in it."""
-    try:
-        shape, offset = _place_in(file)
-        return np.memmap(file, np.uint8, "r", offset, shape)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(
-            f"{_show(file)}: {error}; expected decoded images, delete it"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -819,7 +809,7 @@ def _sizes(table):
 
 
 def _decode(table, root, plan):
-    """Return the array file of images, and a table of what is in the files.
+    """Return the file of pixels, (H, W), and a table of what is in the files.
 
     What is not in the cache yet is read, by `_read_file`. Columns needed:
     path, scan, split; low and high of a file may be given, else its own scan
@@ -827,14 +817,13 @@ def _decode(table, root, plan):
     """
     table = table.reindex(columns=["path", "scan", "split", "low", "high"])
     read = _cache_path(table, root, plan)
-    file = read.with_suffix(".npy")
+    file = read.with_suffix(".raw")
     if file.is_file() and read.is_file():
         for path in (read, file):
             with contextlib.suppress(OSError):  # of someone else
                 os.utime(path)
-        words = dict.fromkeys(("reason", "notes", "sha256"), str)
-        options = {"keep_default_na": False, "float_precision": "round_trip"}
-        return file, pd.read_csv(read, dtype=words, **options)
+        known = json.loads(read.read_text("utf-8", "surrogateescape"))
+        return file, tuple(known["size"]), pd.DataFrame(known["files"])
     _remove_unused(read.parent)
     names = np.array([os.path.join(root, path) for path in table["path"]], "O")
     scans = [*table.groupby(["split", "scan"], sort=False).indices.values()]
@@ -844,18 +833,16 @@ def _decode(table, root, plan):
     found = [None] * len(names)
 
     def write(path):
-        shape = len(names), *plan.size
-        start = np.lib.format.open_memmap(path, "w+", "u1", shape).offset
-        # Through the map, a full disk would end the process at once.
-        with open(path, "r+b") as stream:
+        # Through a map, a full disk would end the process at once.
+        with open(path, "wb") as stream:
+            stream.truncate(len(names) * math.prod(plan.size))
 
             def work(rows):
                 results = _decode_scan(names[rows], levels[rows], plan)
                 for row, (values, image) in zip(rows, results, strict=True):
                     found[row] = values
                     if image is not None:
-                        at = start + int(row) * image.size
-                        data = image.tobytes()
+                        data, at = image.tobytes(), int(row) * image.size
                         written = os.pwrite(stream.fileno(), data, at)
                         if written < image.size:  # the disk is full
                             raise OSError(errno.ENOSPC, "No space left", path)
@@ -863,15 +850,14 @@ def _decode(table, root, plan):
             _in_parallel("reading scans", work, scans)
 
     utils.write_atomic(file, write)
-    found = pd.DataFrame(found)
     # What could not be read now may be readable next time.
-    if not found["reason"].str.startswith("cannot read").any():
-        utils.write_csv(read, found)
-    return file, found
+    if not any(x["reason"].startswith("cannot read") for x in found):
+        utils.write_json(read, {"size": plan.size, "files": found})
+    return file, plan.size, pd.DataFrame(found)
 
 
 def _cache_path(table, root, plan):
-    """Return the path of the table of `_decode`: a hash of all behind it."""
+    """Return the path of what `_decode` found: a hash of all behind it."""
     about = CACHE_FORMAT, INTENSITY_RULE, plan
     digest = hashlib.sha256(repr(about).encode())
     for row in table.itertuples(index=False, name=None):
@@ -885,7 +871,7 @@ def _cache_path(table, root, plan):
     folder = CACHE.absolute()
     if not os.access(folder, os.W_OK):
         folder = Path(tempfile.gettempdir(), f"mri-vqvae-{os.getuid()}")
-    return folder / f"{digest.hexdigest()[:20]}.csv"
+    return folder / f"{digest.hexdigest()[:20]}.json"
 
 
 def _remove_unused(folder):
@@ -1032,7 +1018,7 @@ def load_external(data_dir, dataset, run, skip_bad=False, pattern=None):
 def _load(index, plan, dataset, skip_bad, root):
     """Return the `Slices` of an index and what their files hold; print it."""
     table, base = index.table, index.root
-    file, found = _decode(table, base, plan)
+    file, size, found = _decode(table, base, plan)
     about = _read_marker(root, base, Path(root).absolute().parent)
     if about is not None:  # a simulator knows the labels of its subjects
         known = table["subject"].map(about.get("labels", {})).fillna("")
@@ -1062,9 +1048,8 @@ def _load(index, plan, dataset, skip_bad, root):
     high = (kept["high"] / kept["full"])[kept["full"] > 0].max()
     high = float(np.nan_to_num(high))
     intensity = {"rule": INTENSITY_RULE, "low": 0.0, "high": high}
-    simulated, size = about is not None, _open_array(file).shape[1:]
     files = file, np.flatnonzero(fit), kept[[*table, *KNOWN]], base, size
-    slices = Slices(*files, simulated, intensity, rejected)
+    slices = Slices(*files, about is not None, intensity, rejected)
     for line in _summary(slices, kept, dataset, index, plan):
         print(line)
     return slices, kept
@@ -1180,11 +1165,11 @@ def load_run(run, data_dir=None, needed=SPLITS):
     data, size = run.settings.data, tuple(run.info["image_size"])
     kept, levels = () if data.resize else None, ["low", "high"]
     plan = _Plan(data.image_size, kept)
-    file, found = _decode(table.drop(columns=levels), root, plan)
-    own = np.allclose(found[levels], table[levels], rtol=1e-9)
-    if _open_array(file).shape[1:] != size or not own:
+    file, frame, found = _decode(table.drop(columns=levels), root, plan)
+    alike = np.allclose(found[levels], table[levels], rtol=1e-9)
+    if frame != size or not alike:
         # Some files are gone: use what was noted when all were there.
-        file, found = _decode(table, root, _Plan(size, kept))
+        file, _, found = _decode(table, root, _Plan(size, kept))
     same = (found["sha256"] == table["sha256"]).to_numpy()
     _refuse_lost(root, table[~same], needed, "have changed")
     slices = _slices_of_run(run, file, table, root).take(np.flatnonzero(same))
@@ -1277,7 +1262,7 @@ def read_files(paths, run):
     stems = pd.Series([_show(os.path.basename(file)) for file in files])
     table = table.fillna({"subject": stems, "slice": 0, "label": ""})
     plan = _plan_of_run(run, _white_of_run(run))
-    file, found = _decode(table, here, plan)
+    file, _, found = _decode(table, here, plan)
     rejected = found.assign(path=table["path"])[found["reason"] != ""]
     if len(rejected):
         raise DataError(_listed(rejected, here, len(table), advice=""))
