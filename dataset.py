@@ -911,8 +911,8 @@ def _in_parallel(title, work, *arguments, most=64):
 
 
 def _decode_scan(names, levels, plan):
-    """Return (what was found, uint8 (H, W) or None) of each file of a scan."""
-    results, voxels = [], []
+    """Yield (what was found, uint8 (H, W) or None) of each file of a scan."""
+    files, voxels = [], []
     for name, (low, _) in zip(names, levels, strict=True):
         try:
             values, image = _read_file(name)
@@ -920,18 +920,16 @@ def _decode_scan(names, levels, plan):
                 voxels.append(image.ravel())
         except _Unfit as error:
             values, image = _UNREAD | {"reason": str(error)}, None
-        results.append((values, image))
+        files.append((values, image))
     window = _window(np.concatenate(voxels)) if voxels else ()
-    for k, (values, image) in enumerate(results):
+    for (values, image), (low, high) in zip(files, levels, strict=True):
         if image is not None:
-            low, high = map(float, levels[k])
             if np.isnan(low):
                 full = values["full"]
                 white = plan.white.get(full, 1.0) * full
                 low, high = (0.0, white) if full else window
-            results[k] = values, _to_frame(image, values, low, high, plan)
-            values["notes"] = BETWEEN.join(sorted(values["notes"]))
-    return results
+            image = _to_frame(image, values, float(low), float(high), plan)
+        yield values, image
 
 
 def _window(voxels):
@@ -953,6 +951,7 @@ def _to_frame(image, values, low, high, plan):
     content, shown = (np.sum(x > utils.FOREGROUND) for x in (scaled, frame))
     cut = bool(content > shown) and not resize
     values |= {"low": low, "high": high, "constant": constant, "cut": cut}
+    values["notes"] = BETWEEN.join(sorted(values["notes"]))
     return np.rint(frame * 255).astype(np.uint8)
 
 
