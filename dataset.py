@@ -1912,7 +1912,7 @@ def slice_volumes(options):
 
 
 def _find_volumes(source, options):
-    """Return a table of the volumes: source, subject, number, scan."""
+    """Return a table of the volumes: source, subject, scan."""
     files, ignored = [str(source)], []
     if not source.is_file():
         below = files_below(source, ignored)
@@ -1941,7 +1941,6 @@ def _find_volumes(source, options):
     people = table["subject"].groupby([*map(_stem, paths)]).nunique()
     if len(several := people.index[people > 1]) > 1:
         warn(f"kinds of volumes, all taken: {_some(several)}; see --match")
-    table["number"] = 1 + pd.factorize(table["subject"])[0]
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
         raise FlagError(
@@ -2215,7 +2214,8 @@ def _write_slices(folder, table, options):
             name = f"{volume.scan}_slice-{number:03d}.png"
             name = "/".join(filter(None, (volume.split, volume.label, name)))
             if options.layout == "oasis":
-                layout, subject = LAYOUTS["oasis"], f"{volume.number:03d}"
+                # There each subject has one volume.
+                layout, subject = LAYOUTS["oasis"], f"{volume.Index + 1:03d}"
                 name = layout.name.format(subject, number)
                 name = f"{layout.prefix}{volume.split}/{name}"
             whole, image = image, fit_to(image, size)
