@@ -893,13 +893,12 @@ def _complete(plan, names):
             if values["full"]:
                 some = image.ravel()[:: max(3, image.size // 2**15)]
                 shades[values["full"]].append(some / values["full"])
-    white = {
-        full: float(np.percentile(np.concatenate(some), WHITE))
-        for full, some in shades.items()
-    }
-    white = {f: w if 0 < w < DARK else 1.0 for f, w in white.items()}
-    size = plan.size or max(statistics.multimode(sizes), default=(32, 32))
+    white = {}
+    for full, some in shades.items():
+        level = float(np.percentile(np.concatenate(some), WHITE))
+        white[full] = level if 0 < level < DARK else 1.0
     white |= plan.white or {}
+    size = plan.size or max(statistics.multimode(sizes), default=(32, 32))
     return dataclasses.replace(plan, size=size, white=white)
 
 
