@@ -1359,13 +1359,12 @@ def run_facts(trained):
 def known_scores(trained, folder):
     """Scores in the folder of a run, or in that of --output; {} without any.
 
-    Those in --output do not count if they are of other models.
+    They do not count if they are of other models.
     """
     if not folder.evaluation_path.exists():
         return {}
-    found, run = utils.read_evaluation(folder), trained.run
-    same = folder is run or found.get("models") == models_hash(run)
-    return found if same else {}
+    found, own = utils.read_evaluation(folder), models_hash(trained.run)
+    return found if found.get("models", own) == own else {}
 
 
 def model_facts(model):

@@ -187,12 +187,17 @@ class Job:
         # These show the model that was there before.
         run = self.run
         stale = {run.evaluation_path, run.card_path, run.report_path}
+        stale |= {run.path / "anomaly.csv", run.path / "completions.npz"}
         stale |= {*run.figures_path.glob("*.png")}
         if part == "vqvae":  # also on other data sets
             stale |= {*run.path.glob("evaluation-*.json")}
             stale |= {*run.figures_path.glob("*/*.png")}
-        for path in stale - {run.figures_path / "reconstructions.png"}:
+        if part != "vqvae" or len(self.tables["validate"]):  # drawn just now
+            stale -= {run.figures_path / "reconstructions.png"}
+        for path in stale:
             path.unlink(missing_ok=True)
+        if part != "texture":
+            run.info.pop("sampling", None)  # chosen for other priors
         run.note_done(part)
 
 
@@ -218,12 +223,13 @@ def start(settings, strategy, signals, argv=()):
     earlier, run.settings = run.training_settings, settings
     data_dir = settings.data.data_dir if "data_dir" in given else None
     job = Job(run, strategy, signals, data_dir)
+    begun = run.split_path, run.vqvae_path, run.checkpoint_path
     try:
         if folder:
             run.lock()
         if later:
             begin_stage(job, earlier)
-        elif run.split_path.exists() or run.vqvae_path.exists():
+        elif any(map(os.path.exists, begun)):
             plan_resume(job, earlier)
         else:  # new, or stopped before that
             load_images(job, "condition" in given)
@@ -251,8 +257,6 @@ def begin_stage(job, earlier):
             f"--condition: {kept[0]} was trained with {before}, found {now}; "
             "use the same, or train all levels, without --prior-level"
         )
-    if not run.indices_path.exists():
-        parts.add("indices")
     begin_parts(job, parts)
 
 
@@ -306,6 +310,8 @@ def plan_resume(job, earlier):
             utils.warn(f"all priors get the settings of level {level}")
     since = {part: int(epochs.get(part, 0)) for part in longer}
     check_parts(job, parts)
+    for part in longer | ({"vqvae"} - parts):
+        modules.load_model(run.model_path(part))  # else refused too late
     if not under_way:
         return job.begin(parts, **since)
     now = run.info["training"]  # other parts go on from their checkpoints
@@ -396,13 +402,15 @@ def check_parts(job, parts):
     """Refuse parts of a training that cannot be made, before anything changes.
 
     Their images may be gone, replicas cannot do all, a share of a batch may be
-    empty. `parts`: names of what will be trained.
+    empty. `parts`: names of what will be trained; adds indices that are lost.
     """
+    if not job.run.indices_path.exists():
+        parts.add("indices")
     run, options = job.settings.run, job.settings.training
     spared = {"sampling"}
     if not (options.flips or options.prior_augment):
         spared |= {*job.run.prior_names}  # indices are enough
-    if parts - spared:
+    if parts - spared or job.data_dir:
         _ = job.images  # a `DataError` if they are gone
     replicas = job.strategy.num_replicas_in_sync
     half = run.precision == "mixed_float16"
@@ -471,6 +479,12 @@ def train_models(job, *callbacks):
     if not run.is_done("indices"):
         encode_splits(job, vqvae)
     indices = utils.read_indices(run)
+    for name, table in job.tables.items():
+        if len(table) != len(indices.get(f"{name}_1", ())):
+            raise utils.RunError(
+                f"{run.split_path}: found {len(table)} images of {name}, other "
+                f"than in {run.indices_path.name}; restore both"
+            )
     collapsed = collapsed_levels(vqvae, indices)
     for level, name in enumerate(run.prior_names, start=1):
         if run.is_done(name):
@@ -873,7 +887,7 @@ class Fit:
             kept = (old["stage"] != self.stage) | (old["epoch"] < epoch)
             history = pd.concat([old[kept], history], ignore_index=True)
         utils.write_csv(path, history)
-        shown = {1, *utils.spread(self.epochs, PICTURES) + 1}
+        shown = {1, *utils.spread(self.epochs, PICTURES) + 1, self.epochs}
         if self.pictures and epoch in shown:
             writer = tf.summary.create_file_writer(str(self.log_dir))
             with writer.as_default(number + 1):
@@ -960,6 +974,8 @@ def search(settings, argv, strategy, signals):
             space[key] = how
     if not space:
         raise utils.FlagError("--tune: the flags given leave nothing to search")
+    if settings.data.data_dir:
+        dataset.load(settings.data)  # refused before there is a folder
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(settings.run.run_dir or f"runs/{settings.recipe}-tune-{now}")
     settings = utils.replace(settings, run_dir=str(folder))
@@ -991,8 +1007,15 @@ def open_study(folder, settings, space):
             "another with --run-dir"
         )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    file = storages.journal.JournalFileBackend(str(path))
-    storage = storages.JournalStorage(file)
+    # Absolute: Optuna waits for ever on the lock that a killed process left
+    # if it is a link to a relative path.
+    file = storages.journal.JournalFileBackend(str(path.absolute()))
+    try:
+        storage = storages.JournalStorage(file)
+    except ValueError as error:  # of a line that a full disk cut off
+        raise utils.RunError(
+            f"{path}: damaged ({error}); begin a search in another --run-dir"
+        ) from error
     begun = optuna.get_all_study_names(storage)
     objectives = OBJECTIVES[settings.search.objective]
     study = optuna.create_study(
@@ -1010,12 +1033,12 @@ def open_study(folder, settings, space):
     now = {"objective": ""}  # it decides what is searched: compared first
     now |= {k: utils.typed(v) for k, v in values.items() if k not in FREE}
     now |= dict.fromkeys(space, "a range")
-    if not begun:
+    if "settings" not in study.user_attrs:
         study.set_metric_names(list(objectives))
-        study.set_user_attr("settings", now)
         first = {key: values[key] for key in space}
         study.enqueue_trial(first, skip_if_exists=True)
-    for key, before in study.user_attrs.get("settings", now).items():
+        study.set_user_attr("settings", now)  # last: the study is complete
+    for key, before in study.user_attrs["settings"].items():
         if now.get(key) != before:
             raise utils.FlagError(
                 f"--{key.replace('_', '-')}: the search in {folder} has "
@@ -1053,6 +1076,8 @@ def try_settings(settings, space, begin, trial):
         tf.errors.ResourceExhaustedError,
     ) as error:
         note = " ".join(str(error).split())
+        if "No space left" in note:  # no fault of the settings
+            raise
         trial.set_user_attr("note", note)
         print(f"trial {trial.number} ended early: {note}")
         raise optuna.TrialPruned(note) from error

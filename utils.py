@@ -109,6 +109,7 @@ class ResourceError(UserError):
 RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE}
 RESOURCE_ERRNOS |= {errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
 RESOURCE_ERRNOS |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
+RESOURCE_ERRNOS |= {errno.EBUSY, errno.ENAMETOOLONG}
 # Lines that TensorFlow writes at every start, before its log level is read.
 NOTICES = r"^WARNING: All log messages before|^[IW][0-9]{4} |cuInit"
 
