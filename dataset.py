@@ -1672,6 +1672,13 @@ def _simulate_pelvis(rng, size):
     return np.rint(image * rng.uniform(300, 3000)).astype(np.int16)
 
 
+def head_depth(image):
+    """Return how many pixels inside the head each one of (H, W) is."""
+    head = ndimage.binary_fill_holes(_largest_part(image > 0.08))
+    head = np.pad(head, 1)  # the frame's edge is an outline too
+    return ndimage.distance_transform_edt(head)[1:-1, 1:-1]
+
+
 def ventricle_areas(images, positions):
     """Return the pixels that ventricles cover in slices of simulated brains.
 
@@ -1689,9 +1696,7 @@ def ventricle_areas(images, positions):
     for k, (image, at) in enumerate(zip(images, positions, strict=True)):
         if low <= at <= high:
             image = np.reshape(image, image.shape[:2])
-            head = ndimage.binary_fill_holes(_largest_part(image > 0.08))
-            head = np.pad(head, 1)  # the frame's edge is an outline too
-            depth = ndimage.distance_transform_edt(head)[1:-1, 1:-1]
+            depth = head_depth(image)
             bright = np.percentile(image[depth > 0], 90) if depth.any() else 0
             dark = (image < bright / 2) & (depth > depth.max() / 2)
             areas[k] = ndimage.binary_opening(dark).sum()
