@@ -479,11 +479,11 @@ def train_models(job, *callbacks):
     if not run.is_done("indices"):
         encode_splits(job, vqvae)
     indices = utils.read_indices(run)
-    for name, table in job.tables.items():
-        if len(table) != len(indices.get(f"{name}_1", ())):
+    for name in ("train", "validate"):
+        if len(job.tables[name]) != len(indices.get(f"{name}_1", ())):
             raise utils.RunError(
-                f"{run.split_path}: found {len(table)} images of {name}, other "
-                f"than in {run.indices_path.name}; restore both"
+                f"{run.split_path}: it does not list as many images of {name} "
+                f"as {run.indices_path.name} holds; restore both"
             )
     collapsed = collapsed_levels(vqvae, indices)
     for level, name in enumerate(run.prior_names, start=1):

@@ -199,7 +199,6 @@ NAMES = {  # format of a path -> subject and scan of the first of them
     "P{p:03d}/P{p:03d}_ses{k}_{k:03d}.png": "P001",
     "study_2020/P{p:03d}/z{k}.png": "P001",
     "IXI{p:03d}-Guys-{k:03d}.png": "IXI001",
-    "IXI{p:03d}_t1ce_{k:03d}.png": "IXI001",
     "BraTS_{p:03d}_ses{k}_{k:03d}.png": "BraTS_001",
     "ses-{k}/P{p:03d}/z{k}.png": "P001",
     "z{k:03d}_IXI{p:03d}.png": "IXI001",

@@ -103,7 +103,7 @@ def conditions(prior, n, seed=0):
     if prior.labels:
         given["label"] = (np.arange(n, dtype="int32") + seed) % 2
     if prior.slice_condition:
-        given["slice_position"] = rng.random(n).astype("float32")
+        given["slice_position"] = rng.random(n)  # float64, as of a table
     return given
 
 
@@ -156,7 +156,7 @@ NUMBERS = np.array([1, -1], "int32")  # of labels, the second null
 UPPER = [INDICES[:, :2, :4], INDICES[:, 2:3, 1:3]]
 GIVEN = (INDICES, UPPER, NUMBERS, POSITIONS)
 GRADIENT = {"codebook_update": "gradient"}
-VQ = SMALL_VQVAE | {"image_size": (16, 16)}
+VQ = SMALL_VQVAE | {"image_size": (16, 16), "data_variance": np.float32(1)}
 BOX = VQ | {"crop": (2, 0, 12, 16), "mask_weight": 0.5}
 PLAIN = SMALL_PRIOR | {"latent_grid": (4, 8), "blocks": 1}
 FULL = PLAIN | LOWER | {"condition_dropout": 0.3, "dropout": 0.1}
@@ -291,6 +291,9 @@ def test_state_moves_only_in_training(update):
     moved = {"ema_count", "ema_sum", "step"}
     # By gradient the optimizer moves the codebook, not the call.
     assert names == (moved | {"codebook"} if update == "ema" else moved)
+    quantizer.trainable, before = False, quantizer.get_weights()
+    quantizer(latents, training=True)  # frozen
+    assert_all_equal(quantizer.get_weights(), before)
 
 
 @pytest.mark.parametrize(
@@ -553,6 +556,8 @@ def test_vqvae_refuses():
         tiny_vqvae(levels=4)
     with pytest.raises(ValueError, match="last axis .* expected 4, found 8"):
         new_quantizer(8, 4)(noise(2, 3, 3, 8))
+    with pytest.raises(ValueError, match="16 and 32"):  # not the corner of it
+        tiny_vqvae().encode(blocky_images(1, 32, 32))
 
 
 # Causal layers and priors
@@ -816,6 +821,9 @@ def test_sample_refuses():
         with pytest.raises(ValueError, match=f"^{name}: {message}"):
             prior.sample(2, **({"upper": upper} | {name: value}))
     prior = tiny_prior()
+    for top_p in (0.9, 0.8):  # compiled once
+        prior.sample(1, sampling=modules.Sampling(top_p=top_p))
+    assert prior._sample_grids.experimental_get_tracing_count() == 1
     with pytest.raises(ValueError, match="^label: .* none, .* found 'AD'"):
         prior.sample(2, label="AD")
     with pytest.raises(ValueError, match="^guidance: "):
@@ -899,7 +907,7 @@ def test_a_nan_in_the_data_stops_the_training_with_onednn_on():
     model.compile("adam", jit_compile=False)
     options = {"callbacks": [modules.FiniteCheck("vqvae")], "shuffle": False}
     with pytest.raises(utils.NumericsError, match="in step 3 of round 1") as at:
-        model.fit(images, batch_size=4, verbose=0, **options)
+        model.fit(images, images, batch_size=4, verbose=0, **options)
     assert "gradient_norm" in str(at.value)
     assert str(at.value).endswith("try a smaller --learning-rate")
 
@@ -1068,6 +1076,7 @@ def test_texture_learns_what_reconstructions_lack(tmp_path):
     texture.save(tmp_path / "texture.keras")
     texture = modules.load_model(tmp_path / "texture.keras")
     assert texture.codebook_sha256 == "x"
+    assert texture.add(decoded[:, :8], 3, tf.range(8)).shape[1] == 8
     found = texture.add(decoded, 3, tf.range(8)).numpy() - decoded
     assert not found[:, :4].any()
     assert abs(found - stripes)[:, 4:].mean() < 0.015 < 0.03 < found.std()

@@ -318,11 +318,12 @@ def test_a_killed_request_goes_on(kind, run, draws, capsys):
     assert files(folder) == expected
 
 
-def test_samples_of_another_prior_are_not_taken_for_its_own(run):
+def test_what_is_of_another_prior_is_not_taken_for_its_own(run):
     state, path = trained(run), run.prior_paths[0]
     before = predict.sample_folder(state)
     path.write_bytes(path.read_bytes() + b"0")
     assert predict.sample_folder(state) != before
+    assert predict.known_scores(state, run) == {}
 
 
 def test_figures_show_the_box_of_the_model():
