@@ -1011,10 +1011,13 @@ def open_study(folder, settings, space):
     # if it is a link to a relative path.
     file = storages.journal.JournalFileBackend(str(path.absolute()))
     try:
+        if path.read_text("utf-8")[-1:] not in ("", "\n"):
+            raise ValueError("its last line is cut off")  # by a full disk
         storage = storages.JournalStorage(file)
-    except ValueError as error:  # of a line that a full disk cut off
+    except ValueError as error:
         raise utils.RunError(
-            f"{path}: damaged ({error}); begin a search in another --run-dir"
+            f"{path}: damaged ({error}); remove the lines that are, or begin "
+            "a search in another --run-dir"
         ) from error
     begun = optuna.get_all_study_names(storage)
     objectives = OBJECTIVES[settings.search.objective]

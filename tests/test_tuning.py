@@ -224,5 +224,5 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys):
         argv = ["--tune", 2, "--run-dir", folder, *flags.split()]
         assert part in refused(train.main, code, capsys, *argv)
     assert [path.name for path in mine.iterdir()] == ["mine.txt"]
-    (mine / "study.log").write_text('{"op_code": 0, "wor\n{}\n')
+    (mine / "study.log").write_text('{"op_code": 0, "wor')
     assert "study.log: damaged" in refused(train.main, 4, capsys, *argv[:4])
