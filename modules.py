@@ -477,7 +477,7 @@ class VectorQuantizer(keras.layers.Layer):
         `tf.where` rather than `tf.cond`: a variable may not be assigned in a
         branch under `tf.distribute`.
         """
-        if not self.trainable:  # frozen, as a decoder is trained alone
+        if not self.trainable:  # frozen, to train a decoder alone
             return
         size = self.num_embeddings
         indices = tf.reshape(result.indices, (-1,))

@@ -192,7 +192,8 @@ class Job:
         if part == "vqvae":  # also on other data sets
             stale |= {*run.path.glob("evaluation-*.json")}
             stale |= {*run.figures_path.glob("*/*.png")}
-        if part != "vqvae" or len(self.tables["validate"]):  # drawn just now
+        # Of this VQ-VAE, if its training drew it.
+        if part != "vqvae" or len(self.tables["validate"]):
             stale -= {run.figures_path / "reconstructions.png"}
         for path in stale:
             path.unlink(missing_ok=True)
@@ -267,7 +268,7 @@ def begin_parts(job, parts):
             f"{job.run.path}: its training stopped before "
             f"{', '.join(sorted(others))}; finish it first with --resume"
         )
-    check_parts(job, parts)
+    settle_parts(job, parts)
     job.begin(parts)
 
 
@@ -309,7 +310,7 @@ def plan_resume(job, earlier):
         if level := earlier.run.prior_level:
             utils.warn(f"all priors get the settings of level {level}")
     since = {part: int(epochs.get(part, 0)) for part in longer}
-    check_parts(job, parts)
+    settle_parts(job, parts)
     for part in longer | ({"vqvae"} - parts):
         modules.load_model(run.model_path(part))  # else refused too late
     if not under_way:
@@ -348,7 +349,7 @@ def load_images(job, asked):
     }
     vqvae_only = job.settings.run.stage == "vqvae"
     parts = {"vqvae", "indices"} if vqvae_only else {*all_parts(run)}
-    check_parts(job, parts)
+    settle_parts(job, parts)
     if len(slices.rejected):
         utils.write_csv(run.rejected_path, slices.rejected)
     job.begin(parts)
@@ -398,11 +399,11 @@ def settle_conditions(job, source, asked=True):
     }
 
 
-def check_parts(job, parts):
-    """Refuse parts of a training that cannot be made, before anything changes.
+def settle_parts(job, parts):
+    """Add lost indices to the parts of a training; refuse what cannot be made.
 
-    Their images may be gone, replicas cannot do all, a share of a batch may be
-    empty. `parts`: names of what will be trained; adds indices that are lost.
+    Before anything changes: images may be gone, replicas cannot do all, a share
+    of a batch may be empty. `parts`: names of what will be trained.
     """
     if not job.run.indices_path.exists():
         parts.add("indices")
@@ -997,8 +998,8 @@ def search(settings, argv, strategy, signals):
     print_best(study, folder, argv)
 
 
-def open_study(folder, settings, space):
-    """The Optuna study of a search, new or as it was left."""
+def open_log(folder):
+    """The storage of a search, `study.log` in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path, storages = folder / "study.log", optuna.storages
     if any(folder.iterdir()) and not path.exists():
@@ -1006,19 +1007,24 @@ def open_study(folder, settings, space):
             f"{folder}: neither empty nor the folder of a search; choose "
             "another with --run-dir"
         )
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Absolute: Optuna waits for ever on the lock that a killed process left
     # if it is a link to a relative path.
     file = storages.journal.JournalFileBackend(str(path.absolute()))
     try:
         if path.read_text("utf-8")[-1:] not in ("", "\n"):
             raise ValueError("its last line is cut off")  # by a full disk
-        storage = storages.JournalStorage(file)
+        return storages.JournalStorage(file)
     except ValueError as error:
         raise utils.RunError(
-            f"{path}: damaged ({error}); remove the lines that are, or begin "
-            "a search in another --run-dir"
+            f"{path}: damaged ({error}); remove its damaged lines, or begin a "
+            "search in another --run-dir"
         ) from error
+
+
+def open_study(folder, settings, space):
+    """The Optuna study of a search, new or as it was left."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = open_log(folder)
     begun = optuna.get_all_study_names(storage)
     objectives = OBJECTIVES[settings.search.objective]
     study = optuna.create_study(
