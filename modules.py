@@ -54,7 +54,18 @@ def take(cls, options: dict):
 # === Training step ===
 
 
-class TrainableModel(keras.Model):
+class Composite(keras.layers.Layer):
+    """A layer made of others, which are built when it calls them first.
+
+    Without a `build` Keras would trace `call` before, and so an inner layer
+    once more for each layer around it.
+    """
+
+    def build(self, input_shape):
+        pass
+
+
+class TrainableModel(Composite, keras.Model):
     """Model with a custom `train_step` and `test_step` over one loss.
 
     A subclass gives `_batch_loss(batch, training)`: the mean loss over the
@@ -568,7 +579,7 @@ class CodebookUsage(keras.metrics.Metric):
 # === VQ-VAE ===
 
 
-class ResidualStack(keras.layers.Layer):
+class ResidualStack(Composite):
     """Blocks of ReLU, 3x3, ReLU, 1x1 convolution, each added to its input.
 
     Input and output shape: `(B, h, w, channels)`; between the convolutions
@@ -603,7 +614,7 @@ def stage_widths(channels: int, downsampling: int) -> list[int]:
     return [max(channels >> (stages - 1 - s), 1) for s in range(stages)]
 
 
-class Encoder(keras.layers.Layer):
+class Encoder(Composite):
     """Strided 4x4 convolutions, each with more channels, and a residual stack.
 
     Input shape: `(B, H, W, any)`. Output shape: `(B, H/f, W/f, channels)`.
@@ -624,7 +635,7 @@ class Encoder(keras.layers.Layer):
         return self.residual(self.mix(x))
 
 
-class Decoder(keras.layers.Layer):
+class Decoder(Composite):
     """Residual stack, then doublings of the grid; mirrors `Encoder`.
 
     The last doubling is a 3x3 convolution to 4 values a position, rearranged
@@ -911,7 +922,7 @@ class VQVAE(TrainableModel):
 # === Texture ===
 
 
-class TextureBlock(keras.layers.Layer):
+class TextureBlock(Composite):
     """Two 3x3 convolutions, added to their input, scaled and moved by a time.
 
     Input shapes: `(B, h, w, channels)` and features of the time `(B, F)`.
@@ -1047,7 +1058,7 @@ def shown(images):
 # === Causal layers ===
 
 
-class CausalLayer(keras.layers.Layer):
+class CausalLayer(Composite):
     """Layer of a prior, which computes the same thing in two ways.
 
     `call` takes the whole grid (training, likelihood). Sampling takes one
@@ -1368,7 +1379,7 @@ def sine_features(position, count):
     return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
 
 
-class ContextMap(keras.layers.Layer):
+class ContextMap(Composite):
     """What every layer of a prior knows apart from the indices before it.
 
     The place on the grid, and conditions: the slice position, the class

@@ -30,8 +30,8 @@ SLICES = 4  # a subject
 def pytest_collection_modifyitems(items):
     """Give all tests that share runs to one process, else those of a file."""
     for item in items:
-        shared = {"tiny_run", "vqvae_run", "levels_run"} & {*item.fixturenames}
-        group = "runs" if shared else item.path.name
+        runs = {"tiny_run", "vqvae_run", "levels_run", "any_run"}
+        group = "runs" if runs & {*item.fixturenames} else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -423,7 +423,7 @@ def test_stopped_again_and_again(oasis_dir, tmp_path, monkeypatch, plain):
     arguments = [*oasis_flags(oasis_dir, *FLAGS), "--run-dir", stopped]
     while set(codes) <= {143}:
         with monkeypatch.context() as patch:
-            stop_after(5, patch)
+            stop_after(7, patch)
             codes.append(run_main(*arguments))
         arguments = ["--resume", stopped]
     assert codes[-1] == 0 and len(codes) > 2
