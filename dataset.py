@@ -138,6 +138,7 @@ VISIT = (
     r"[-_ ]?\d+|[vm]\d\d?|baseline|follow[-_ ]?up\d*)"
 )
 APART = rf"(?:{VISIT}|(?i:T[12][a-z]*|PDT2))"
+DATE = r"(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?:\D?\d+)?"  # maybe with a time
 TAIL = rf"(?:[-_. ]+{APART})*[^/\d]*$"  # after a slice number: 045_T1
 # The highest folder with a number: never a part of a person.
 TOP = rf"^(?:(?:[^/\d]*|{APART})/)*(?!{APART}/)(?P<subject>[^/]*\d[^/]*)"
@@ -1999,8 +2000,8 @@ def _stem(path):
 def _subject_folders(paths):
     """Return the part of each path that is the folder of a subject, or "".
 
-    It is where most files have the name of another, or begin with the name of
-    their folder: P01/T1.nii, P02/T1.nii; P01/P01_t1.nii.
+    It is where most files have the name of another, begin with the name of
+    their folder or are a date: P01/T1.nii, P01/P01_t1.nii, P01/20190310.nii.
     """
     stems = [*map(_stem, paths)]
     parts = [
@@ -2011,6 +2012,7 @@ def _subject_folders(paths):
     numbered = re.compile(r".*\d").match
     alike = [
         times[stem] > 1
+        or bool(re.fullmatch(DATE, stem))
         or bool(numbered(p[-1]))
         and stem.startswith(p[-1])
         # ADNI_3102_MR, 100307_T1w

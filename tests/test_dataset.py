@@ -1039,9 +1039,12 @@ def test_names_of_volumes(capsys):
         assert dataset._subject_folders(paths)[0] == folder
     paths = [f"v/{c}/P{p}/T1.nii" for c in ("AD", "NC", "MCI") for p in "123"]
     assert dataset._subject_folders(paths)[:2] == ("P1", "P2")
-    paths = [f"v/{v}/P{p}.nii" for v in ("baseline", "ses2") for p in "123"]
-    people = map(dataset._subject_of, paths, dataset._subject_folders(paths))
-    assert [*people] == ["P1", "P2", "P3"] * 2
+    for form in "v/{v}/P{p}.nii", "v/P{p}/201{n}031{p}.nii":
+        pairs = [(v, p) for v in ("baseline", "ses2") for p in "123"]
+        paths = [form.format(v=v, p=p, n=len(v)) for v, p in pairs]
+        folders = dataset._subject_folders(paths)
+        people = [*map(dataset._subject_of, paths, folders)]
+        assert people == ["P1", "P2", "P3"] * 2
     paths = [f"v/{c}/{p}.nii" for c in ("AD", "NC") for p in "123"]
     assert dataset._subject_folders(paths)[::3] == ["AD_1", "NC_1"]
     stems = [f"prostate_{p:03d}_000{k}" for p in range(3) for k in range(2)]

@@ -75,7 +75,6 @@ def assert_same_training(alone, run):
     close(one[numbers], other[numbers], rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_two_workers_train_as_one(alone, oasis_dir, tmp_path):
     """Also when SIGTERM to one of them stopped both, and both were resumed."""
     run, folders = tmp_path / "run", [tmp_path / name for name in "ab"]

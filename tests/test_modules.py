@@ -1064,9 +1064,9 @@ def test_texture_belongs_to_an_image():
 
 def test_texture_learns_what_reconstructions_lack(tmp_path):
     """Prevents: a wrong scale or direction of the flow."""
-    keras.utils.set_random_seed(0)
     texture = modules.Texture(24, residual_std=0.05, codebook_sha256="x")
-    texture.compile(keras.optimizers.Adam(2e-3, global_clipnorm=1.0))
+    optimizer = keras.optimizers.Adam(2e-3, global_clipnorm=1.0)
+    texture.compile(optimizer, jit_compile=False)
     decoded = np.full((8, 16, 16, 1), 0.5, "float32")
     decoded[:, :4] = 0
     stripes = np.float32(0.05 * (-1) ** np.arange(16))[:, None, None]

@@ -155,7 +155,6 @@ def tags_shown(folder):
 # === Data ===
 
 
-@pytest.mark.slow
 def test_smoke_connects_everything_on_simulated_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--smoke"])
@@ -432,7 +431,6 @@ def test_stopped_again_and_again(oasis_dir, tmp_path, monkeypatch, plain):
     assert "training" not in utils.Run.open(stopped).info
 
 
-@pytest.mark.slow
 def test_killed_in_a_save(tiny_run, oasis_dir, tmp_path, monkeypatch):
     """The short form of what the script does with 20 kills."""
     monkeypatch.setattr(kill_and_resume, "IN_TRAINING", 0)
