@@ -397,7 +397,8 @@ def _field_help(cls):
 
     tyro would parse the whole file for each class: half of the time of --help.
     """
-    source = inspect.getsource(sys.modules[cls.__module__])
+    # Not by its name: the main module of a program that is profiled is another.
+    source = inspect.getsource(sys._getframe(2))
     block = re.search(rf"(?ms)^class {cls.__name__}\b.*?(?=^\S|\Z)", source)[0]
     return {
         field.target.id: " ".join(below.value.value.split())

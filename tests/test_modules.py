@@ -1065,8 +1065,7 @@ def test_texture_belongs_to_an_image():
 def test_texture_learns_what_reconstructions_lack(tmp_path):
     """Prevents: a wrong scale or direction of the flow."""
     texture = modules.Texture(24, residual_std=0.05, codebook_sha256="x")
-    optimizer = keras.optimizers.Adam(2e-3, global_clipnorm=1.0)
-    texture.compile(optimizer, jit_compile=False)
+    texture.compile(keras.optimizers.Adam(2e-3, clipnorm=1), jit_compile=False)
     decoded = np.full((8, 16, 16, 1), 0.5, "float32")
     decoded[:, :4] = 0
     stripes = np.float32(0.05 * (-1) ** np.arange(16))[:, None, None]

@@ -106,8 +106,7 @@ def test_a_second_signal_ends_at_once(name, capfd, monkeypatch):
 def test_help_needs_no_heavy_package():
     done = run_python(
         "-c",
-        "import sys, train, utils\n"
-        "wave = utils.lazy_import('wave')\n"
+        "import sys, train, utils; wave = utils.lazy_import('wave')\n"
         "try: utils.parse_training(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = set('tensorflow keras pandas matplotlib scipy sklearn'\n"
@@ -115,6 +114,8 @@ def test_help_needs_no_heavy_package():
         "print('loaded:', heavy & set(sys.modules), callable(wave.open))",
     )
     assert "loaded: set() True" in done.stdout, done.stderr
+    profiled = run_python("-m", "cProfile", ROOT / "predict.py", "--help")
+    assert profiled.stdout.startswith("usage: predict.py"), profiled.stderr
 
 
 def test_the_environment_of_the_user_does_not_matter(tmp_path):
