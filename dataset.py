@@ -138,7 +138,7 @@ VISIT = (
     r"[-_ ]?\d+|[vm]\d\d?|baseline|follow[-_ ]?up\d*)"
 )
 APART = rf"(?:{VISIT}|(?i:T[12][a-z]*|PDT2))"
-DATE = r"(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?:\D?\d+)?"  # maybe with a time
+DATE = r"(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?:\D?\d+)?"  # and time
 TAIL = rf"(?:[-_. ]+{APART})*[^/\d]*$"  # after a slice number: 045_T1
 # The highest folder with a number: never a part of a person.
 TOP = rf"^(?:(?:[^/\d]*|{APART})/)*(?!{APART}/)(?P<subject>[^/]*\d[^/]*)"

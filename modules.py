@@ -55,10 +55,10 @@ def take(cls, options: dict):
 
 
 class Composite(keras.layers.Layer):
-    """A layer made of others, which are built when it calls them first.
+    """A layer made of others, which are built when it first calls them.
 
-    Without a `build` Keras would trace `call` before, and so an inner layer
-    once more for each layer around it.
+    To build a layer that has no `build`, Keras traces its `call` beforehand:
+    the innermost layers once more for every layer around them.
     """
 
     def build(self, input_shape):

@@ -397,7 +397,7 @@ def _field_help(cls):
 
     tyro would parse the whole file for each class: half of the time of --help.
     """
-    # Not by its name: the main module of a program that is profiled is another.
+    # By the frame that declares the class: a profiler takes the name __main__.
     source = inspect.getsource(sys._getframe(2))
     block = re.search(rf"(?ms)^class {cls.__name__}\b.*?(?=^\S|\Z)", source)[0]
     return {

@@ -29,8 +29,8 @@ SLICES = 4  # a subject
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Give all tests that share runs to one process, else those of a file."""
+    runs = {"tiny_run", "vqvae_run", "levels_run", "any_run"}
     for item in items:
-        runs = {"tiny_run", "vqvae_run", "levels_run", "any_run"}
         group = "runs" if runs & {*item.fixturenames} else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 
