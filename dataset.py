@@ -2235,12 +2235,14 @@ def _write_slices(folder, table, options):
     if cut:
         size_text = utils.size_text(size)
         warn(f"--image-size {size_text} cuts content of {cut} slices")
-    shown, first = [], table[:4]
-    for images in (np.load(name, "r") for name in first["file"]):
+    shown = []
+    for volume in table[:4].itertuples():
+        images = np.load(volume.file, "r")
         some = images[utils.spread(len(images), 8)]
-        shown.append([fit_to(image, size) / 65535 for image in some])
-    about = {"titles": [*first["scan"]], "title": PLANES[options.plane][1]}
-    utils.image_grid(folder / "orientation.png", shown, **about)
+        cells = [fit_to(image, size) / 65535 for image in some]
+        shown.append(utils.Row(volume.scan, cells))
+    title = PLANES[options.plane][1]
+    utils.image_grid(folder / "orientation.png", shown, title)
 
 
 # ---------------------------------------------------------- 9. Command line
@@ -2288,16 +2290,15 @@ def check(options):
     for row in slices.rejected.itertuples():
         print(f"left out {_show(slices.root / row.path)}: {row.reason}")
     if preview:
-        parts = [slices.split(name) for name in SPLITS]
-        parts = [x.take(utils.spread(len(x), 8)) for x in parts if len(x)]
-        tables = [part.table for part in parts]
-        utils.image_grid(
-            preview,
-            [part.read()[..., 0] for part in parts],
-            [[*(x["subject"] + " " + x["slice"].map(str))] for x in tables],
-            [x["split"][0] for x in tables],
-            f"{slices.root.name}, {utils.size_text(slices.size)} pixels",
-        )
+        rows = []
+        for part in map(slices.split, SPLITS):
+            some = part.take(utils.spread(len(part), 8))
+            names = some.table["subject"] + " " + some.table["slice"].map(str)
+            if len(some):
+                name = some.table["split"][0]
+                rows.append(utils.Row(name, some.read(), [*names]))
+        title = f"{slices.root.name}, {utils.size_text(slices.size)} pixels"
+        utils.image_grid(preview, rows, title)
         print(f"{_show(preview)}: a few slices of each split")
 
 

@@ -628,12 +628,15 @@ def anomaly(trained, options):
         cells = np.kron(level[some], np.ones((side, side)))
         shown.append(vqvae.framed(cells[..., None]).numpy()[..., 0])
     images, restored, residual, *bits = trained.cut(*shown)
+    rows = [utils.Row("image", images, [captions[k] for k in some])]
+    for k, grids in enumerate(bits, start=1):
+        name = f"surprisal\nlevel {k}"
+        rows.append(utils.heat_row(name, grids, "bits per code"))
+    rows.append(utils.Row("restoration", restored))
+    rows.append(utils.heat_row("residual", residual, "intensity"))
     figure = output.figures_path / "anomaly.png"
-    captions = [captions[k] for k in some]
     title = f"Percentiles are of {len(reference)} validation images"
-    utils.plot_anomalies(
-        figure, images, bits, restored, residual, captions, title
-    )
+    utils.image_grid(figure, rows, title)
     print(f"table: {path}, figure: {figure}")
 
 
@@ -1145,10 +1148,10 @@ def plot_nearest(trained, images, peers, found, audited, copies):
     title += f"1 % of unseen images are nearer than {show_value(limits)}\n"
     title += f"copies {show_value(audited['copies'])}, "
     title += f"alarm {show_value(audited['alarm'])}"
-    pairs = trained.cut(images[order], peers.read(order)[..., 0])
-    path, names = trained.output.figures_path, ("generated", "nearest training")
-    path, texts = path / "memorization.png", [None, None, captions]
-    utils.plot_pairs(path, *pairs, names, texts, title, high=0.5)
+    drawn, real = trained.cut(images[order], peers.read(order)[..., 0])
+    rows = utils.Row("generated", drawn), utils.Row("nearest training", real)
+    path = trained.output.figures_path / "memorization.png"
+    utils.plot_pairs(path, *rows, title, captions, high=0.5)
 
 
 def evaluate_labels(trained, test):

@@ -2067,20 +2067,21 @@ SCREEN_DPI = 90  # of what TensorBoard shows: a quarter of the time
 LINE = 0.14  # inches, of a caption
 
 
-@dataclasses.dataclass(frozen=True)
-class Map:
-    """A cell of `image_grid` in colours; with a `unit` its row has a scale."""
+class Row(typing.NamedTuple):
+    """A row of `image_grid`: in grey on [0, 1], unless it has another look."""
 
-    values: np.ndarray  # (h, w)
-    high: float = 1.0
-    cmap: str = "magma"
-    unit: str = ""
+    title: str  # left of the cells
+    cells: typing.Any  # list or array of images, (h, w) or (h, w, 1)
+    captions: typing.Any = ()  # below the cells
+    high: float = 1.0  # value of the brightest colour
+    cmap: str = "gray"
+    unit: str = ""  # of the scale, right of the cells; "": none
 
 
-def maps(planes, unit, high=None):
-    """Return `Map`s of (N, h, w) on one scale, up to the 99.9th percentile."""
+def heat_row(title, planes, unit, captions=(), high=None):
+    """Return a `Row` in colours up to the 99.9th percentile of (N, h, w)."""
     high = high or max(float(np.percentile(planes, 99.9)), 0.01)
-    return [Map(plane, high, unit=unit) for plane in planes]
+    return Row(title, planes, captions, high, "magma", unit)
 
 
 def _save_figure(figure, path):
@@ -2091,34 +2092,23 @@ def _save_figure(figure, path):
         write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=DPI))
 
 
-def _planes(images):
-    """Return images (N, H, W) on [0, 1] from (N, H, W) or (N, H, W, 1)."""
-    images = np.asarray(images, np.float32)
-    return np.clip(images[..., 0] if images.ndim == 4 else images, 0, 1)
+def image_grid(path, rows, title=""):
+    """Draw `Row`s of images close together on black: every picture of a run.
 
-
-def image_grid(path, rows, captions=None, titles=None, title=""):
-    """Draw rows of images close together on black: every picture of a run.
-
-    Args:
-        rows: list of rows of cells; a cell is an image (H, W) on [0, 1] or a
-            `Map`, which is stretched over the size of the first image.
-        captions: for each row a list of what is below its cells, or None.
-        titles: list of what is left of each row.
+    All cells are stretched over the size of the first one.
     """
-    rows = [
-        [x if isinstance(x, Map) else Map(x, cmap="gray") for x in row]
+    columns = max(len(row.cells) for row in rows)
+    wide = min(1.6, 14 / columns)  # inches across an image
+    high = wide * np.divide(*np.shape(rows[0].cells[0])[:2])
+    lines = [
+        max((1 + text.count("\n") for text in row.captions), default=0)
         for row in rows
     ]
-    columns = max(map(len, rows))
-    wide = min(1.6, 14 / columns)  # inches across an image
-    high = wide * np.divide(*rows[0][0].values.shape)
-    texts = [row or [""] * columns for row in captions or [[]] * len(rows)]
-    lines = [max(t.count("\n") + bool(t) for t in row) for row in texts]
     downs = np.cumsum([0, *(high + 0.03 + LINE * n for n in lines)])
-    left, top = (1.1 if titles else 0.1), 0.1 + 0.2 * len(title.splitlines())
-    scaled = any(row[-1].unit for row in rows)
-    width = left + columns * (wide + 0.03) + (0.9 if scaled else 0.1)
+    left = 1.1 if any(row.title for row in rows) else 0.1
+    right = 0.9 if any(row.unit for row in rows) else 0.1
+    top = 0.1 + 0.2 * len(title.splitlines())
+    width = left + columns * (wide + 0.03) + right
     width = max(width, 4, *(0.075 * len(x) for x in title.splitlines()))
     height = top + downs[-1] + 0.1
 
@@ -2127,47 +2117,45 @@ def image_grid(path, rows, captions=None, titles=None, title=""):
     ax.axis("off")
     write = functools.partial(ax.text, color="white", fontsize=8, va="top")
     write(width / 2, 0.08, title, ha="center", fontsize=10)
-    for k, row in enumerate(rows):
-        y = top + downs[k]
-        if titles:
-            write(left - 0.1, y + high / 2, titles[k], ha="right", va="center")
-        for column, (cell, text) in enumerate(zip(row, texts[k], strict=False)):
+    for row, y in zip(rows, top + downs[:-1], strict=True):
+        write(left - 0.1, y + high / 2, row.title, ha="right", va="center")
+        cells = itertools.zip_longest(row.cells, row.captions, fillvalue="")
+        for column, (cell, text) in enumerate(cells):
             x = left + column * (wide + 0.03)
-            look = {"vmin": 0, "vmax": cell.high, "interpolation": "nearest"}
+            look = {"vmin": 0, "vmax": row.high, "interpolation": "nearest"}
             look |= {"extent": (x, x + wide, y + high, y), "aspect": "auto"}
-            drawn = ax.imshow(cell.values, cell.cmap, **look)
+            drawn = ax.imshow(cell, row.cmap, **look)
             write(x + wide / 2, y + high + 0.03, text, ha="center", fontsize=7)
-        if cell.unit:
+        if row.unit:
             corner = (x + wide + 0.08) / width, 1 - (y + high) / height
             scale = figure.add_axes((*corner, 0.08 / width, high / height))
             scale.tick_params(colors="white", labelsize=7)
             bar = figure.colorbar(drawn, cax=scale)
-            bar.set_label(cell.unit, color="white", fontsize=8)
+            bar.set_label(row.unit, color="white", fontsize=8)
     _save_figure(figure, path)
 
 
-def plot_samples(path, images, title, captions=None, columns=8):
+def plot_samples(path, images, title, captions=(), columns=8):
     """Draw every image given, in order."""
-    images = _planes(images)
     parts = [slice(k, k + columns) for k in range(0, len(images), columns)]
-    texts = captions and [captions[part] for part in parts]
-    image_grid(path, [images[p] for p in parts], texts, title=title)
+    rows = [Row("", images[part], captions[part]) for part in parts]
+    image_grid(path, rows, title)
 
 
-def plot_pairs(path, a, b, names, texts, title, high=None):
-    """Draw two rows of images called `names`, and how they differ."""
-    a, b = _planes(a), _planes(b)
-    rows = [a, b, maps(np.abs(a - b), "intensity", high)]
-    image_grid(path, rows, texts, [*names, "|difference|"], title)
+def plot_pairs(path, above, below, title, captions, high=None):
+    """Draw two `Row`s of images, and how they differ."""
+    apart = np.abs(np.subtract(above.cells, below.cells))
+    third = heat_row("|difference|", apart, "intensity", captions, high)
+    image_grid(path, [above, below, third], title)
 
 
 def plot_reconstructions(
-    path, originals, results, scores, title="reconstruction", captions=None
+    path, originals, results, scores, title="reconstruction", captions=()
 ):
     """Draw originals, reconstructions with their SSIM, and differences."""
-    texts = [None, [f"SSIM {value:.3f}" for value in scores], captions]
-    names = "original", "reconstruction"
-    plot_pairs(path, originals, results, names, texts, title)
+    texts = [f"SSIM {value:.3f}" for value in scores]
+    rows = Row("original", originals), Row("reconstruction", results, texts)
+    plot_pairs(path, *rows, title, captions)
 
 
 def plot_index_maps(path, images, indices_per_level, num_embeddings):
@@ -2175,14 +2163,11 @@ def plot_index_maps(path, images, indices_per_level, num_embeddings):
     # Neighbouring indices are unrelated: neighbouring colours should differ.
     shuffle = np.random.default_rng(0).permutation(num_embeddings)
     look = {"high": num_embeddings - 1, "cmap": "nipy_spectral"}
-    rows, titles = [_planes(images)], ["image"]
+    rows = [Row("image", images)]
     for level, indices in enumerate(indices_per_level, start=1):
-        colours = shuffle[np.asarray(indices)]
-        rows.append([Map(grid, **look) for grid in colours])
-        name = f"level {level}" if len(indices_per_level) > 1 else "indices"
-        titles.append(f"{name}\n{size_text(colours.shape[1:])}")
-    title = f"Indices of {num_embeddings} code vectors"
-    image_grid(path, rows, titles=titles, title=title)
+        name = f"level {level}\n{size_text(indices.shape[1:])}"
+        rows.append(Row(name, shuffle[indices], **look))
+    image_grid(path, rows, f"Indices of {num_embeddings} code vectors")
 
 
 def plot_completions(path, originals, kept, completions, title):
@@ -2191,29 +2176,14 @@ def plot_completions(path, originals, kept, completions, title):
     At most 16 images and 8 completions of each, of (N, n, H, W); the standard
     deviation of each pixel is over all of them.
     """
-    completions = np.asarray(completions)[:16]
-    deviation = maps(completions.std(axis=1), "standard deviation")
-    shown = completions[:, :8]
-    columns = _planes(originals), _planes(kept), shown, deviation
-    rows = [[a, b, *c, d] for a, b, c, d in zip(*columns, strict=False)]
-    names = [f"sampled {k + 1}" for k in range(shown.shape[1])]
-    names = ["original", "kept", *names, "deviation"]
-    image_grid(path, rows, [names] * len(rows), title=title)
-
-
-def plot_anomalies(path, images, bits, restored, residual, captions, title):
-    """Draw images, surprisal of each level, restorations, residual maps.
-
-    `bits` is a list of (N, h, w), bits of each code, bottom first; `residual`
-    is (N, H, W), in intensity; `captions` are below the images.
-    """
-    levels = [f"surprisal\nlevel {k + 1}" for k in range(len(bits))]
-    levels = levels if len(bits) > 1 else ["surprisal"]
-    rows = [_planes(images), *(maps(grids, "bits per code") for grids in bits)]
-    rows += [_planes(restored), maps(residual, "intensity")]
-    titles = ["image", *levels, "restoration", "residual"]
-    texts = [captions, *[None] * (len(rows) - 1)]
-    image_grid(path, rows, texts, titles, title)
+    completions = completions[:16]
+    deviation = completions.std(axis=1)
+    white = max(float(np.percentile(deviation, 99.9)), 0.01)
+    columns = originals, kept, completions[:, :8], deviation / white
+    names = [f"sampled {k + 1}" for k in range(columns[2].shape[1])]
+    names = ["original", "kept", *names, f"deviation / {white:.2f}"]
+    cells = [[a, b, *c, d] for a, b, c, d in zip(*columns, strict=False)]
+    image_grid(path, [Row("", row, names) for row in cells], title)
 
 
 # Metrics worth a panel each, in this order, where a stage has them.
