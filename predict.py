@@ -1116,34 +1116,30 @@ def evaluate_memorization(trained, images, train, test):
     bar = utils.progress_bar("looking for copies", "batch")
     batches = bar(dataset.ordered_batches(train))
     found, n = utils.nearest_images(both, batches), len(images)
-    new = {key: (row[:n], apart[:n]) for key, (row, apart) in found.items()}
-    old = {key: (row[n:], apart[n:]) for key, (row, apart) in found.items()}
-    audited, copies = utils.audit(new, old, test.subjects)
-    peers = train.take(found["pixels"][0])
+    audited, copies = utils.audit(found[:n], found[n:], test.subjects)
+    peers = train.take(found["nearest_pixels"].to_numpy())
     pairs = dataset.ordered_batches((both[..., None], peers))
     ssim = np.concatenate([utils.ssim(*pair).numpy() for pair in pairs])
     scores = [
         utils.bootstrap(utils.mean_of(ssim[:n]), np.arange(n)),
         utils.bootstrap(utils.mean_of(ssim[n:]), test.subjects),
     ]
-    plot_nearest(trained, images, peers, new, audited, copies)
+    near = found[:n][[*utils.SPACES]].assign(copy=copies)
+    plot_nearest(trained, images, peers, near, audited)
     about = {"n": n, "test_images": len(test), "train_images": len(train)}
     return about | audited, scores
 
 
-def plot_nearest(trained, images, peers, found, audited, copies):
+def plot_nearest(trained, images, peers, near, audited):
     """Draw the generated images nearest to a training image, copies first."""
-    distances = {key: apart for key, (_, apart) in found.items()}
-    if copies is None:  # too few unseen images to tell
-        copies = np.zeros(len(images), bool)
     # NaN, of blank images, comes last.
-    order = np.lexsort((distances["pixels"], ~copies))[:8]
+    near = near.sort_values(["copy", "pixels"], ascending=[False, True])[:8]
+    order = near.index.to_numpy()
     captions = [
-        "\n".join(f"{key} {apart[k]:.2f}" for key, apart in distances.items())
-        + "\ncopy" * int(copies[k])
-        for k in order
+        f"pixels {row.pixels:.2f}\nhog {row.hog:.2f}" + "\ncopy" * row.copy
+        for row in near.itertuples()
     ]
-    limits = {key: audited[key]["first_percentile"] for key in distances}
+    limits = {key: audited[key]["first_percentile"] for key in utils.SPACES}
     title = f"The nearest to training of {len(images)} generated images\n"
     title += f"1 % of unseen images are nearer than {show_value(limits)}\n"
     title += f"copies {show_value(audited['copies'])}, "

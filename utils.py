@@ -1974,9 +1974,10 @@ def nearest_images(queries, batches):
         queries: (N, H, W).
         batches: iterable of (B, H, W, 1), read once.
 
-    Returns: {name: (row number (N,), distance (N,))}. The distance is the
-        Euclidean one over the length of the query's features, so that small
-        and large heads compare; NaN for a blank query.
+    Returns: table of N rows with the columns `pixels`, a distance,
+        `nearest_pixels`, the number of the image, `hog` and `nearest_hog`. The
+        distance is the Euclidean one over the length of the query's features,
+        so that small and large heads compare; NaN for a blank query.
     """
     features = {name: space(queries) for name, space in SPACES.items()}
     rows = {name: np.zeros(len(queries), int) for name in SPACES}
@@ -1995,7 +1996,8 @@ def nearest_images(queries, batches):
     for name in SPACES:
         length = np.linalg.norm(features[name], axis=1)
         best[name] /= np.where(length > 0, length, np.nan)
-    return {name: (rows[name], best[name]) for name in SPACES}
+        best[f"nearest_{name}"] = rows[name]
+    return pd.DataFrame(best)
 
 
 def audit(generated, unseen, subjects, n=1000):
@@ -2008,30 +2010,30 @@ def audit(generated, unseen, subjects, n=1000):
     more than one, raise the alarm.
 
     Args:
-        generated, unseen: of `nearest_images` with `SPACES`, the same training
-            images for both.
+        generated, unseen: of `nearest_images` with the same training images.
         subjects: of the unseen images.
 
-    Returns: dict for `evaluation.json`; mask (N,) of the copies, None with
-        fewer than 100 unseen images.
+    Returns: dict for `evaluation.json`, with None for what is unknown of fewer
+        than 100 unseen images; mask (N,) of the copies that are known.
     """
-    found = {}
-    for name in SPACES:
-        near, far = generated[name][1], unseen[name][1]
-        found[name] = _compare_distances(near, far, subjects, n)
+    found = {
+        name: _compare_distances(generated[name], unseen[name], subjects, n)
+        for name in SPACES
+    }
     limits = {name: found[name]["first_percentile"] for name in SPACES}
-    if None in limits.values():
-        return {**found, "copies": None, "alarm": None}, None
-    close = [generated[name][1] < limit for name, limit in limits.items()]
-    same = generated["pixels"][0] == generated["hog"][0]
-    copies = np.any(close, axis=0) & same
-    alarm = bool(copies.sum() > max(1, MOST_COPIES * len(same)))
-    return {**found, "copies": int(copies.sum()), "alarm": alarm}, copies
+    limits = pd.Series(limits, dtype=float)
+    known = limits.notna().all()
+    copies = (generated[[*SPACES]] < limits).any(axis=1) & known
+    copies &= generated["nearest_pixels"] == generated["nearest_hog"]
+    alarm = bool(copies.sum() > max(1, MOST_COPIES * len(copies)))
+    found["copies"] = int(copies.sum()) if known else None
+    found["alarm"] = alarm if known else None
+    return found, copies.to_numpy()
 
 
 def _compare_distances(near, far, subjects, n):
     """Compare distances of generated and of unseen images; blanks left out."""
-    kept, near = ~np.isnan(far), near[~np.isnan(near)]
+    kept, near = far.notna().to_numpy(), near.dropna().to_numpy()
     far, owners = far[kept], [f"generated {k}" for k in range(len(near))]
     owners += [f"unseen {subject}" for subject in np.asarray(subjects)[kept]]
 
