@@ -1605,15 +1605,14 @@ def bootstrap(statistic, subjects, n=2000, seed=0):
     """
     names, owner = np.unique(np.asarray(subjects), return_inverse=True)
     value = statistic(np.ones(len(owner), int)) if len(names) else math.nan
-    if math.isnan(value):
-        return {"mean": None, "ci95": [None, None]}
-    if len(names) == 1:
-        return {"mean": float(value), "ci95": [None, None]}
+    mean = None if math.isnan(value) else float(value)
+    if mean is None or len(names) == 1:
+        return {"mean": mean, "ci95": [None, None]}
     share = np.full(len(names), 1 / len(names))
     draws = np.random.default_rng(seed).multinomial(len(names), share, n)
     values = [statistic(draw[owner]) for draw in draws]
     low, high = np.nanpercentile(values, [2.5, 97.5])
-    return {"mean": float(value), "ci95": [float(low), float(high)]}
+    return {"mean": mean, "ci95": [float(low), float(high)]}
 
 
 def mean_of(values):
@@ -1873,7 +1872,8 @@ def compare_sets(sets, space, train_subjects, test_subjects):
     def ratio(kept=slice(None), key="generated"):
         return distance(key, kept) / distance("train", kept)
 
-    stages = [key for key in ("rebuilt", "upper_real") if key in features]
+    known = [key for key in ("rebuilt", "upper_real") if key in features]
+    stages = {key: ratio(key=key) for key in known}
     components = f"{real.shape[1]} principal components"
     return {
         "features": f"{name}, {components} of {len(fit)} training images",
@@ -1883,10 +1883,7 @@ def compare_sets(sets, space, train_subjects, test_subjects):
             "ratio": ratio(),
             "ratio_ci95": jackknife_ratio(ratio, subjects),
         },
-        "by_stage": {
-            **{stage: ratio(key=stage) for stage in stages},
-            "all_drawn": ratio(),
-        },
+        "by_stage": {**stages, "all_drawn": ratio()},
         # Generated images are of no one: as many subjects as images.
         **set_scores(features["generated"], real, range(n), subjects),
         "floor": set_scores(features["train"], real, train_subjects, subjects),
