@@ -2215,15 +2215,13 @@ def plot_codebook(path, counts_per_level):
     figure = _figures.Figure((5.5 * levels, 3.4), layout="constrained")
     axes = figure.subplots(1, levels, squeeze=False)[0]
     for k, counts in enumerate(counts_per_level):
-        ax, counts = axes[k], np.sort(np.asarray(counts))[::-1]
-        size, used = len(counts), np.count_nonzero(counts)
-        ax.fill_between(np.arange(size), counts, step="mid", lw=0)
-        ax.axhline(counts.mean(), color="C1", lw=1, label="even use")
-        name = "Codebook" if levels == 1 else f"Codebook, level {k + 1}"
-        title = f"{name}: {used} of {size} used ({used / size:.0%})"
+        ax, size, used = axes[k], len(counts), np.count_nonzero(counts)
+        ax.stairs(np.sort(counts)[::-1], fill=True)
+        ax.axhline(np.mean(counts), color="C1", lw=1, label="even use")
+        title = f"Codebook, level {k + 1}: {used} of {size} used"
+        title += f" ({used / size:.0%})"
         ax.set(title=title, xlabel="code vector, by use", ylabel="uses")
-        ax.set(ylim=(0.8, 2 * max(counts.max(), 1)), yscale="log")
-        ax.set_xlim(-0.5, size - 0.5)
+        ax.set(ylim=(0.8, 2 * max(*counts, 1)), yscale="log", xlim=(0, size))
         ax.legend(fontsize=8)
     _save_figure(figure, path)
 
