@@ -782,15 +782,10 @@ def is_external(run, options):
     """
     external = options.data_dir is not None
     if external and run.split_path.exists():
-        files = [*dataset.files_below(options.data_dir)]
-        external = not all(
-            any(
-                path.endswith(f"/{row.path}")
-                and dataset.file_sha256(path) == row.sha256
-                for path in files
-            )
-            for row in utils.read_split_table(run).iloc[[0, -1]].itertuples()
-        )
+        ends = utils.read_split_table(run).iloc[[0, -1]]
+        files, names = dataset.files_below(options.data_dir), "/" + ends["path"]
+        named = [path for path in files if path.endswith(tuple(names))]
+        external = not {*ends["sha256"]} <= {*map(dataset.file_sha256, named)}
     usual, of_others = vars(Evaluate()), {"skip_bad", "subject_pattern"}
     of_samples = usual.keys() - of_others - {"run", "output", "data_dir"}
     drawn = not external and run.has_priors
