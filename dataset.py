@@ -56,7 +56,7 @@ CARVED = 0.1  # share of training subjects that becomes a missing split
 MARKER = "simulated.json"  # left beside simulated slices
 OURS = {MARKER, "manifest.csv", "orientation.png"}  # no files of a data set
 CACHE = Path("data") / "cache"  # of decoded images
-CACHE_FORMAT = 4  # to be raised when files are decoded in another way
+CACHE_FORMAT = 5  # to be raised when files are decoded in another way
 CACHE_DAYS = 30  # that an entry is kept without being used
 PERCENTILES = (0.5, 99.5)  # of a scan's voxels: black and white of NIfTI
 WHITE = 99.9  # percentile of training pixels: white of dark PNG and JPEG
@@ -71,7 +71,6 @@ MOST_PIXELS = 64_000_000  # of an image; more is taken for a bomb
 MOST_BYTES = 1 << 25  # of a slice, packed or not
 MOST_INTENSITY = 1e30  # of a voxel; more is a damaged number or scale
 MOST_LISTED = 20  # problems listed in one error
-BETWEEN = " | "  # the notes on a file
 MOST_CUT = 0.1  # share of training images whose content --image-size may cut
 MOST_SLICES = 512  # of a subject on average; more are not of one person
 
@@ -692,7 +691,8 @@ def _read_nifti(path, notes):
 
 
 _UNREAD = {  # what is known of a file that cannot be read
-    **dict.fromkeys(("reason", "notes", "sha256"), ""),
+    **dict.fromkeys(("reason", "sha256"), ""),
+    "notes": (),
     **dict.fromkeys(("height", "width", "full"), 0),
     **dict.fromkeys(("low", "high"), 0.0),
     **dict.fromkeys(("constant", "cut"), False),
@@ -951,7 +951,7 @@ def _to_frame(image, values, low, high, plan):
     content, shown = (np.sum(x > utils.FOREGROUND) for x in (scaled, frame))
     cut = bool(content > shown) and not resize
     values |= {"low": low, "high": high, "constant": constant, "cut": cut}
-    values["notes"] = BETWEEN.join(sorted(values["notes"]))
+    values["notes"] = sorted(values["notes"])
     return np.rint(frame * 255).astype(np.uint8)
 
 
@@ -1040,7 +1040,7 @@ def _load(index, plan, dataset, skip_bad, root):
             f"all {len(kept)} images are constant, expected contrast: "
             f"{_some(str(base / path) for path in kept['path'])}"
         )
-    for note, count in _count_notes(kept):
+    for note, count in kept["notes"].explode().value_counts().items():
         warn(f"{count} files {note}")
     if copies := kept[~kept["constant"]].duplicated("sha256").sum():
         warn(f"{copies} files repeat others of their split")
@@ -1052,11 +1052,6 @@ def _load(index, plan, dataset, skip_bad, root):
     for line in _summary(slices, kept, dataset, index, plan):
         print(line)
     return slices, kept
-
-
-def _count_notes(table):
-    notes = table["notes"].str.split(BETWEEN, regex=False).explode()
-    return notes[notes != ""].value_counts().items()
 
 
 def _refuse_twins(checked, base):
@@ -1908,7 +1903,7 @@ def slice_volumes(options):
         utils.write_atomic(dest, write)
     for row in unfit.itertuples():
         print(f"left out {_show(row.path)}: {row.reason}")
-    for note, count in _count_notes(table):
+    for note, count in table["notes"].explode().value_counts().items():
         print(f"{count} volumes: {note}")
     print(
         f"slices of {len(table)} volumes in {_show(dest)}; look at "
@@ -2124,9 +2119,9 @@ def _cut_to_file(options, source, file):
     try:
         images, notes = cut_volume(source, options)
     except _Unfit as error:
-        return str(error), ""
+        return str(error), []
     np.save(file, images)
-    return "", BETWEEN.join(notes)
+    return "", notes
 
 
 def cut_volume(path, options):
@@ -2212,10 +2207,11 @@ def _write_slices(folder, table, options):
     """Write the slices of all volumes, manifest and picture."""
     shapes = [np.load(name, "r").shape[1:] for name in table["file"]]
     size = options.image_size or tuple(-(-np.max(shapes, axis=0) // 16) * 16)
-    names = ["subject", "scan", "label", "split", "source", "notes"]
+    names = ["subject", "scan", "label", "split", "source"]
     rows, cut, black = [], 0, INSIDE * 65535
     for volume in table.itertuples():
         about = {name: getattr(volume, name) for name in names}
+        about["notes"] = " | ".join(volume.notes)
         for number, image in enumerate(np.load(volume.file)):
             name = f"{volume.scan}_slice-{number:03d}.png"
             name = "/".join(filter(None, (volume.split, volume.label, name)))
