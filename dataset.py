@@ -2142,8 +2142,7 @@ def cut_volume(path, options):
         raise _Unfit("found no contrast, expected anatomy")
     high = float(np.percentile(volume[inside][::8], PERCENTILES[1]))
     at = _plane_positions(inside, options)
-    at = at if len(volume) > 1 else at[:1]
-    if spacing[0] > 2 * options.spacing:
+    if spacing[0] > 2 * options.spacing or len(volume) == 1:
         rows = np.unique(np.rint(at).astype(int))
         volume, inside, at = volume[rows], inside[rows], np.arange(len(rows))
     inside = inside[int(at[0]) : int(np.ceil(at[-1])) + 1]
