@@ -11,7 +11,6 @@ Sections: 1. Layouts, 2. Scan, 3. Read one file, 4. Decode once, 5. Load,
 6. Batches, 7. Simulator, 8. Slicing of volumes, 9. Command line.
 """
 
-import atexit
 import collections
 import contextlib
 import csv
@@ -1319,31 +1318,8 @@ def outside(slices, box):
 
 # --------------------------------------------------------------- 6. Batches
 #
-# Rows of the array are read in Python inside the pipeline: TensorFlow has no
-# operation for it. If the interpreter ends while such a call waits for it,
-# the process hangs, which it did half the time after an error in a pipeline;
-# so the end waits until the pipelines have filled their buffers.
-
-_reads = []  # that are under way in pipelines
-_last_read = 0.0  # when one was done
-
-
-def _read_in_pipeline(slices, rows):
-    global _last_read
-    _reads.append(len(rows))
-    try:
-        return slices.read_bytes(rows)
-    finally:
-        _reads.pop()
-        _last_read = time.monotonic()
-
-
-@atexit.register
-def _wait_for_pipelines():
-    for _ in range(50 if _last_read else 0):
-        time.sleep(0.1)
-        if not _reads and time.monotonic() > _last_read + 0.1:
-            break
+# TensorFlow maps the file of pixels and takes rows of it, so that no pipeline
+# waits for Python.
 
 
 def divisible_batch_size(count, batch_size, parts):
@@ -1454,11 +1430,17 @@ def _fetch(data):
         with tf.device("CPU"):
             data = tf.constant(data)
         return lambda rows: tf.gather(data, rows)
-    read = functools.partial(_read_in_pipeline, data)
+    last = int(np.argmax(data.rows))
+    data.read_bytes([last])  # refuses a damaged file now
+    shape = (data.rows[last] + 1, *data.size, 1)
+    name = os.fsencode(data.file)
 
     def fetch(rows):
-        images = tf.numpy_function(read, [rows], tf.uint8, stateful=False)
-        images = tf.ensure_shape(images, (None, *data.size, 1))
+        # A map each time, for pages that are read stay in it.
+        images = tf.raw_ops.ImmutableConst(
+            dtype=tf.uint8, shape=shape, memory_region_name=name
+        )
+        images = tf.gather(images, tf.gather(data.rows, rows))
         return tf.cast(images, tf.float32) / 255
 
     return fetch

@@ -182,10 +182,9 @@ def _as_user_error(error):
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, UserError):
         return error
-    # Of an error in a data pipeline Keras tells in words.
-    found = re.search(r"\bDataError: (.*?) Traceback \(most recent", text)
-    if kind == "UnknownError" and found:
-        return DataError(found[1])
+    # Of a file that a data pipeline cannot map TensorFlow tells in words.
+    if found := re.search(r"MapV2: (.*?) \[\[{{node ImmutableConst", text):
+        return DataError(f"{found[1]}; expected decoded images")
     if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}"
