@@ -1645,17 +1645,19 @@ class RasterSampler:
         Image i of the chunk is number `chunk * chunk_size + i`. Conditions are
         those of `call`; `seed`, `chunk` and the temperature may be tensors.
         """
-        guided = sampling.guidance != 1
-        message = "guidance: this prior has neither labels nor slice positions"
-        require(not guided or self.labels or self.slice_condition, message)
+        guidance = None
+        if sampling.guidance != 1:
+            message = "guidance: this prior has no labels or slice positions"
+            require(self.labels or self.slice_condition, message)
+            guidance = tf.constant(sampling.guidance, tf.float32)
         if known is None:
             known = tf.fill((self.chunk_size, *self.latent_grid), -1)
         return self._sample_grids(
             self._uniforms(seed, chunk),
-            self._chunk_context(conditions, guided),
+            tf.nest.map_structure(tf.convert_to_tensor, conditions),
             tf.convert_to_tensor(known),
             tf.convert_to_tensor(sampling.temperature, tf.float32),
-            tf.convert_to_tensor(sampling.guidance, tf.float32),
+            guidance,
             # A tensor, so that no other value is compiled for.
             top_p=tf.constant(sampling.top_p) if sampling.top_p < 1 else 1.0,
             top_k=int(sampling.top_k),
@@ -1669,32 +1671,24 @@ class RasterSampler:
         seeds = [[seed, first + k] for k in range(self.chunk_size)]
         return tf.stack([uniform(shape, x, alg="philox")[-1] for x in seeds])
 
-    def _chunk_context(self, conditions, guided):
-        """Context of a chunk, if guided also without the condition, or None."""
+    def _contexts(self, conditions, copies):
+        """Context of a chunk, or None; the second without what guides."""
         if not self.use_context:
             return None
-        given = tf.nest.map_structure(tf.convert_to_tensor, conditions)
-        context = self._context_map(**given)
-        if not guided:
-            return context
         guide = "label" if self.labels else "slice_position"
-        given[guide] = -tf.ones_like(given[guide])
-        return tf.concat([context, self._context_map(**given)], axis=0)
-
-    @tf.function(reduce_retracing=True, jit_compile=True, autograph=False)
-    def _context_map(self, upper, label, slice_position):
-        with self._in_float32():
-            return self.context(slice_position, label, upper=upper)
+        null = {guide: -tf.ones_like(conditions[guide])}
+        given = [conditions, conditions | null][:copies]
+        return tf.concat([self.context(**each) for each in given], axis=0)
 
     @tf.function(jit_compile=True, autograph=False)
     def _sample_grids(
-        self, uniforms, context, known, temperature, guidance, top_p, top_k
+        self, uniforms, conditions, known, temperature, guidance, top_p, top_k
     ):
         """The compiled loop in float32: rows outside, columns inside."""
         batch, layers = uniforms.shape[0], self.causal_layers
         height, width = self.latent_grid
-        wide = batch if context is None else context.shape[0]
-        copies = wide // batch  # 2 with guidance: with the condition, without
+        copies = 1 if guidance is None else 2  # with the condition, without
+        wide = copies * batch
 
         def draw_row(row, grid, log_prob, codes, caches):
             def draw(column, grid, log_prob, codes, caches):
@@ -1736,6 +1730,7 @@ class RasterSampler:
         caches = [layer.init_cache(wide, self.latent_grid) for layer in layers]
         state = (0, grid, tf.zeros((batch,)), codes, caches)
         with self._in_float32():
+            context = self._contexts(conditions, copies)
             _, *found, _, _ = tf.while_loop(
                 lambda row, *_: row < height, draw_row, state
             )
