@@ -1062,13 +1062,13 @@ class CausalLayer(Composite):
     """Layer of a prior, which computes the same thing in two ways.
 
     `call` takes the whole grid (training, likelihood). Sampling takes one
-    position after the other in raster order, with a cache of plain tensors
-    that one compiled loop can carry:
+    position after the other in raster order, with a cache: a dict of tensors,
+    which one compiled loop can carry and the methods change.
 
     - `init_cache(batch, grid)` makes the cache for a grid `(h, w)`;
     - `start_row(vertical, cache, row)` begins a row. `vertical` `(B, w, C)` is
       the input of the vertical stack in the row above, finished by now; its
-      output there is returned, with the cache;
+      output there is returned;
     - `step(x, cache, column, context)` computes the output `(B, C)` at a
       position; the first layer of a network needs no `x`;
     - `write(code, cache, column)` takes in the embedded code `(B, C)` that
@@ -1078,10 +1078,10 @@ class CausalLayer(Composite):
     """
 
     def start_row(self, vertical, cache, row):
-        return vertical, cache
+        return vertical
 
     def write(self, code, cache, column):
-        return cache
+        pass
 
 
 class CausalConv2D(CausalLayer):
@@ -1124,49 +1124,47 @@ class CausalConv2D(CausalLayer):
         margins = [[0, 0], [self.rows - 1, 0], [self.side, self.side], [0, 0]]
         return tf.nn.conv2d(tf.pad(x, margins), kernel, 1, "VALID") + self.bias
 
-    def step_row(self, x, rows):
-        """Output `(B, w, filters)` of a whole row `x` `(B, w, C)`, and rows."""
+    def step_row(self, x, cache):
+        """Output `(B, w, filters)` of a whole row `x` `(B, w, C)`."""
         row = tf.pad(x, [[0, 0], [self.side, self.side], [0, 0]])
-        rows = tf.concat([rows[:, 1:], row[:, None]], axis=1)
-        kernel = self.kernel * self.mask
-        return tf.nn.conv2d(rows, kernel, 1, "VALID")[:, 0] + self.bias, rows
+        rows = tf.concat([cache["rows"][:, 1:], row[:, None]], axis=1)
+        cache["rows"], kernel = rows, self.kernel * self.mask
+        return tf.nn.conv2d(rows, kernel, 1, "VALID")[:, 0] + self.bias
 
     def init_cache(self, batch, grid):
         # The last rows, zero outside the grid, and what those before the
         # current one add to it, computed once for all of its columns.
         wide = grid[1] + 2 * self.side
         rows = tf.zeros((batch, self.rows, wide, self.channels))
-        return [rows, tf.zeros((batch, grid[1], self.filters))]
+        return {"rows": rows, "added": tf.zeros((batch, grid[1], self.filters))}
 
     def start_row(self, vertical, cache, row):
-        rows, added = cache
-        rows = tf.pad(rows[:, 1:], [[0, 0], [0, 1], [0, 0], [0, 0]])
+        before, kernel = cache["rows"][:, 1:], self.kernel[:-1]
+        cache["rows"] = tf.pad(before, [[0, 0], [0, 1], [0, 0], [0, 0]])
         if self.rows > 1:
-            before, kernel = rows[:, :-1], self.kernel[:-1]
-            added = tf.nn.conv2d(before, kernel, 1, "VALID")[:, 0]
-        return vertical, [rows, added]
+            cache["added"] = tf.nn.conv2d(before, kernel, 1, "VALID")[:, 0]
+        return vertical
 
     def step(self, x, cache, column, context=None):
         if self.mask_type != "A":
-            cache = self._put(x, cache, column)
-        rows, added = cache
+            self._put(x, cache, column)
+        rows = cache["rows"]
         size = (rows.shape[0], 1, self.taps, self.channels)
         seen = tf.slice(rows, [0, self.rows - 1, column, 0], size)
         seen = tf.reshape(seen, (rows.shape[0], -1))
         kernel = self.kernel[-1, : self.taps]
         y = tf.matmul(seen, tf.reshape(kernel, (-1, self.filters))) + self.bias
         if self.rows > 1:
-            y += take_column(added, column)
-        return y, cache
+            y += take_column(cache["added"], column)
+        return y
 
     def write(self, code, cache, column):
-        first = self.mask_type == "A"
-        return self._put(code, cache, column) if first else cache
+        if self.mask_type == "A":
+            self._put(code, cache, column)
 
     def _put(self, x, cache, column):
-        start = [0, self.rows - 1, self.side + column, 0]
-        rows = keras.ops.slice_update(cache[0], start, x[:, None, None])
-        return [rows, cache[1]]
+        start, x = [0, self.rows - 1, self.side + column, 0], x[:, None, None]
+        cache["rows"] = keras.ops.slice_update(cache["rows"], start, x)
 
 
 def take_column(x, column):
@@ -1204,11 +1202,10 @@ class CausalResidualBlock(CausalLayer):
         return self.conv.start_row(vertical, cache, row)
 
     def step(self, x, cache, column, context=None):
-        y = self.reduce(tf.nn.relu(x))
-        y, cache = self.conv.step(y, cache, column)
+        y = self.conv.step(self.reduce(tf.nn.relu(x)), cache, column)
         if self.context:
             y = y + self.context(context)
-        return x + self.expand(tf.nn.relu(y)), cache
+        return x + self.expand(tf.nn.relu(y))
 
 
 def gate(x):
@@ -1260,30 +1257,29 @@ class GatedBlock(CausalLayer):
         return vertical + gate(rows), horizontal + y
 
     def init_cache(self, batch, grid):
-        # Rows of the vertical stack, the row so far, the link from above.
-        rows, _ = self.vertical.init_cache(batch, grid)
-        link = tf.zeros((batch, grid[1], self.link.units))
-        return [rows, self.horizontal.init_cache(batch, grid), link]
+        return {
+            "vertical": self.vertical.init_cache(batch, grid),
+            "horizontal": self.horizontal.init_cache(batch, grid),
+            "link": tf.zeros((batch, grid[1], self.link.units)),
+        }
 
     def start_row(self, vertical, cache, row):
-        rows, seen = self.vertical.step_row(vertical, cache[0])
+        rows = self.vertical.step_row(vertical, cache["vertical"])
         rows *= tf.cast(row > 0, rows.dtype)  # above the first are zeros
-        _, own = self.horizontal.start_row(None, cache[1], row)
-        moved = [seen, own, self.link(rows)]
-        return gate(rows) if self.is_first else vertical + gate(rows), moved
+        cache["link"] = self.link(rows)
+        self.horizontal.start_row(None, cache["horizontal"], row)
+        return gate(rows) if self.is_first else vertical + gate(rows)
 
     def step(self, x, cache, column, context=None):
-        seen, own, above = cache
-        y, own = self.horizontal.step(x, own, column)
-        y += take_column(above, column)
+        y = self.horizontal.step(x, cache["horizontal"], column)
+        y += take_column(cache["link"], column)
         if self.context:
             y += self.context(context)
         y = self.expand(gate(y))
-        return y if self.is_first else x + y, [seen, own, above]
+        return y if self.is_first else x + y
 
     def write(self, code, cache, column):
-        seen, own, above = cache
-        return [seen, self.horizontal.write(code, own, column), above]
+        self.horizontal.write(code, cache["horizontal"], column)
 
 
 class CausalAttention(CausalLayer):
@@ -1346,31 +1342,29 @@ class CausalAttention(CausalLayer):
         return tf.matmul(tf.cast(weights, value.dtype), value[:, :, :last])
 
     def init_cache(self, batch, grid):
-        # Keys, values, features of the current position, its number.
         size = self.channels // self.heads
-        past = (batch, self.heads, grid[0] * grid[1], size)
-        features = tf.zeros((batch, self.channels))
-        return [tf.zeros(past), tf.zeros(past), features, 0]
+        past = tf.zeros((batch, self.heads, grid[0] * grid[1], size))
+        features = tf.zeros((batch, self.channels))  # of the current position
+        cache = {"keys": past, "values": past, "features": features}
+        return cache | {"position": 0}
 
     def step(self, x, cache, column, context=None):
-        keys, values, _, position = cache
+        keys, cache["features"] = cache["keys"], x
         batch, heads, count, size = keys.shape
         query = tf.reshape(self.query(x), (batch, heads, 1, size))
         scores = tf.matmul(query, keys, transpose_b=True) * self.scale
-        hidden = tf.range(count) > position
+        hidden = tf.range(count) > cache["position"]
         weights = tf.nn.softmax(tf.where(hidden, -1e9, scores))
-        y = tf.reshape(tf.matmul(weights, values), (batch, self.channels))
-        return x + self.expand(y), [keys, values, x, position]
+        y = tf.matmul(weights, cache["values"])
+        return x + self.expand(tf.reshape(y, (batch, self.channels)))
 
     def write(self, code, cache, column):
-        keys, values, features, position = cache
-        source, moved = tf.concat([features, code], axis=-1), []
-        for past, layer in ((keys, self.key), (values, self.value)):
-            shape = (past.shape[0], self.heads, 1, -1)
-            new = tf.reshape(layer(source), shape)
-            start = [0, 0, position + 1, 0]
-            moved.append(keras.ops.slice_update(past, start, new))
-        return [*moved, features, position + 1]
+        source = tf.concat([cache["features"], code], axis=-1)
+        cache["position"] += 1
+        for name, layer in (("keys", self.key), ("values", self.value)):
+            new = tf.reshape(layer(source), (code.shape[0], self.heads, 1, -1))
+            start = [0, 0, cache["position"], 0]
+            cache[name] = keras.ops.slice_update(cache[name], start, new)
 
 
 def sine_features(position, count):
@@ -1697,8 +1691,8 @@ class RasterSampler:
                     size = [wide, 1, 1, context.shape[-1]]
                     here = tf.slice(context, [*place, 0], size)[:, 0, 0]
                 x = None
-                for k, layer in enumerate(layers):
-                    x, caches[k] = layer.step(x, caches[k], column, here)
+                for layer, cache in zip(layers, caches, strict=True):
+                    x = layer.step(x, cache, column, here)
                 logits, *null = tf.split(self._predict(x), copies)
                 guided = logits
                 if null:
@@ -1711,16 +1705,16 @@ class RasterSampler:
                 log_prob += tf.gather(nats, index, batch_dims=1)
                 code = tf.gather(self.embedding.embeddings, index)
                 code = tf.tile(code, [copies, 1])
-                for k, layer in enumerate(layers):
-                    caches[k] = layer.write(code, caches[k], column)
+                for layer, cache in zip(layers, caches, strict=True):
+                    layer.write(code, cache, column)
                 update = keras.ops.slice_update
                 codes = update(codes, [0, column, 0], code[:, None])
                 grid = update(grid, place, index[:, None, None])
                 return column + 1, grid, log_prob, codes, caches
 
             above = codes
-            for k, layer in enumerate(layers):
-                above, caches[k] = layer.start_row(above, caches[k], row)
+            for layer, cache in zip(layers, caches, strict=True):
+                above = layer.start_row(above, cache, row)
             state = (0, grid, log_prob, tf.zeros_like(codes), caches)
             _, *state = tf.while_loop(lambda k, *_: k < width, draw, state)
             return row + 1, *state
