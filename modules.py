@@ -1633,7 +1633,7 @@ class RasterSampler:
         outputs = [np.concatenate(arrays) for arrays in zip(*done, strict=True)]
         return [array[start : start + n] for array in outputs]
 
-    def sample_chunk(self, sampling, seed, chunk, conditions, known=None):
+    def sample_chunk(self, sampling, seed, chunk, conditions, known):
         """Draw the `chunk_size` images of one chunk; also in a graph.
 
         Image i of the chunk is number `chunk * chunk_size + i`. Conditions are
@@ -1644,8 +1644,6 @@ class RasterSampler:
             message = "guidance: this prior has no labels or slice positions"
             require(self.labels or self.slice_condition, message)
             guidance = tf.constant(sampling.guidance, tf.float32)
-        if known is None:
-            known = tf.fill((self.chunk_size, *self.latent_grid), -1)
         return self._sample_grids(
             self._uniforms(seed, chunk),
             tf.nest.map_structure(tf.convert_to_tensor, conditions),
@@ -2169,14 +2167,13 @@ def generate(
     return images, indices, log_prob
 
 
-def _generate_chunk(models, sampling, seed, chunk, conditions, known=None):
+def _generate_chunk(models, sampling, seed, chunk, conditions, known):
     """Images of one chunk, log-probabilities, indices; also in a graph."""
     (vqvae, priors, texture), indices, total = models, [], 0.0
     for level in reversed(range(len(priors))):
         given = {**conditions, "upper": tuple(indices)}
-        fixed = known[level] if known else None
         grid, log_prob = priors[level].sample_chunk(
-            sampling[level], seed, chunk, given, fixed
+            sampling[level], seed, chunk, given, known[level]
         )
         indices.insert(0, grid)
         total += log_prob
@@ -2246,6 +2243,7 @@ def _generate_in_graph(models, n, seed, temperature, label):
     ):
         tf.debugging.Assert(right, [text])
     sampling = [Sampling(temperature) for _ in priors]
+    none_known = [prior.known_indices(size) for prior in priors]
 
     def draw(chunk):
         numbers = chunk * size + tf.range(size)
@@ -2255,7 +2253,7 @@ def _generate_in_graph(models, n, seed, temperature, label):
         position = tf.cast(position, tf.float32)
         conditions = {"label": label, "slice_position": position}
         images, _, *indices = _generate_chunk(
-            models, sampling, seed, chunk, conditions
+            models, sampling, seed, chunk, conditions, none_known
         )
         return images, *indices
 
