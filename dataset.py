@@ -992,12 +992,13 @@ def load(settings):
     slices, found = _load(index, plan, dataset, settings.skip_bad, root)
     train = found["cut"][found["split"] == "train"]
     native = max(statistics.multimode(_sizes(found)))
-    if size and np.less(size, native).any() and train.mean() > MOST_CUT:
-        raise FlagError(
-            f"--image-size {utils.size_text(size)}: cuts off content of "
-            f"{train.sum()} of {len(train)} training images; use --resize, or "
-            f"{utils.size_text(native)}"
-        )
+    if train.mean() > MOST_CUT:
+        frame = utils.size_text(size or native)
+        text = f"--image-size {frame}: cuts off content of {train.sum()} of "
+        text += f"{len(train)} training images; use --resize"
+        if size and np.less(size, native).any():
+            raise FlagError(f"{text}, or {utils.size_text(native)}")
+        warn(text)
     return slices
 
 
@@ -2117,6 +2118,8 @@ def cut_volume(path, options):
     some = volume[::2, ::2, ::2]
     low, high = _window(some)
     levels, counts = np.unique(some, return_counts=True)
+    if len(levels) == 2:
+        notes.append("two values only, as in a mask; see --match")
     if max(counts) > some.size / 5:  # a background of one value is black
         volume = np.where(volume == levels[counts.argmax()], low, volume)
     inside = volume > low + INSIDE * (high - low)

@@ -781,6 +781,8 @@ class VQVAE(TrainableModel):
 
     def cropped(self, images):
         """The box of frames that is encoded, `(B, height, width, 1)`."""
+        fits = tf.as_dtype(images.dtype).is_floating
+        require(fits, f"images: expected floats in 0..1, found {images.dtype}")
         images = tf.ensure_shape(images, (None, *self.image_size, 1))
         return tf.image.crop_to_bounding_box(images, *self.box)
 
@@ -839,9 +841,12 @@ class VQVAE(TrainableModel):
     @tf.function(reduce_retracing=True, autograph=False)
     def decode_indices(self, indices):
         """Images `(B, H, W, 1)` in [0, 1] from the result of `encode`."""
-        decoded = None
+        decoded, found = None, len(indices)
+        require(found == self.levels, f"expected {self.levels} grids, {found=}")
         for level in range(self.levels, 0, -1):
-            vectors = self.part("quantizer", level).lookup(indices[level - 1])
+            shape = (None, *self.latent_grids[level - 1])
+            grid = tf.ensure_shape(indices[level - 1], shape)
+            vectors = self.part("quantizer", level).lookup(grid)
             inputs = self._joined(vectors, decoded)
             decoded = self.part("decoder", level)(inputs)
         images = self._render(tf.cast(decoded, tf.float32))
@@ -2214,8 +2219,8 @@ def export_archive(vqvae, priors=(), texture=None):
     )
     archive.add_endpoint(
         "decode",
-        lambda *indices: {"images": vqvae.decode_indices(list(indices))},
-        [tf.TensorSpec((None, *g), tf.int32, k) for k, g in grids.items()],
+        lambda indices: {"images": vqvae.decode_indices([*indices.values()])},
+        [{k: tf.TensorSpec((None, *g), tf.int32, k) for k, g in grids.items()}],
     )
     if priors:
         types = {"n": tf.int32, "seed": tf.int32, "temperature": tf.float32}

@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import time
 import typing
 from pathlib import Path
@@ -244,6 +245,8 @@ def main(argv):
     types = {name: settings for name, (_, settings) in verbs.items()}
     name, options = utils.parse_verbs(types, argv, __doc__, default="show")
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
+    if not options.run:
+        print(f"run folder {run.path}", file=sys.stderr)
     models = models_hash(run)  # samples are filed under it
     trained = Trained.load(run, options)
     refuse_replaced(run, models)
@@ -1220,6 +1223,7 @@ def plot_test_figures(folder, trained, test, found):
 
 SECTIONS = ("data", "reconstruction", "codebook", "prior")
 SECTIONS += ("generation", "memorization", "labels", "speed")
+LEAST_SSIM = 0.3  # in the foreground, of a VQ-VAE that has learned something
 STAGES = ("rebuilt", "upper_real", "all_drawn")  # each adds a source of error
 WORDS = {  # up to a Fréchet ratio
     1.3: "about as close to unseen people as other real people are",
@@ -1248,9 +1252,23 @@ def verdict(evaluation):
     return {"ratio": ratio, "words": "".join(words[:1]), "limit": limit}
 
 
+def untrained(evaluation):
+    """Name the models that have learned next to nothing, or return ""."""
+    scores, names = evaluation.get("reconstruction") or {}, []
+    ssim = scores.get("ssim_foreground", {}).get("mean")
+    if ssim is not None and ssim < LEAST_SSIM:
+        names.append("the VQ-VAE")
+    for prior in evaluation.get("prior") or []:
+        # How often each code occurs would tell as much.
+        if (prior["bits_per_code"].get("train") or 0) >= prior["unigram_bits"]:
+            names.append(f"the prior of level {prior['level']}")
+    return " and ".join(names)
+
+
 def print_summary(run, evaluation, output=None):
     """Print the few lines that matter at the end of a run."""
     facts = {"run": run, "evaluation": evaluation, "output": output or run}
+    facts["untrained"] = untrained(evaluation)
     print(render("summary.txt", facts | verdict(evaluation)), end="")
 
 

@@ -298,6 +298,11 @@ def plan_resume(job, earlier):
     if "texture" in more - trained:
         parts.add("texture")  # the first one
     if not (parts or longer or under_way):
+        if lost := more - trained:
+            raise utils.RunError(
+                f"{run.model_path(min(lost))}: missing, make it anew with "
+                f"--stage prior --run-dir {run.path}"
+            )
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
             "more --epochs, --prior-epochs or --texture-epochs of a model that "
@@ -456,6 +461,7 @@ def train(job):
             choose_sampling(job, vqvae, priors, images)
         if job.settings.run.evaluate and images:
             trained = predict.Trained.of(job.run, vqvae, priors)
+            print("evaluation: all scores on test subjects", flush=True)
             evaluation = predict.evaluate_run(trained, images)
             predict.print_summary(job.run, evaluation)
     utils.wait_for_workers(job.strategy)  # the chief takes one gone for dead
@@ -680,6 +686,7 @@ def choose_sampling(job, vqvae, priors, images):
     free = [name for name in SAMPLING if getattr(given, name) is None]
     can_choose = priors and free and enough and not given.smoke
     if can_choose:
+        print("sampling: choosing among settings, by samples", flush=True)
         distance = sample_distance(trained, *splits)
     # From the bottom up: chosen first, the top grid would make up for the
     # noise of the bottom grid.
@@ -806,7 +813,8 @@ class Fit:
     def _compile(self, steps):
         """Adam, with warm-up and cosine decay to zero over `steps`."""
         warmup = min(self.options.warmup_steps, steps // 2)
-        momentum = self.option("ema_momentum")
+        # A longer average would still hold the weights of the start.
+        momentum = min(self.option("ema_momentum"), steps / (steps + 5))
         with self.job.strategy.scope():
             schedule = keras.optimizers.schedules.CosineDecay(
                 0.0,

@@ -1037,6 +1037,9 @@ def write_atomic(path, write):
             _sync(written)
         os.replace(temporary, path)
         _sync(path.parent)
+    except OSError as error:  # of a full disk: nothing says which file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         _remove(temporary)
 
@@ -1267,6 +1270,8 @@ class Run:
         if not file.is_file():
             what = "no config.json, so not a run folder"
             what = what if file.parent.is_dir() else "no such run folder"
+            if Path(path).is_file():
+                what = "a file, expected a run folder; it comes before images"
             raise RunError(f"{path}: {what}")
         try:
             info = json.loads(file.read_text("utf-8", "surrogateescape"))

@@ -621,6 +621,11 @@ def test_ordered_batches(slices):
     assert np.concatenate([x[1]["n"] for x in both]).tolist() == [*range(24)]
     with pytest.raises(DataError, match="no images"):
         dataset.ordered_batches(slices.take([]))
+    whole = slices.file.read_bytes()
+    for damaged in (b"", whole[:-1], whole[: len(whole) // 2]):
+        slices.file.write_bytes(damaged)
+        with pytest.raises(DataError, match="expected decoded images"):
+            dataset.ordered_batches(slices)
 
 
 def test_orders_are_a_function_of_seed_and_epoch(slices):
@@ -673,14 +678,6 @@ def test_parts_of_batches(slices):
         assert (np.concatenate([a, b]) == c).all()
     assert dataset.divisible_batch_size(33, 16, 2) == 15
     assert dataset.divisible_batch_size(3, 16, 4) == 0
-
-
-def test_a_damaged_file_is_refused_before_batches(slices):
-    whole = slices.file.read_bytes()
-    for damaged in (b"", whole[:-1], whole[: len(whole) // 2]):
-        slices.file.write_bytes(damaged)
-        with pytest.raises(DataError, match="expected decoded images"):
-            dataset.training_batches(slices, 8, 3, 0)
 
 
 # ------------------------------------------------------------------- augment
@@ -997,8 +994,8 @@ def test_thick_planes_are_taken_as_they_are(tmp_path):
     scored, _ = dataset.cut_volume(str(tmp_path / "v.nii"), options)
     assert scored.shape == images.shape and (scored[images == 0] == 0).all()
     nibabel.save(NIFTI(volume[..., :1], affine), tmp_path / "v.nii")
-    images, _ = dataset.cut_volume(str(tmp_path / "v.nii"), options)
-    assert len(images) == 1 and images.any()
+    images, [note] = dataset.cut_volume(str(tmp_path / "v.nii"), options)
+    assert len(images) == 1 and images.any() and "as in a mask" in note
     nibabel.save(NIFTI(volume, None), tmp_path / "v.nii")
     _, notes = dataset.cut_volume(str(tmp_path / "v.nii"), options)
     assert notes == ["no orientation is stated: the sides are a guess"]

@@ -558,6 +558,11 @@ def test_vqvae_refuses():
         new_quantizer(8, 4)(noise(2, 3, 3, 8))
     with pytest.raises(ValueError, match="16 and 32"):  # not the corner of it
         tiny_vqvae().encode(blocky_images(1, 32, 32))
+    with pytest.raises(ValueError, match="floats in 0..1, found .*uint8"):
+        tiny_vqvae().encode(np.zeros((1, 16, 16, 1), "uint8"))
+    for grids in ([np.zeros((1, 3, 9), "int32")], [np.zeros((1, 8, 8))] * 2):
+        with pytest.raises(ValueError, match="be equal|found=2"):
+            tiny_vqvae().decode_indices(grids)
 
 
 # Causal layers and priors

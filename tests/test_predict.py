@@ -669,6 +669,11 @@ def test_verdict_names_the_stage_where_the_ratio_rises():
         stages = dict(zip(predict.STAGES, ratios, strict=True))
         found = predict.verdict({"generation": {"by_stage": stages}})
         assert found["ratio"] is None and found["limit"].startswith(word)
+    for ssim, bits, text in ((0.2, 6, "the VQ-VAE"), (0.9, 8, "the prior of")):
+        prior = {"level": 2, "bits_per_code": {"train": bits}}
+        found = {"reconstruction": {"ssim_foreground": {"mean": ssim}}}
+        found["prior"] = [prior | {"unigram_bits": 7}]
+        assert predict.untrained(found).startswith(text)
 
 
 def test_labels_of_simulated_brains_are_told_by_ventricles(monkeypatch):
@@ -914,6 +919,7 @@ def test_bad_flags(run, levels_run, capsys):
 def test_runs_that_are_none_or_have_no_prior(vqvae_run, capsys):
     for argv in (["runs/none"], ["inspect", "runs/none"]):
         assert "runs/none: no such run folder" in refused(4, capsys, *argv)
+    assert "it comes before images" in refused(4, capsys, "anomaly", __file__)
     for argv in (["generate"], ["anomaly"], ["complete", "x.png"]):
         error = refused(4, capsys, argv[0], vqvae_run.path, *argv[1:])
         assert "this run has no prior" in error and "--stage prior" in error

@@ -94,11 +94,6 @@ def test_history_has_a_row_an_epoch_of_both_stages(tiny_run):
         assert rows["seconds"].is_monotonic_increasing
 
 
-def test_the_prior_of_the_best_epoch_is_kept(levels_run):
-    """The average of its weights, if there is one."""
-    assert_the_best_is_kept(levels_run)
-
-
 def assert_the_best_is_kept(run):
     history, indices = utils.read_history(run), utils.read_indices(run)
     vqvae, priors = modules.load_models(run)
@@ -125,6 +120,7 @@ def test_a_prior_that_gets_worse(vqvae_run, tmp_path, monkeypatch, plain):
 
 
 def test_two_levels_have_a_prior_each(levels_run):
+    assert_the_best_is_kept(levels_run)  # the average of its weights
     _, priors = modules.load_models(levels_run)
     for prior, attends in zip(priors, (False, True), strict=True):
         assert isinstance(prior, modules.PixelSNAIL) and prior.slice_condition
@@ -246,6 +242,7 @@ def test_flags_reach_what_is_trained(tiny_run, tmp_path, monkeypatch):
     run, fits = copy_run(tiny_run, tmp_path), []
     flags = {"augment": 0.5, "accumulation_steps": 2, "jit": True}
     flags |= {"recompute": True, "prior_dropout": 0.0}
+    flags["prior_ema_momentum"] = 0.99  # in a training of 4 steps
     run.settings = utils.replace(run.settings, **flags)
     monkeypatch.setattr(train.Fit, "run", lambda fit, *_: fits.append(fit))
     monkeypatch.setattr(dataset, "augment", lambda *given: given[3:5])
@@ -258,6 +255,7 @@ def test_flags_reach_what_is_trained(tiny_run, tmp_path, monkeypatch):
     for fit in fits:
         assert fit.model.accumulation_steps == 2 and fit.model.jit_compile
     assert fits[1].model.recompute
+    assert fits[1].model.optimizer.ema_momentum == pytest.approx(4 / 9)
 
 
 def test_a_prior_needs_no_image(tiny_run, tmp_path, oasis_dir, capsys, plain):
@@ -551,6 +549,10 @@ def test_what_a_resume_makes(tiny_run, tmp_path):
         else:
             with pytest.raises(utils.FlagError, match="is complete"):
                 train.plan_resume(job, earlier)
+    run.prior_paths[0].unlink()
+    run.settings = utils.replace(run.settings, prior_epochs=9)
+    with pytest.raises(utils.RunError, match="prior.keras: missing"):
+        train.plan_resume(job, earlier)
 
 
 def test_a_stopped_run_may_get_more_epochs(half_done, tmp_path, plain):
