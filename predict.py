@@ -27,7 +27,6 @@ import math
 import os
 import re
 import shlex
-import sys
 import time
 import typing
 from pathlib import Path
@@ -245,8 +244,8 @@ def main(argv):
     types = {name: settings for name, (_, settings) in verbs.items()}
     name, options = utils.parse_verbs(types, argv, __doc__, default="show")
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
-    if not options.run:
-        print(f"run folder {run.path}", file=sys.stderr)
+    if not (options.run or vars(options).get("json")):
+        print(f"run folder {run.path}")
     models = models_hash(run)  # samples are filed under it
     trained = Trained.load(run, options)
     refuse_replaced(run, models)

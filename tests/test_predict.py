@@ -791,7 +791,7 @@ def test_report_and_card_warn(run):
 def test_summary_is_five_lines(levels, capsys):
     """A score that is missing, as of images that are dark, is a dash."""
     nothing = {"mean": None, "ci95": [None, None]}
-    evaluation = utils.read_evaluation(levels)
+    evaluation = utils.read_evaluation(levels) | {"prior": []}
     evaluation["reconstruction"]["ssim_foreground"] = nothing
     evaluation["generation"] |= {
         "frechet": {"ratio": 1.25, "ratio_ci95": [1.1, 1.4]},

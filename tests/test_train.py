@@ -574,7 +574,7 @@ def test_a_full_disk_leaves_what_was_there(half_done, tmp_path, capsys, plain):
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 5000, hard))
     try:
-        refused(6, capsys, "--resume", run.path)
+        assert "/vqvae.npz: " in refused(6, capsys, "--resume", run.path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     assert files(run.checkpoint_path) == before

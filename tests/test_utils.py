@@ -343,7 +343,7 @@ def test_create_needs_a_folder_it_can_write(tmp_path, monkeypatch):
     with pytest.raises(utils.ResourceError, match="cannot write a run folder"):
         utils.Run.create(utils.Settings())
     monkeypatch.setattr(os, "replace", refusing(errno.ENOSPC))
-    with pytest.raises(utils.ResourceError, match="/run/.*: No space left"):
+    with pytest.raises(utils.ResourceError, match="No space left"):
         create(tmp_path / "run")
     assert os.listdir(tmp_path / "run") == []
 
