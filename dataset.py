@@ -994,11 +994,13 @@ def load(settings):
     native = max(statistics.multimode(_sizes(found)))
     if train.mean() > MOST_CUT:
         frame = utils.size_text(size or native)
-        text = f"--image-size {frame}: cuts off content of {train.sum()} of "
-        text += f"{len(train)} training images; use --resize"
+        text = f"{frame}: cuts off content of {train.sum()} of {len(train)} "
+        text += "training images; use --resize"
         if size and np.less(size, native).any():
-            raise FlagError(f"{text}, or {utils.size_text(native)}")
-        warn(text)
+            raise FlagError(
+                f"--image-size {text}, or {utils.size_text(native)}"
+            )
+        warn(f"image size {text}")
     return slices
 
 

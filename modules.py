@@ -842,7 +842,8 @@ class VQVAE(TrainableModel):
     def decode_indices(self, indices):
         """Images `(B, H, W, 1)` in [0, 1] from the result of `encode`."""
         decoded, found = None, len(indices)
-        require(found == self.levels, f"expected {self.levels} grids, {found=}")
+        message = f"indices: expected {self.levels} grids, found {found}"
+        require(found == self.levels, message)
         for level in range(self.levels, 0, -1):
             shape = (None, *self.latent_grids[level - 1])
             grid = tf.ensure_shape(indices[level - 1], shape)

@@ -300,8 +300,8 @@ def plan_resume(job, earlier):
     if not (parts or longer or under_way):
         if lost := more - trained:
             raise utils.RunError(
-                f"{run.model_path(min(lost))}: missing, make it anew with "
-                f"--stage prior --run-dir {run.path}"
+                f"{run.model_path(min(lost))}: missing; restore it, or train "
+                "it anew with --stage"
             )
         raise utils.FlagError(
             f"--resume: the training of {run.path} is complete; train on with "
@@ -461,7 +461,7 @@ def train(job):
             choose_sampling(job, vqvae, priors, images)
         if job.settings.run.evaluate and images:
             trained = predict.Trained.of(job.run, vqvae, priors)
-            print("evaluation: all scores on test subjects", flush=True)
+            print("evaluation on test subjects", flush=True)
             evaluation = predict.evaluate_run(trained, images)
             predict.print_summary(job.run, evaluation)
     utils.wait_for_workers(job.strategy)  # the chief takes one gone for dead
@@ -686,7 +686,7 @@ def choose_sampling(job, vqvae, priors, images):
     free = [name for name in SAMPLING if getattr(given, name) is None]
     can_choose = priors and free and enough and not given.smoke
     if can_choose:
-        print("sampling: choosing among settings, by samples", flush=True)
+        print("sampling: comparing temperatures and top-p", flush=True)
         distance = sample_distance(trained, *splits)
     # From the bottom up: chosen first, the top grid would make up for the
     # noise of the bottom grid.

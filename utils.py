@@ -182,7 +182,7 @@ def _as_user_error(error):
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, UserError):
         return error
-    # Of a file that a data pipeline cannot map TensorFlow tells in words.
+    # TensorFlow names a file that it cannot map in its message only.
     if found := re.search(r"MapV2: (.*?) \[\[{{node ImmutableConst", text):
         return DataError(f"{found[1]}; expected decoded images")
     if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
@@ -1037,7 +1037,7 @@ def write_atomic(path, write):
             _sync(written)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:  # of a full disk: nothing says which file
+    except OSError as error:  # that of a full disk names no file
         error.filename = error.filename or str(path)
         raise
     finally:
