@@ -1888,8 +1888,8 @@ def slice_volumes(options):
         utils.write_atomic(dest, write)
     for row in unfit.itertuples():
         print(f"left out {_show(row.path)}: {row.reason}")
-    for note, count in table["notes"].explode().value_counts().items():
-        print(f"{count} volumes: {note}")
+    for note, scans in table.explode("notes").groupby("notes")["scan"]:
+        print(f"{len(scans)} volumes: {note} ({_some(scans, 3)})")
     print(
         f"slices of {len(table)} volumes in {_show(dest)}; look at "
         "orientation.png in it before you train"
@@ -2078,9 +2078,12 @@ def _read_labels(subjects, options):
             f"{_show(options.labels)}: no column names a subject of the "
             f"volumes, expected ids such as {_some(subjects, 3)}"
         )
-    print(f"labels: column {options.label_column}, subjects: column {column}")
     found = labels.groupby(keys[column]).agg(["first", "nunique"])
     result = wanted.map(found["first"]).fillna("")
+    print(
+        f"{result.nunique()} labels, such as {_some(result.unique(), 3)}, in "
+        f"column {options.label_column}; subjects in column {column}"
+    )
     if several := sum(found["nunique"][found.index.isin(wanted)] > 1):
         print(f"{several} subjects have several labels; the first is taken")
     if (result == "").any():
@@ -2218,7 +2221,7 @@ def _write_slices(folder, table, options):
         size_text = utils.size_text(size)
         warn(f"--image-size {size_text} cuts content of {cut} slices")
     shown = []
-    for volume in table[:4].itertuples():
+    for volume in table.iloc[utils.spread(len(table), 12)].itertuples():
         images = np.load(volume.file, "r")
         some = images[utils.spread(len(images), 8)]
         cells = [fit_to(image, size) / 65535 for image in some]

@@ -784,6 +784,8 @@ class VQVAE(TrainableModel):
         fits = tf.as_dtype(images.dtype).is_floating
         require(fits, f"images: expected floats in 0..1, found {images.dtype}")
         images = tf.ensure_shape(images, (None, *self.image_size, 1))
+        message = "images: expected floats in 0..1, found some above 2"
+        tf.debugging.Assert(~tf.reduce_any(images > 2), [message])
         return tf.image.crop_to_bounding_box(images, *self.box)
 
     def framed(self, images):

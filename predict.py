@@ -1236,7 +1236,8 @@ def verdict(evaluation):
     """Fréchet ratio of the samples, what it means, and what limits them.
 
     The ratio is None if unknown or of too few subjects for an interval. What
-    limits the samples is the stage where the ratio rises most.
+    limits the samples is the stage where the ratio rises most. `untrained`
+    names the models that have learned next to nothing.
     """
     generation = evaluation.get("generation") or {}
     frechet = generation.get("frechet") or {}
@@ -1248,7 +1249,12 @@ def verdict(evaluation):
         before = [1, *ratios.values()]
         rise = {k: ratios[k] - b for k, b in zip(ratios, before, strict=False)}
         limit = explain(max(rise, key=rise.get), "bad").partition(": ")[2]
-    return {"ratio": ratio, "words": "".join(words[:1]), "limit": limit}
+    return {
+        "ratio": ratio,
+        "words": "".join(words[:1]),
+        "limit": limit,
+        "untrained": untrained(evaluation),
+    }
 
 
 def untrained(evaluation):
@@ -1267,7 +1273,6 @@ def untrained(evaluation):
 def print_summary(run, evaluation, output=None):
     """Print the few lines that matter at the end of a run."""
     facts = {"run": run, "evaluation": evaluation, "output": output or run}
-    facts["untrained"] = untrained(evaluation)
     print(render("summary.txt", facts | verdict(evaluation)), end="")
 
 

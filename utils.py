@@ -1368,7 +1368,10 @@ def _read(path, read, **options):
     try:
         return read(path, **options)
     except FileNotFoundError as error:
-        raise RunError(f"{path}: missing from the run folder") from error
+        message = f"{path}: missing from the run folder"
+        if RESOURCES in path.resolve().parents:
+            message += "; the shipped model comes without its images"
+        raise RunError(message) from error
     except _DAMAGE as error:
         raise RunError(f"{path}: damaged ({error})") from error
 
