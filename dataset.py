@@ -37,16 +37,13 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 import utils
-from utils import DataError, FlagError, warn
+from utils import DataError, FlagError, ndimage, pd, tf, warn
 
 Image = utils.lazy_import("PIL.Image")
 ImageOps = utils.lazy_import("PIL.ImageOps")
 mni152 = utils.lazy_import("nilearn.datasets")
-ndimage = utils.lazy_import("scipy.ndimage")
 interpolate = utils.lazy_import("scipy.interpolate")
 nibabel = utils.lazy_import("nibabel")
-pd = utils.lazy_import("pandas")
-tf = utils.lazy_import("tensorflow")
 concurrent = utils.lazy_import("tqdm.contrib.concurrent")
 
 SPLITS = ("train", "validate", "test")
@@ -197,7 +194,8 @@ def detect_layout(root):
     counts = {name: len(index.table) for name, index in found.items()}
     masks = [*filter(IMAGE_FILE.fullmatch, found["folder"].ignored)]
     masked = f" ({len(masks)} images are named like masks)" if masks else ""
-    names = [name for name in ("oasis", "hipmri") if counts[name]]
+    # Named for sure by their folders; "adni" and "folder" have no prefix.
+    names = [k for k, x in LAYOUTS.items() if x.prefix and counts[k]]
     if len(names) > 1 or not counts["folder"]:
         raise DataError(
             f"{_show(root)}: found the layouts {_some(names)}, expected one; "
@@ -689,13 +687,9 @@ def _read_nifti(path, notes):
     return np.atleast_2d(voxels.squeeze())
 
 
-_UNREAD = {  # what is known of a file that cannot be read
-    **dict.fromkeys(("reason", "sha256"), ""),
-    "notes": (),
-    **dict.fromkeys(("height", "width", "full"), 0),
-    **dict.fromkeys(("low", "high"), 0.0),
-    **dict.fromkeys(("constant", "cut"), False),
-}
+# What is known of a file that cannot be read.
+_UNREAD = {"reason": "", "sha256": "", "notes": (), "height": 0, "width": 0}
+_UNREAD |= {"full": 0, "low": 0.0, "high": 0.0, "constant": False, "cut": False}
 
 
 def _read_file(path):
@@ -1239,7 +1233,7 @@ def read_files(paths, run):
     is "" and their position NaN: unknown. The split of all is test.
     """
     here, files = Path.cwd(), []
-    for path in paths:
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
         below = filter(IMAGE_FILE.fullmatch, files_below(path))
         more = [*below] if os.path.isdir(path) else [os.fspath(path)]
         if not more:
@@ -1286,16 +1280,18 @@ def file_sha256(path):
         raise DataError(f"{_show(path)}: {error}") from error
 
 
-def content_box(slices, multiple):
+def content_box(slices, multiple, flips=False):
     """Return the box (top, left, height, width) of the content of all images.
 
-    Height and width in pixels are rounded up to a multiple, which makes the
-    margin around the content; where a box would not be smaller, it is as long
-    as the frame.
+    With `flips` also of the mirrored ones. Height and width in pixels are
+    rounded up to a multiple, which makes the margin around the content; where
+    a box would not be smaller, it is as long as the frame.
     """
     shown, box = np.zeros(slices.size, bool), []
     for images in slices.chunks():
         shown |= (images > utils.FOREGROUND * 255).any(axis=0)
+    if flips:
+        shown |= np.flip(shown, slices.mirror_axis - 1)
     for axis, length in enumerate(slices.size):
         places = np.flatnonzero(shown.any(1 - axis))
         first, last = places[[0, -1]] if len(places) else (0, length)
@@ -1509,6 +1505,7 @@ def augment(
 # Lengths are in mm about the anterior commissure, axes (z, y, x) pointing up,
 # forward and right, as the planes are stacked.
 
+FIRST_IDS = {"oasis": 1, "adni": 100_001, "hipmri": 4}  # of subjects
 BRAIN_PLANES = {"oasis": 32, "adni": 20}
 PELVIS_PLANES = 20
 # Slice positions, 11 to 21 mm, where the bodies of the lateral ventricles lie
@@ -1688,9 +1685,9 @@ def simulate(dest, layout="oasis", subjects=60, image_size=128, seed=0):
     """Write a data set of simulated slices, return its folder; see `Simulate`.
 
     Subject k of a seed is the same whatever the other arguments but the
-    layout and size. About 75 % of the subjects train, 10 % validate, 15 %
-    test. A folder that holds the same simulation is kept; `DataError` if it
-    holds anything else.
+    layout and size. About 75 % of the subjects train, 10 % validate (of ADNI
+    85 % and none), 15 % test. A folder that holds the same simulation is kept;
+    `DataError` if it holds anything else.
     """
     dest, about = Path(dest), {"layout": layout, "subjects": subjects}
     about |= {"image_size": image_size, "seed": seed}
@@ -1728,8 +1725,7 @@ def simulated_folder(subjects, layout="oasis", image_size=128):
 
 def _people(options):
     """Yield (number, subject, label, split); ADNI has no split to validate."""
-    first = {"oasis": 1, "adni": 100_001, "hipmri": 4}[options.layout]
-    count = options.subjects
+    first, count = FIRST_IDS[options.layout], options.subjects
     test, validate = max(1, round(0.15 * count)), max(1, round(0.1 * count))
     validate *= options.layout != "adni"
     counts = (count - validate - test, validate, test)
@@ -2239,7 +2235,7 @@ class Check(utils.ReadSettings):
 
     dir: Positional[Annotated[str, arg(metavar="DIR")]]
     """Folder of a data set."""
-    dataset: Literal["auto", "oasis", "adni", "hipmri", "folder"] = "auto"
+    dataset: Literal[("auto", *LAYOUTS)] = "auto"
     """Its layout."""
     preview: Annotated[str | None, arg(metavar="FILE")] = None
     """Picture to write: slices of each split, before the crop."""
@@ -2251,7 +2247,7 @@ class Simulate:
 
     dest: Positional[Annotated[str, arg(metavar="DEST")]]
     """Folder to make."""
-    layout: Literal["oasis", "adni", "hipmri"] = "oasis"
+    layout: Literal[tuple(FIRST_IDS)] = "oasis"
     """Layout of the files."""
     subjects: utils.integer(3, 100_000) = 60
     """Simulated people."""

@@ -70,7 +70,7 @@ class TrainableModel(Composite, keras.Model):
 
     A subclass gives `_batch_loss(batch, training)`: the mean loss over the
     images of a batch. It also updates the trackers that an epoch logs. Targets
-    that `fit` is given are not used.
+    and sample weights that `fit` is given are not used.
 
     Under a strategy of `tf.distribute` each replica trains on its part of the
     batch; the step equals that of one device with the whole batch, but for
@@ -91,6 +91,13 @@ class TrainableModel(Composite, keras.Model):
             (args, kwargs),
         )
         return keras.layers.Layer.__new__(cls, *args, **kwargs)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        # Inner layers have that; see `from_config`.
+        name = keras.config.dtype_policy().name
+        message = f"dtype: expected that of the global policy, {name}"
+        require(self.dtype_policy.name == name, message)
 
     @classmethod
     def from_config(cls, config):
@@ -196,10 +203,10 @@ class TrainableModel(Composite, keras.Model):
         self._trackers = {name: keras.metrics.Mean(name=name) for name in names}
 
     def _track(self, batch, **values):
-        """Update trackers with means over a batch of tensors."""
-        for name, value in values.items():
-            weight = batch_size(batch)
-            self._trackers[name].update_state(value, sample_weight=weight)
+        """Update all trackers with those of some means over a batch."""
+        weight = batch_size(batch)
+        for name, tracker in self._trackers.items():
+            tracker.update_state(values[name], sample_weight=weight)
 
     @property
     def metrics(self):
@@ -902,29 +909,27 @@ class VQVAE(TrainableModel):
         reconstruction, ssim = self._reconstruction_loss(images, decoded)
         commitment = tf.add_n([result.commitment_loss for result in results])
         codebook = tf.add_n([result.codebook_loss for result in results])
-        values = {
-            "loss": reconstruction + commitment + codebook,
-            "reconstruction_loss": reconstruction,
-            "commitment_loss": commitment,
-            "ssim": ssim,
-        }
-        if "codebook_loss" in self._trackers:
-            values["codebook_loss"] = codebook
-        if previews:
-            upper = 0.0
-            for preview in previews:
-                factor = images.shape[1] // preview.shape[1]
-                small = tf.nn.avg_pool2d(images, factor, factor, "VALID")
-                upper += tf.reduce_mean((small - preview) ** 2)
-            upper /= self.data_variance
-            values["loss"] += self.settings.upper_weight * upper
-            values["upper_loss"] = upper
-        self._track(images, **values)
+        loss, upper = reconstruction + commitment + codebook, 0.0
+        for preview in previews:
+            factor = images.shape[1] // preview.shape[1]
+            small = tf.nn.avg_pool2d(images, factor, factor, "VALID")
+            error = tf.reduce_mean((small - preview) ** 2)
+            upper += error / self.data_variance
+        loss += self.settings.upper_weight * upper
+        self._track(
+            images,
+            loss=loss,
+            reconstruction_loss=reconstruction,
+            commitment_loss=commitment,
+            codebook_loss=codebook,
+            upper_loss=upper,
+            ssim=ssim,
+        )
         for level, result in enumerate(results, start=1):
             self.part("usage", level).update_state(result.indices)
             if training:
                 self.part("quantizer", level).update(result)
-        return values["loss"]
+        return loss
 
 
 # === Texture ===
@@ -1194,12 +1199,10 @@ class CausalResidualBlock(CausalLayer):
         self.conv = CausalConv2D(inner, 3, "B")
         self.expand = keras.layers.Dense(channels)
         self.drop = keras.layers.Dropout(dropout)
-        self.context = keras.layers.Dense(inner) if use_context else None
+        self.context = keras.layers.Dense(inner) if use_context else no_context
 
     def call(self, x, context=None, training=False):
-        y = self.conv(self.reduce(tf.nn.relu(x)))
-        if self.context:
-            y = y + self.context(context)
+        y = self.conv(self.reduce(tf.nn.relu(x))) + self.context(context)
         y = self.drop(tf.nn.relu(y), training=training)
         return x + self.expand(y)
 
@@ -1211,9 +1214,12 @@ class CausalResidualBlock(CausalLayer):
 
     def step(self, x, cache, column, context=None):
         y = self.conv.step(self.reduce(tf.nn.relu(x)), cache, column)
-        if self.context:
-            y = y + self.context(context)
-        return x + self.expand(tf.nn.relu(y))
+        return x + self.expand(tf.nn.relu(y + self.context(context)))
+
+
+def no_context(context):
+    """What a context adds to a layer that has none."""
+    return 0.0
 
 
 def gate(x):
@@ -1247,7 +1253,7 @@ class GatedBlock(CausalLayer):
         self.link = keras.layers.Dense(wide)
         self.expand = keras.layers.Dense(channels)
         self.drop = keras.layers.Dropout(dropout)
-        self.context = None
+        self.context = no_context
         if use_context:
             self.context = keras.layers.Dense(wide, use_bias=False)
 
@@ -1257,8 +1263,7 @@ class GatedBlock(CausalLayer):
         above = tf.slice(rows, [0] * 4, [-1, rows.shape[1] - 1, -1, -1])
         above = tf.pad(above, [[0, 0], [1, 0], [0, 0], [0, 0]])
         x = self.horizontal(horizontal) + self.link(above)
-        if self.context:
-            x = x + self.context(context)
+        x += self.context(context)
         y = self.expand(self.drop(gate(x), training=training))
         if self.is_first:
             return gate(rows), y
@@ -1281,8 +1286,7 @@ class GatedBlock(CausalLayer):
     def step(self, x, cache, column, context=None):
         y = self.horizontal.step(x, cache["horizontal"], column)
         y += take_column(cache["link"], column)
-        if self.context:
-            y += self.context(context)
+        y += self.context(context)
         y = self.expand(gate(y))
         return y if self.is_first else x + y
 
@@ -1434,6 +1438,8 @@ class ContextMap(Composite):
 
     def call(self, slice_position, label, upper=(), training=False):
         slice_position = tf.cast(slice_position, tf.float32)
+        message = "slice_position: expected 0..1, found some above"
+        tf.debugging.Assert(~tf.reduce_any(slice_position > 1), [message])
         shape = (tf.shape(label)[0], *self.grid, self.CHANNELS)
         context = tf.zeros(shape, self.compute_dtype)
         if self.place:
@@ -1517,7 +1523,10 @@ class Sampling:
 
 
 def keep_likeliest(probabilities, top_k, top_p):
-    """`probabilities` `(B, K)`, zero but for those that `Sampling` keeps."""
+    """`probabilities` `(B, K)`, zero but for those that `Sampling` keeps.
+
+    Codes as likely as the last of these are kept, too.
+    """
     ranked = tf.sort(probabilities, axis=-1, direction="DESCENDING")
     before = tf.cumsum(ranked, axis=-1, exclusive=True)
     kept = before < top_p
@@ -1579,10 +1588,15 @@ class RasterSampler:
             in nats of each grid under the model (temperature 1, all codes, no
             guidance), accumulated while drawing.
         Raises:
-            ValueError: if a label or `known` does not fit this prior, or
-                guidance has no condition to guide by.
+            ValueError: if a label, `upper` or `known` does not fit this prior,
+                or guidance has no condition to guide by.
         """
-        upper = tuple(map(np.asarray, upper))
+        upper, most = tuple(map(np.asarray, upper)), self.num_embeddings - 1
+        wanted = [(n, *grid) for grid in self.upper_grids]
+        found = [grid.shape for grid in upper]
+        fits = all(0 <= grid.min() <= grid.max() <= most for grid in upper)
+        message = f"upper: expected {wanted} of 0..{most}, found {found}"
+        require(found == wanted and fits, message)
         conditions = self.conditions(n, **given) | {"upper": upper}
         known = self.known_indices(n, known)
         inputs = {"conditions": conditions, "known": known}
@@ -1784,6 +1798,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         codebook_sha256="",
         **kwargs,
     ):
+        stray = {"network", "attention", "condition"} & kwargs.keys()
+        require(not stray, f"{stray}: the class and other arguments say these")
         settings = take(utils.PriorSettings, kwargs)
         super().__init__(**kwargs)
         self.autocast = False  # see `ContextMap`
@@ -1813,15 +1829,14 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
     def call(
         self, indices, upper=(), label=None, slice_position=None, training=False
     ):
-        context = None
+        indices, context = (
+            tf.ensure_shape(indices, (None, *self.latent_grid)),
+            None,
+        )
         if self.use_context:
-            batch = tf.shape(indices)[:1]
-            if slice_position is None:
-                slice_position = tf.fill(batch, -1.0)
-            if label is None:
-                label = tf.fill(batch, -1)
-            conditions = (slice_position, label, tuple(upper))
-            context = self.context(*conditions, training=training)
+            null = tf.fill(tf.shape(indices)[:1], -1)
+            given = (null if x is None else x for x in (slice_position, label))
+            context = self.context(*given, tuple(upper), training=training)
         codes = self.embedding(indices)
         return self._predict(self._hidden(codes, context, training))
 
@@ -1965,6 +1980,7 @@ class PixelSNAIL(GatedPixelCNN):
     """
 
     def __init__(self, num_embeddings, latent_grid, attention=True, **kwargs):
+        require(attention in (True, False), f"attention: found {attention!r}")
         self.attention = attention
         super().__init__(num_embeddings, latent_grid, **kwargs)
 
@@ -2156,6 +2172,12 @@ def generate(
     found = f"n {n}, {len(priors)} priors"
     message = f"expected n >= 1 and {vqvae.levels} priors, found {found}"
     require(n >= 1 and len(priors) == vqvae.levels, message)
+    for level, prior in enumerate(priors, start=1):
+        fits = prior.codebook_sha256 in ("", codebook_sha256(vqvae, level))
+        fits &= prior.latent_grid == vqvae.latent_grids[level - 1]
+        fits &= prior.labels == priors[0].labels
+        message = "made for another VQ-VAE or level, or with other labels"
+        require(fits, f"prior of level {level}: {message}")
     if slice_position is None:
         slice_position = slice_positions(n, first)
     if label is None:
@@ -2165,7 +2187,7 @@ def generate(
         "conditions": priors[0].conditions(n, label, slice_position),
         "known": [prior.known_indices(n, grids) for prior, grids in pairs],
     }
-    if not isinstance(sampling, list):
+    if not isinstance(sampling, (list, tuple)):
         sampling = [sampling or Sampling()] * len(priors)
     models = vqvae, priors, texture
     draw = functools.partial(_generate_chunk, models, sampling, seed)

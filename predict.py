@@ -37,10 +37,9 @@ from tyro.conf import Positional, arg
 
 import dataset
 import utils
+from utils import ndimage, tf
 
 modules = utils.lazy_import("modules")
-ndimage = utils.lazy_import("scipy.ndimage")
-tf = utils.lazy_import("tensorflow")
 jinja2 = utils.lazy_import("jinja2")
 
 # Images sampled at a time, of an npz file, and in the grid. A multiple of the
@@ -130,7 +129,8 @@ class Reconstruct(SplitArguments):
 class Generate(RunArguments, SamplingArguments, OutputArguments):
     """Generate new slices as files, and the first, at most 64, as a figure.
 
-    Files that exist are not sampled again, so an interrupted request goes on.
+    A chunk of 64 whose files exist is not sampled again, so an interrupted
+    request goes on.
     Parts of a large request (--first) may run at the same time, also on
     several machines that share the folder.
     """
@@ -924,14 +924,14 @@ def count_subjects(table):
 def evaluate_prior(trained, splits, found):
     """Bits per code of each split beside what knows less, for each level.
 
-    The training and validation figures are over as many images, spread
-    evenly, as the test set has.
+    The training and validation figures are over as many images, chosen at
+    random, as the test set has.
     """
     test, vqvae = splits["test"], trained.vqvae
     tables, grids = {"test": test.table}, {"test": found["indices"]}
     for name in "train", "validate":
         if len(splits[name]):
-            rows = utils.spread(len(splits[name]), len(test))
+            rows = utils.choose_rows(len(splits[name]), len(test))
             some = splits[name].take(rows)
             tables[name], batches = some.table, dataset.ordered_batches(some)
             grids[name] = modules.encode_dataset(vqvae, batches)
@@ -990,13 +990,11 @@ def measure_speed(trained):
             # From the end of the first row on, which includes tracing. Where a
             # stage is trained on, seconds begin anew.
             parts = rows.groupby((rows["seconds"].diff() < 0).cumsum())
-            first, last = (
-                row[["images", "seconds"]].sum()
-                for row in (parts.first(), parts.last())
-            )
-            speed[f"{stage}_minutes"] = last.seconds / 60
-            if (seconds := last.seconds - first.seconds) > 0:
-                rate = (last.images - first.images) / seconds
+            last = parts[["images", "seconds"]].last()
+            images, seconds = (last - parts[[*last]].first()).sum()
+            speed[f"{stage}_minutes"] = last["seconds"].sum() / 60
+            if seconds > 0:
+                rate = images / seconds
                 speed[f"{stage}_images_per_second_trained"] = rate
     if trained.priors:
         count = min(run.settings.run.num_samples, SHOWN_SAMPLES)
@@ -1103,7 +1101,8 @@ def evaluate_memorization(trained, images, train, test):
     """Look for copies of training images; draw the pairs most alike.
 
     Generated images come out of a decoder, which blurs, and blurred images are
-    closer to all others: so the unseen ones are encoded and decoded too.
+    closer to all others: so the unseen ones are encoded and decoded too. Where
+    mirrored training images were shown, copies of these are found as well.
 
     Returns: the part `memorization`; the SSIM to the nearest training image
         (of pixels) of the generated images, and of the unseen ones.
@@ -1111,18 +1110,25 @@ def evaluate_memorization(trained, images, train, test):
     test = test.take(utils.choose_rows(len(test), UNSEEN_IMAGES))
     both = np.concatenate([images, rebuild(trained, test)])
     bar = utils.progress_bar("looking for copies", "batch")
-    batches = bar(dataset.ordered_batches(train))
-    found, n = utils.nearest_images(both, batches), len(images)
+    batches, axis = dataset.ordered_batches(train), train.mirror_axis
+    if trained.run.settings.training.flips:
+        mirrored = batches.map(lambda batch: tf.reverse(batch, [axis]))
+        batches = batches.concatenate(mirrored)
+    found, n = utils.nearest_images(both, bar(batches)), len(images)
     audited, copies = utils.audit(found[:n], found[n:], test.subjects)
-    peers = train.take(found["nearest_pixels"].to_numpy())
+    numbers = found["nearest_pixels"].to_numpy()
+    mirrored = numbers >= len(train)  # compared with the image itself
+    both[mirrored] = np.flip(both[mirrored], axis)
+    peers = train.take(numbers % len(train))
     pairs = dataset.ordered_batches((both[..., None], peers))
     ssim = np.concatenate([utils.ssim(*pair).numpy() for pair in pairs])
     scores = [
         utils.bootstrap(utils.mean_of(ssim[:n]), np.arange(n)),
         utils.bootstrap(utils.mean_of(ssim[n:]), test.subjects),
     ]
-    near = found[:n][[*utils.SPACES]].assign(copy=copies)
-    plot_nearest(trained, images, peers, near, audited)
+    near = found[:n][[*utils.SPACES]]
+    near = near.assign(copy=copies, mirrored=mirrored[:n])
+    plot_nearest(trained, both[:n], peers, near, audited)
     about = {"n": n, "test_images": len(test), "train_images": len(train)}
     return about | audited, scores
 
@@ -1133,7 +1139,9 @@ def plot_nearest(trained, images, peers, near, audited):
     near = near.sort_values(["copy", "pixels"], ascending=[False, True])[:8]
     order = near.index.to_numpy()
     captions = [
-        f"pixels {row.pixels:.2f}\nhog {row.hog:.2f}" + "\ncopy" * row.copy
+        f"pixels {row.pixels:.2f}\nhog {row.hog:.2f}"
+        + "\nmirrored" * row.mirrored
+        + "\ncopy" * row.copy
         for row in near.itertuples()
     ]
     limits = {key: audited[key]["first_percentile"] for key in utils.SPACES}

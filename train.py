@@ -38,13 +38,11 @@ import numpy as np
 import dataset
 import predict
 import utils
+from utils import keras, pd, tf
 
-keras = utils.lazy_import("keras")
 modules = utils.lazy_import("modules")
 optuna = utils.lazy_import("optuna")
-pd = utils.lazy_import("pandas")
 plt = utils.lazy_import("matplotlib.pyplot")
-tf = utils.lazy_import("tensorflow")
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 LEAST_USAGE = 0.02  # of a codebook over the training images
@@ -58,6 +56,9 @@ SHOWN += ("val_bits_per_code",)
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
+# What shows the models that a new one replaces.
+STALE = ("evaluation.json", "MODEL_CARD.md", "report.html", "anomaly.csv")
+STALE += ("completions.npz", "figures/*.png")
 OBJECTIVES = {
     "ssim": {"ssim": "maximize"},
     "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
@@ -184,19 +185,15 @@ class Job:
     def finish(self, part, model):
         """Save the model of a part; the training is past it."""
         utils.write_atomic(self.run.model_path(part), model.save)
-        # These show the model that was there before.
-        run = self.run
-        stale = {run.evaluation_path, run.card_path, run.report_path}
-        stale |= {run.path / "anomaly.csv", run.path / "completions.npz"}
-        stale |= {*run.figures_path.glob("*.png")}
+        run, stale = self.run, STALE
         if part == "vqvae":  # also on other data sets
-            stale |= {*run.path.glob("evaluation-*.json")}
-            stale |= {*run.figures_path.glob("*/*.png")}
+            stale += ("evaluation-*.json", "figures/*/*.png")
+        paths = {path for name in stale for path in run.path.glob(name)}
         # Of this VQ-VAE, if its training drew it.
         if part != "vqvae" or len(self.tables["validate"]):
-            stale -= {run.figures_path / "reconstructions.png"}
-        for path in stale:
-            path.unlink(missing_ok=True)
+            paths -= {run.figures_path / "reconstructions.png"}
+        for path in paths:
+            path.unlink()
         if part != "texture":
             run.info.pop("sampling", None)  # chosen for other priors
         run.note_done(part)
@@ -366,7 +363,8 @@ def choose_crop(job):
     train, multiple = job.images["train"], job.settings.total_downsampling
     box = [0, 0, *train.size]
     if job.settings.data.crop:
-        box = [int(n) for n in dataset.content_box(train, multiple)]
+        flips = job.settings.training.flips
+        box = [*dataset.content_box(train, multiple, flips)]
     name = "--image-size, by default that of the data"
     utils.check_image_size(box[2:], multiple, name)
     if box[2:] == list(train.size):
@@ -630,7 +628,7 @@ def new_texture(job, vqvae):
 def new_prior(job, vqvae, level):
     """Return an untrained prior of a level, conditioned on those above.
 
-    The fields of `utils.PriorSettings` are its arguments; `_build_layers` of
+    Most fields of `utils.PriorSettings` are its arguments; `_build_layers` of
     the prior reads them.
     """
     options = dataclasses.asdict(job.settings.prior)

@@ -510,11 +510,15 @@ class ReadSettings:
     """Leave out unfit files instead of stopping."""
 
 
+# Layouts of `dataset.LAYOUTS`.
+DATASETS = ("oasis", "adni", "hipmri", "folder")
+
+
 @settings
 class DataSettings(ReadSettings):
     """The images."""
 
-    dataset: Literal["phantom", "oasis", "adni", "hipmri", "folder"] = "phantom"
+    dataset: Literal[("phantom", *DATASETS)] = "phantom"
     """Layout of the data; phantom: simulated brains, no data needed."""
     data_dir: Folder = None
     """Folder of a real data set."""
@@ -608,8 +612,8 @@ class TrainingSettings:
     warmup_steps: Whole = 100
     """Steps of linear warm-up, in every stage."""
     flips: bool = False
-    """Mirror half of the images left to right; for a prior only in the first
-    half of its training."""
+    """Mirror half of the images left to right, for a prior only in the first
+    half of its training; not for sagittal slices."""
     augment: Weight = 0.0
     """Strength of random changes of images for the VQ-VAE; 1: shifts up to 3
     pixels of 176, 7 % in intensity."""
@@ -987,7 +991,7 @@ def _settings_for(stage, folder):
 def _check_together(chosen, is_new):
     """Refuse flags that need or contradict others."""
     data, run, search = chosen.data, chosen.run, chosen.search
-    simulated, others = data.dataset == "phantom", "oasis|adni|hipmri|folder"
+    simulated, others = data.dataset == "phantom", "|".join(DATASETS)
     if is_new and simulated and data.data_dir is not None:
         raise FlagError(
             f"--data-dir: also say its layout: --dataset {others} or a --recipe"
@@ -1288,9 +1292,13 @@ class Run:
         return run
 
     def _read_settings(self, stored):
-        """Return settings that `config.json` holds, checked like flags."""
+        """Return settings that `config.json` holds, checked like flags.
+
+        One that is newer than the run has its default.
+        """
         try:
-            values = {key: stored[key] for key in flat(Settings())}
+            default = flat(Settings()).items()
+            values = {key: stored.get(key, value) for key, value in default}
             for key, value in values.items():
                 values[key] = tuple(value) if isinstance(value, list) else value
             return replace(Settings(), **values)
@@ -1608,12 +1616,13 @@ def bootstrap(statistic, subjects, n=2000, seed=0):
     statistic is a function of weights (N,), how often each image counts; NaN
     where nothing counts.
 
-    Returns: `{"mean": value, "ci95": [low, high]}`, None for what is unknown.
+    Returns: `{"mean": value, "ci95": [low, high]}`, None for what is unknown;
+        the interval of fewer than `LEAST_SUBJECTS` is.
     """
     names, owner = np.unique(np.asarray(subjects), return_inverse=True)
     value = statistic(np.ones(len(owner), int)) if len(names) else math.nan
     mean = None if math.isnan(value) else float(value)
-    if mean is None or len(names) == 1:
+    if mean is None or len(names) < LEAST_SUBJECTS:
         return {"mean": mean, "ci95": [None, None]}
     share = np.full(len(names), 1 / len(names))
     draws = np.random.default_rng(seed).multinomial(len(names), share, n)
@@ -1763,13 +1772,13 @@ def kernel_distance(x, y, subjects_x, subjects_y):
     (a b / F + 1)^3: 0 on average, so at times below, for sets of one kind.
     Images of a subject are alike, so within a set only pairs of different
     subjects are compared; the interval resamples the subjects of both sets.
-    None if a set has fewer than two.
+    None if a set has fewer than `LEAST_SUBJECTS`.
 
     Reference: Binkowski et al., 2018, arXiv:1801.01401.
     """
     names_x, owner_x = np.unique(subjects_x, return_inverse=True)
     names_y, owner_y = np.unique(subjects_y, return_inverse=True)
-    if min(len(names_x), len(names_y)) < 2:
+    if min(len(names_x), len(names_y)) < LEAST_SUBJECTS:
         return None
     owner = np.concatenate([owner_x, owner_y + len(names_x)])
     first = np.unique(owner, return_index=True)[1]

@@ -821,6 +821,8 @@ def test_sample_refuses():
         ("label", ["AD"], "expected 2, found 1"),
         ("slice_position", [0.1], "expected 2 in 0..1, found .0.1"),
         ("slice_position", [0.1, 1.1], "expected 2 in 0..1, found .0.1 1.1"),
+        ("upper", upper[:1], "expected ..2, 2, 4.*, found ..2, 2, 4..$"),
+        ("upper", [x + 5 for x in upper], "expected .* of 0..4"),
         ("known", np.zeros((2, 8, 4)), "expected .2, 4, 8.*, found .2, 8, 4."),
         ("known", np.full((2, 4, 8), 7), "expected .* of -1..4, found .*7"),
     ):
@@ -997,8 +999,7 @@ def test_prior_inputs():
     table = pd.DataFrame({"label": labels, "position": position})
     lower, upper = [modules.prior_inputs(p, indices, table) for p in priors]
     assert_all_equal(lower["upper"], indices[1:])
-    np.testing.assert_array_equal(lower["indices"], indices[0])
-    np.testing.assert_array_equal(upper["indices"], indices[1])
+    assert_all_equal([lower["indices"], upper["indices"]], indices)
     np.testing.assert_array_equal(upper["label"], [1, -1, 0])
     np.testing.assert_array_equal(upper["slice_position"], position)
     assert "upper" not in upper and lower["label"].dtype == np.int32
@@ -1039,6 +1040,8 @@ def test_generate():
     with priors[0]._in_float32():  # as the sampler
         logits = priors[0](found[0], upper=(found[1],), **given).numpy()
     np.testing.assert_array_equal(found[0], logits.argmax(axis=-1))
+    with pytest.raises(ValueError, match="level 1: made for another VQ-VAE"):
+        modules.generate(vqvae, priors[::-1], 2)
 
 
 def tiny_texture():

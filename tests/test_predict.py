@@ -559,7 +559,7 @@ def people(tmp_path_factory):
     }
 
 
-def evaluate_generator(people, folder, images, count, labels=()):
+def evaluate_generator(people, folder, images, count, flips=False):
     """What is found of a generator that returns `images`; how it was called."""
     asked = {}
 
@@ -567,10 +567,11 @@ def evaluate_generator(people, folder, images, count, labels=()):
         asked.update(options, n=n, seed=seed)
         return images[:n], [], np.zeros(n)
 
-    run = utils.Run(folder, utils.Settings(), {})
+    settings = utils.replace(utils.Settings(), flips=flips)
+    run = utils.Run(folder, settings, {})
     vqvae = {"box": (0, 0, 48, 40), "levels": 1, "reconstruct": tf.constant}
     vqvae = types.SimpleNamespace(**vqvae)  # that loses nothing
-    prior = types.SimpleNamespace(labels=labels, slice_condition=True)
+    prior = types.SimpleNamespace(labels=(), slice_condition=True)
     sampling = [modules.Sampling(0.9)]
     state = predict.Trained(run, run, vqvae, [prior], 7, sampling)
     options = predict.Evaluate(num_samples=count)
@@ -618,7 +619,8 @@ def test_noise_is_told_from_real_and_copies_are_found(people, tmp_path):
     about = predict.verdict(found)
     assert about["ratio"] > 1.5 and about["limit"].startswith("the prior")
     cheat = people["train"].read(np.arange(40))[..., 0]
-    found, _ = evaluate_generator(people, tmp_path, cheat, 40)
+    cheat[:20] = cheat[:20, :, ::-1]
+    found, _ = evaluate_generator(people, tmp_path, cheat, 40, flips=True)
     assert found["memorization"]["alarm"] is True
     assert found["memorization"]["copies"] == 40
     assert found["generation"]["ssim_to_nearest_train"]["mean"] > 0.99

@@ -194,19 +194,20 @@ def test_models_see_the_box_that_holds_content(oasis_dir, tmp_path, capsys):
     data = shutil.copytree(oasis_dir, tmp_path / "margin")
     for path in sorted(data.glob("*/case_*.png")):
         image = np.array(Image.open(path))
-        image[:9] = image[-8:] = image[:, :5] = image[:, -4:] = 0
+        image[:9] = image[-8:] = image[:, :7] = image[:, -4:] = 0
         if path.name == "case_006_slice_2.nii.png":
             image[0, 5] = 255
         Image.fromarray(image).save(path)
     job = start(oasis_flags(data, "--run-dir", tmp_path / "run"))
-    assert job.run.info["crop"] == [8, 4, SIZE - 16, SIZE - 8]
+    assert job.run.info["crop"] == [8, 5, SIZE - 16, SIZE - 8]
     assert job.run.info["image_size"] == [SIZE, SIZE]
     printed = capsys.readouterr().out
     assert "1 images of test reach beyond it: " in printed
     assert "case_006_slice_2.nii.png" in printed
     assert train.new_vqvae(job).latent_grids == [(4, 6)]
-    job = start(oasis_flags(data, "--no-crop", "--run-dir", tmp_path / "whole"))
-    assert job.run.info["crop"] is None
+    for flag, crop in ("--flips", [8, 4, 16, 24]), ("--no-crop", None):
+        job = start(oasis_flags(data, flag, "--run-dir", tmp_path / flag))
+        assert job.run.info["crop"] == crop
 
 
 def test_a_single_subject_has_none_to_validate_on(oasis_dir, tmp_path, plain):
