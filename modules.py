@@ -85,9 +85,9 @@ class TrainableModel(Composite, keras.Model):
 
     def __new__(cls, *args, **kwargs):
         # A layer records its arguments for `get_config`, a model would not. It
-        # cannot write numbers of NumPy, such as `images.var()`.
+        # cannot write what is of NumPy, such as `images.var()`.
         args, kwargs = tf.nest.map_structure(
-            lambda x: x.item() if isinstance(x, np.generic) else x,
+            lambda x: x.tolist() if hasattr(x, "tolist") else x,
             (args, kwargs),
         )
         return keras.layers.Layer.__new__(cls, *args, **kwargs)
@@ -1799,7 +1799,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         **kwargs,
     ):
         stray = {"network", "attention", "condition"} & kwargs.keys()
-        require(not stray, f"{stray}: the class and other arguments say these")
+        message = "the class, labels and slice_condition say what these would"
+        require(not stray, f"{', '.join(stray)}: {message}")
         settings = take(utils.PriorSettings, kwargs)
         super().__init__(**kwargs)
         self.autocast = False  # see `ContextMap`
@@ -1810,7 +1811,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         self.codebook_sha256 = codebook_sha256
         self.embedding = keras.layers.Embedding(num_embeddings, self.channels)
         place = settings.position_features, settings.atlas
-        self.use_context = any((*place, slice_condition, labels, upper_grids))
+        given = slice_condition, self.labels, self.upper_grids
+        self.use_context = any(place + given)
         if self.use_context:
             self.context = ContextMap(self)
         self._build_layers()
@@ -1980,7 +1982,8 @@ class PixelSNAIL(GatedPixelCNN):
     """
 
     def __init__(self, num_embeddings, latent_grid, attention=True, **kwargs):
-        require(attention in (True, False), f"attention: found {attention!r}")
+        message = f"attention: expected True or False, found {attention!r}"
+        require(attention in (True, False), message)
         self.attention = attention
         super().__init__(num_embeddings, latent_grid, **kwargs)
 
