@@ -1505,7 +1505,8 @@ def augment(
 # Lengths are in mm about the anterior commissure, axes (z, y, x) pointing up,
 # forward and right, as the planes are stacked.
 
-FIRST_IDS = {"oasis": 1, "adni": 100_001, "hipmri": 4}  # of subjects
+# Number of the first subject, for each layout that is simulated.
+FIRST_IDS = {"oasis": 1, "adni": 100_001, "hipmri": 4}
 BRAIN_PLANES = {"oasis": 32, "adni": 20}
 PELVIS_PLANES = 20
 # Slice positions, 11 to 21 mm, where the bodies of the lateral ventricles lie
@@ -2235,7 +2236,7 @@ class Check(utils.ReadSettings):
 
     dir: Positional[Annotated[str, arg(metavar="DIR")]]
     """Folder of a data set."""
-    dataset: Literal[("auto", *LAYOUTS)] = "auto"
+    dataset: Literal[("auto", *utils.DATASETS)] = "auto"
     """Its layout."""
     preview: Annotated[str | None, arg(metavar="FILE")] = None
     """Picture to write: slices of each split, before the crop."""

@@ -2172,15 +2172,8 @@ def generate(
         `(n, h, w)` of each level, bottom first; `(n,)` float32
         log-probability in nats of the indices, summed over levels.
     """
-    found = f"n {n}, {len(priors)} priors"
-    message = f"expected n >= 1 and {vqvae.levels} priors, found {found}"
-    require(n >= 1 and len(priors) == vqvae.levels, message)
-    for level, prior in enumerate(priors, start=1):
-        fits = prior.codebook_sha256 in ("", codebook_sha256(vqvae, level))
-        fits &= prior.latent_grid == vqvae.latent_grids[level - 1]
-        fits &= prior.labels == priors[0].labels
-        message = "made for another VQ-VAE or level, or with other labels"
-        require(fits, f"prior of level {level}: {message}")
+    require(n >= 1, f"n: expected 1 or more, found {n}")
+    _require_priors_of(vqvae, priors)
     if slice_position is None:
         slice_position = slice_positions(n, first)
     if label is None:
@@ -2198,6 +2191,18 @@ def generate(
         draw, n, first, inputs, progress
     )
     return images, indices, log_prob
+
+
+def _require_priors_of(vqvae, priors):
+    """Raise `ValueError` unless these are the priors of a VQ-VAE, in order."""
+    message = f"expected {vqvae.levels} priors, found {len(priors)}"
+    require(len(priors) == vqvae.levels, message)
+    for level, prior in enumerate(priors, start=1):
+        fits = prior.codebook_sha256 in ("", codebook_sha256(vqvae, level))
+        fits &= prior.latent_grid == vqvae.latent_grids[level - 1]
+        fits &= prior.labels == priors[0].labels
+        message = "made for another VQ-VAE or level, or with other labels"
+        require(fits, f"prior of level {level}: {message}")
 
 
 def _generate_chunk(models, sampling, seed, chunk, conditions, known):

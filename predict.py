@@ -129,8 +129,8 @@ class Reconstruct(SplitArguments):
 class Generate(RunArguments, SamplingArguments, OutputArguments):
     """Generate new slices as files, and the first, at most 64, as a figure.
 
-    A chunk of 64 whose files exist is not sampled again, so an interrupted
-    request goes on.
+    Images are sampled 64 at a time. Where all files of these exist, they are
+    not sampled again, so an interrupted request goes on.
     Parts of a large request (--first) may run at the same time, also on
     several machines that share the folder.
     """
@@ -1112,12 +1112,13 @@ def evaluate_memorization(trained, images, train, test):
     bar = utils.progress_bar("looking for copies", "batch")
     batches, axis = dataset.ordered_batches(train), train.mirror_axis
     if trained.run.settings.training.flips:
-        mirrored = batches.map(lambda batch: tf.reverse(batch, [axis]))
-        batches = batches.concatenate(mirrored)
+        turned = batches.map(lambda batch: tf.reverse(batch, [axis]))
+        batches = batches.concatenate(turned)
     found, n = utils.nearest_images(both, bar(batches)), len(images)
     audited, copies = utils.audit(found[:n], found[n:], test.subjects)
     numbers = found["nearest_pixels"].to_numpy()
-    mirrored = numbers >= len(train)  # compared with the image itself
+    # Where a mirrored training image is nearest, mirror the other instead.
+    mirrored = numbers >= len(train)
     both[mirrored] = np.flip(both[mirrored], axis)
     peers = train.take(numbers % len(train))
     pairs = dataset.ordered_batches((both[..., None], peers))

@@ -56,9 +56,6 @@ SHOWN += ("val_bits_per_code",)
 NOT_COPIED = shutil.ignore_patterns(
     "run.lock", "figures", "logs", "samples", "*.tmp-*"
 )
-# What shows the models that a new one replaces.
-STALE = ("evaluation.json", "MODEL_CARD.md", "report.html", "anomaly.csv")
-STALE += ("completions.npz", "figures/*.png")
 OBJECTIVES = {
     "ssim": {"ssim": "maximize"},
     "ssim+bits": {"ssim": "maximize", "bits_per_image": "minimize"},
@@ -185,15 +182,19 @@ class Job:
     def finish(self, part, model):
         """Save the model of a part; the training is past it."""
         utils.write_atomic(self.run.model_path(part), model.save)
-        run, stale = self.run, STALE
+        # These show the model that was there before.
+        run = self.run
+        stale = {run.evaluation_path, run.card_path, run.report_path}
+        stale |= {run.path / "anomaly.csv", run.path / "completions.npz"}
+        stale |= {*run.figures_path.glob("*.png")}
         if part == "vqvae":  # also on other data sets
-            stale += ("evaluation-*.json", "figures/*/*.png")
-        paths = {path for name in stale for path in run.path.glob(name)}
+            stale |= {*run.path.glob("evaluation-*.json")}
+            stale |= {*run.figures_path.glob("*/*.png")}
         # Of this VQ-VAE, if its training drew it.
         if part != "vqvae" or len(self.tables["validate"]):
-            paths -= {run.figures_path / "reconstructions.png"}
-        for path in paths:
-            path.unlink()
+            stale -= {run.figures_path / "reconstructions.png"}
+        for path in stale:
+            path.unlink(missing_ok=True)
         if part != "texture":
             run.info.pop("sampling", None)  # chosen for other priors
         run.note_done(part)

@@ -1616,8 +1616,8 @@ def bootstrap(statistic, subjects, n=2000, seed=0):
     statistic is a function of weights (N,), how often each image counts; NaN
     where nothing counts.
 
-    Returns: `{"mean": value, "ci95": [low, high]}`, None for what is unknown;
-        the interval of fewer than `LEAST_SUBJECTS` is.
+    Returns: `{"mean": value, "ci95": [low, high]}`, None for what is unknown,
+        such as the interval with fewer than `LEAST_SUBJECTS` subjects.
     """
     names, owner = np.unique(np.asarray(subjects), return_inverse=True)
     value = statistic(np.ones(len(owner), int)) if len(names) else math.nan

@@ -92,6 +92,7 @@ def test_root_may_be_above_or_doubled(oasis_dir, adni_dir, tmp_path):
     odd = table["subject"].astype(int) % 2 == 1
     assert (table["label"] == odd.map({True: "AD", False: "NC"})).all()
     assert table.groupby("subject")["split"].nunique().max() == 1
+    assert {*dataset.LAYOUTS} == {*utils.DATASETS}
     assert dataset.detect_layout(adni_dir) == "adni"
 
 

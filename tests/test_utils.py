@@ -497,11 +497,8 @@ def test_other_scores_of_pairs():
 
 def test_kernel_distance_by_hand_and_its_interval():
     rng = np.random.default_rng(0)
-    x, y, of_x = (
-        rng.normal(size=6),
-        rng.normal(1, size=5),
-        np.array([*"abbcde"]),
-    )
+    x, y = rng.normal(size=6), rng.normal(1, size=5)
+    of_x = np.array([*"abbcde"])
     found = utils.kernel_distance(x[:, None], y[:, None], of_x, range(5))
     xx, yy, xy = [(np.outer(*p) + 1) ** 3 for p in ((x, x), (y, y), (x, y))]
     within_x = xx[of_x[:, None] != of_x].mean()  # not b with b
