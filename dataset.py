@@ -142,6 +142,8 @@ IN_FILE = (
     rf"(?P<subject>[^/]*?\d[^/]*?)(?:[-_. ]+{APART})*[-_. ]+[^\W\d_]*[-_. ]*"
     rf"(?P<slice>\d+){TAIL}"
 )
+# Names of an export by series, in folders of persons: Kim/IM-0003-0017.
+SERIES = r"(?i)(?P<subject>[^/]+)/IM[-_]?\d+[-_](?P<slice>\d+)$"
 # Slices before people: slice_10/P001, z010_P001.
 PLANE_FIRST = (
     r"(?i)^(?:[^/\d]*/)*(?:z|slice|slc|axial|coronal|sagittal)[-_ ]?"
@@ -159,6 +161,7 @@ GUESSES = (
     rf"(?i){TOP}/{NUMBER}(?!\d)",
     rf"{TOP}/(?:.*/)?[^/\d]*(?P<slice>\d+){TAIL}",
     rf"(?P<subject>[^/]*\d[^/]*)/[^/\d]*(?P<slice>\d+){TAIL}",
+    SERIES,
     IN_FILE,
     rf"{TOP}/.*?(?P<slice>\d+){TAIL}",
 )
@@ -202,11 +205,21 @@ def detect_layout(root):
             "looked for folders keras_png_slices_train, keras_slices_train, "
             "train, and for any PNG, JPEG or NIfTI files, found "
             f"{_some(sorted(os.listdir(root)))}{masked}; name the folder of one"
+            f"{_word_on_dicom(root)}"
         )
     # In the folder of a person the first number is that of a series.
     inner = found["adni"].table["stem"].str.contains(r"^[^/]+/.*\d.*/").sum()
     is_adni = 2 * (counts["adni"] - inner) > counts["folder"]
     return names[0] if names else "adni" if is_adni else "folder"
+
+
+def _word_on_dicom(root):
+    """Return what to do with DICOM files, "" if the first files are none."""
+    for file in itertools.islice(files_below(root), 20):
+        with contextlib.suppress(OSError), open(file, "rb") as opened:
+            if opened.read(132).endswith(b"DICM"):
+                return "; make volumes of DICOM files with dcm2niix (README)"
+    return ""
 
 
 def scan(root, dataset, pattern=None, split=None):
@@ -239,6 +252,11 @@ def scan(root, dataset, pattern=None, split=None):
     columns = ["path", "subject", "scan", "slice", "label", "split"]
     table = pd.DataFrame(rows, columns=columns)
     told = [m is not None or not pattern for m in matches]
+    if len(told) and not any(told):
+        raise FlagError(
+            f"--subject-pattern: {pattern} fits none of {len(told)} files, "
+            f"such as {_show(files['stem'][0])} (without suffix)"
+        )
     # A slice may be there twice, zipped and not.
     kept = table[np.array(told, bool)].drop_duplicates(
         ["split", "scan", "slice", "label"]
@@ -250,6 +268,8 @@ def scan(root, dataset, pattern=None, split=None):
     table = kept.reset_index(drop=True)
     for name in ("subject", "scan", "label"):
         table[name] = _unify(table[name])
+    if around is not None and not pattern:
+        _note_what_may_be_several(table, notes)
     people = table.groupby("label")["subject"].nunique()
     if any_folder and (len(people) == 1 or people.max() == 1):
         table["label"] = ""  # one class tells nothing, nor do names of people
@@ -260,6 +280,18 @@ def scan(root, dataset, pattern=None, split=None):
         _fill_splits(table, any_folder, notes)
     _check_table(table, base, layout, split, ignored)
     return Index(base, _in_order(table), ignored, notes)
+
+
+def _note_what_may_be_several(table, notes):
+    """Add a note if subjects that were guessed stand in several folders."""
+    told = table[table["label"] != ""].groupby("subject")["label"].unique()
+    several = told[told.map(len) > 1]
+    if len(several):
+        notes.append(
+            f"{len(several)} subjects are in several folders, such as "
+            f"{several.index[0]} in {_some(several.iloc[0], 3)}; if these are "
+            "different people, tell them with --subject-pattern"
+        )
 
 
 def _note_what_is_untold(table, notes):
@@ -359,7 +391,7 @@ def _refuse_folder(error):
 def files_below(folder, ignored=None, onerror=_refuse_folder):
     """Yield the files below a folder, sorted; links are followed, but once.
 
-    Masks, and folders seen before, are added to `ignored` instead.
+    Masks, run folders and folders seen before are added to `ignored` instead.
     """
     seen, top = set(), os.fspath(folder)
     ignored = [] if ignored is None else ignored
@@ -368,7 +400,7 @@ def files_below(folder, ignored=None, onerror=_refuse_folder):
     for parent, names, files in os.walk(top, True, onerror, followlinks=True):
         real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
         names[:] = sorted(n for n in names if not hidden.match(n))
-        if real in seen:
+        if real in seen or {"config.json", "split.csv"} <= {*files}:
             ignored.append(parent)
             names.clear()
             continue
@@ -974,7 +1006,7 @@ def load(settings):
     """Return the `Slices` of `utils.DataSettings`; print what they hold.
 
     Raises:
-        DataError: naming all unfit files.
+        DataError: naming unfit files, at most 20.
         FlagError: if the image size cuts off much content.
     """
     root, dataset = settings.data_dir, settings.dataset
@@ -1793,6 +1825,8 @@ PLANES = {
     "coronal": ("AIR", "top: head, left: left of the body"),
     "sagittal": ("RIA", "top: head, left: back"),
 }
+# Visits behind a subject: AB01_M12, AB01_BL.
+VISITS = re.compile(rf"(?<=\d)(?:[-_. ]+(?:{APART}|(?i:bl|sc|pre|post)))+$")
 MISSING = {"", ".", "n/a", "na", "nan", "none", "?"}  # for a label, any case
 INSIDE = 0.1  # of the intensity range: what is brighter is content
 
@@ -1909,6 +1943,7 @@ def _find_volumes(source, options):
             f"{_show(source)}: found {len(files)} volumes "
             f"({_some(files, 3)}) in {_some(there)}, expected NIfTI, "
             f"Analyze, MGZ or MINC files that fit --match '{options.match}'"
+            f"{_word_on_dicom(source)}"
         )
     _refuse_several_kinds(paths)
     pattern, folders = options.subject_pattern, _subject_folders(paths)
@@ -1918,10 +1953,14 @@ def _find_volumes(source, options):
     sources = [files[path] for path in paths]
     table = pd.DataFrame({"source": sources, "subject": subjects})
     if not pattern:
-        names = [folder or _stem(path) for path, folder in pairs]
-        _warn_of_likeness(names, table["subject"])
-    people = table["subject"].groupby([*map(_stem, paths)]).nunique()
-    if len(several := people.index[people > 1]) > 1:
+        unsure = [_told_by_name(path) is None for path in paths]
+        names = np.array([folder or _stem(path) for path, folder in pairs])
+        if any(unsure):
+            _warn_of_likeness(names[unsure], table["subject"][unsure])
+    named = {*zip(map(_stem, paths), table["subject"], strict=True)}
+    people = collections.Counter(x for x, subject in named if x not in subject)
+    several = sorted(name for name, count in people.items() if count > 1)
+    if len(several) > 1:
         warn(f"kinds of volumes, all taken: {_some(several)}; see --match")
     session = 1 + table.groupby("subject").cumcount()
     if options.layout == "oasis" and session.max() > 1:
@@ -1953,14 +1992,14 @@ def _warn_of_likeness(stems, subjects):
     Or if only numbers behind a contrast tell them, maybe those of series:
     T1_MPRAGE_2, T1_MPRAGE_9.
     """
-    stems = pd.Series(map(_show, stems))
+    stems = pd.Series([*map(_show, stems)], subjects.index)
     words = stems.str.split(r"[\W_]+", regex=True, expand=True)
     varies = words.apply(lambda word: word.str.contains(r"\d", na=False).all())
     varies &= words.nunique() > 2
     heads = words.loc[:, : varies.idxmax()].agg("_".join, axis=1)
     alike = subjects.groupby(heads if varies.any() else subjects).unique()
     behind = stems.str.match(r"(?i)\D*(?<![^\W_])(T[12]|FLAIR|MPRAGE)")
-    behind &= subjects == stems.str.replace(r"[\W_]", "", regex=True)
+    behind &= subjects == stems.map(_letters_and_digits)
     alike = subjects.unique() if behind.all() else max(alike, key=len)
     if len(alike) > 1:
         warn(
@@ -2018,23 +2057,36 @@ def _subject_folders(paths):
 
 def _subject_of(path, folder="", pattern=None):
     """Return the subject that a path names, in letters and digits."""
-    found = folder or _stem(path)
-    words = [rf"(?<![^\W_])(?:{name})(?![^\W_])" for name in SUBJECTS]
-    rules = [pattern] if pattern else words
-    tried = (re.search(rule, path, re.IGNORECASE) for rule in rules)
-    if match := next(filter(None, tried), None):
-        found = match.groupdict().get("subject") or match[0]
-    elif pattern:
-        raise DataError(
-            f"{_show(path)}: found no subject by the --subject-pattern "
-            f"{pattern}, expected one"
-        )
-    return re.sub(r"^sub-|[\W_]", "", found) or "x"
+    if pattern:
+        match = re.search(pattern, path, re.IGNORECASE)
+        if not match:
+            raise DataError(
+                f"{_show(path)}: found no subject by the --subject-pattern "
+                f"{pattern}, expected one"
+            )
+        return _letters_and_digits(match.groupdict().get("subject") or match[0])
+    if match := _told_by_name(path):
+        return re.sub(r"^sub-|[\W_]", "", match[0])
+    return _letters_and_digits(folder or VISITS.sub("", _stem(path)))
+
+
+def _told_by_name(path):
+    """Return the match of one of `SUBJECTS` in a path, or None."""
+    words = (rf"(?<![^\W_])(?:{name})(?![^\W_])" for name in SUBJECTS)
+    tried = (re.search(word, path, re.IGNORECASE) for word in words)
+    return next(filter(None, tried), None)
+
+
+def _letters_and_digits(name):
+    """Return a name without other characters, such that 1_23 is not 12_3."""
+    apart = re.sub(r"(?<=\d)[\W_]+(?=\d)", "x", name)
+    return re.sub(r"^sub-|[\W_]", "", apart) or "x"
 
 
 def _read_labels(subjects, options):
     """Return the label of each subject, "" if unknown."""
     if options.labels is None:
+        print("no labels (of folders none are read; --labels names a table)")
         return ""
     if options.layout == "oasis":
         raise FlagError("--labels: the OASIS layout has none; use folder")
@@ -2048,8 +2100,8 @@ def _read_labels(subjects, options):
         labels = known.pop(options.label_column)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
-            f"{_show(options.labels)}: {error}; expected a table with the "
-            f"column {options.label_column} of --label-column"
+            f"{_show(options.labels)}: {error}; expected a table in UTF-8 "
+            f"with the column {options.label_column} of --label-column"
         ) from error
     labels = labels.str.strip()
     labels = labels.mask(labels.str.casefold().isin(MISSING))
@@ -2064,7 +2116,7 @@ def _read_labels(subjects, options):
     keys = whole.map(lambda value: _canonical(_subject_of(value)))
     numbers = known.map(str.isdigit).mean()
     # Rows and ages are numbers too.
-    called = re.compile(r"(?i)subj|partic|patient|person|(^|[^a-z])(pt|r)?id")
+    called = re.compile(r"(?i)subj|partic|patient|person|(^|[^a-z])(pt?|r)?id")
     fits = {
         k: (len({*keys[k]} & {*wanted}), -numbers[k], bool(called.search(k)))
         for k in keys
@@ -2075,16 +2127,23 @@ def _read_labels(subjects, options):
             f"{_show(options.labels)}: no column names a subject of the "
             f"volumes, expected ids such as {_some(subjects, 3)}"
         )
+    for other in fits:
+        if fits[other] == fits[column] and any(keys[other] != keys[column]):
+            raise DataError(
+                f"{_show(options.labels)}: the columns {column} and {other} "
+                "both name the subjects, expected one; remove the other"
+            )
     found = labels.groupby(keys[column]).agg(["first", "nunique"])
     result = wanted.map(found["first"]).fillna("")
+    names = result[result != ""].unique()
     print(
-        f"{result.nunique()} labels, such as {_some(result.unique(), 3)}, in "
-        f"column {options.label_column}; subjects in column {column}"
+        f"{len(names)} labels, such as {_some(names, 3)}, in column "
+        f"{options.label_column}; subjects in column {column}"
     )
     if several := sum(found["nunique"][found.index.isin(wanted)] > 1):
         print(f"{several} subjects have several labels; the first is taken")
-    if (result == "").any():
-        print(f"{(result == '').sum()} of {len(result)} volumes have no label")
+    if unknown := sum(result == ""):
+        print(f"{unknown} of {len(result)} volumes have no label")
     return result
 
 
@@ -2092,10 +2151,11 @@ def _refuse_misread(labels, file):
     """Refuse labels that `scan` would take for something else."""
     others = re.compile(rf"{VISIT}|(?i:{'|'.join(SUBJECTS)})")
     for name in labels:
-        if others.fullmatch(name) or MASKS.fullmatch(name):
+        is_split = name.casefold() in SPLIT_NAMES
+        if is_split or others.fullmatch(name) or MASKS.fullmatch(name):
             raise DataError(
                 f"{_show(file)}: found the label {_show(name)}, expected none "
-                "that reads like a visit, a person or a mask"
+                "that reads like a visit, a person, a mask or a split"
             )
 
 
@@ -2152,6 +2212,8 @@ def cut_volume(path, options):
         volume, np.diag(step), begins, tuple(shape), order=1, cval=low
     )
     scaled = np.clip((images - low) / max(high - low, 1e-6), 0, 1)
+    if not scaled.any():
+        raise _Unfit("its slices are black; are its voxels given in mm?")
     return np.rint(scaled * 65535).astype(np.uint16), notes
 
 
@@ -2232,7 +2294,7 @@ def _write_slices(folder, table, options):
 
 @utils.settings
 class Check(utils.ReadSettings):
-    """Show what would be trained on, and every file that cannot be."""
+    """Show what would be trained on, and which files cannot be."""
 
     dir: Positional[Annotated[str, arg(metavar="DIR")]]
     """Folder of a data set."""

@@ -13,7 +13,8 @@
 RUN is a folder that train.py made; complete and export need it. The others take
 the newest run under runs/ or, if there is none, the trained model under
 resources/pretrained.
-Results go into the run folder, or into the folder given by --output.
+Results go into the run folder, those of the shipped model to
+runs/results-NAME, or else into the folder given by --output.
 """
 
 import base64
@@ -70,7 +71,8 @@ class OutputArguments:
     """What every verb takes that writes files."""
 
     output: utils.Folder = None
-    """Folder for the results (default: the run folder)."""
+    """Folder for the results (default: the run folder; of the shipped model
+    runs/results-NAME)."""
 
 
 @utils.settings
@@ -96,7 +98,8 @@ class SamplingArguments:
     """What every verb takes that samples."""
 
     seed: utils.Seed | None = None
-    """Seed of image k, with k and what is asked for (default: the run's)."""
+    """Image k depends on it, on k and on what is asked for (default: the
+    run's)."""
     temperature: utils.Temperature | None = None
     """Sampling temperature; below 1 favours likely codes
     (default: chosen for the run; 1 with --top-p)."""
@@ -106,8 +109,8 @@ class SamplingArguments:
     top_k: utils.Whole = 0
     """Sample from the k likeliest codes only; 0: all."""
     guidance: utils.number(0, 100) = 1.0
-    """Classifier-free guidance; above 1: more typical of the label, without
-    labels of the slice position."""
+    """Classifier-free guidance; above 1: more typical of the label; of a prior
+    without labels, more typical of the slice position."""
     texture: bool = True
     """Give images the texture that was trained for the run, if there is."""
 
@@ -191,11 +194,12 @@ class Complete(SamplingArguments, OutputArguments):
 class Anomaly(SamplingArguments, SplitArguments):
     """Find what is unlike the training images; a figure and `anomaly.csv`.
 
-    Indices whose surprisal, -log2 p under the prior, exceeds that of 95 % of
-    the validation indices in the 3x3 mean are sampled anew: a restoration. The
-    score is the maximum of |image - restoration|, averaged and smoothed; its
-    percentile says how many validation images score no higher. Neither labels
-    nor texture are used. Marimont & Tarroni, 2021, arXiv:2012.06765.
+    The surprisal of an index is -log2 p under the prior, averaged over 3x3
+    indices. Where it exceeds that of 95 % of the validation indices, indices
+    are sampled anew. The result is a restoration. The score is the maximum of
+    |image - restoration|, averaged and smoothed; its percentile says how many
+    validation images score no higher. Neither labels nor texture are used.
+    Marimont & Tarroni, 2021, arXiv:2012.06765.
     """
 
     images: Files = ()

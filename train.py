@@ -284,15 +284,19 @@ def plan_resume(job, earlier):
     """
     run, parts = job.run, parts_left(job.run)
     under_way = "training" in run.info
-    stages = {"vqvae", *run.prior_names, "texture"} - parts
-    trained = {part for part in stages if run.model_path(part).exists()}
+    stages = {"vqvae", *run.prior_names, "texture"}
     asked = {part: option(job.settings, part, "epochs") for part in stages}
-    more = {x for x in stages if asked[x] > option(earlier, x, "epochs")}
-    longer = trained & more
-    epochs = {}  # that there have been, by level maybe more than in settings
-    if longer:
+    change = {x: asked[x] - option(earlier, x, "epochs") for x in stages}
+    more = {part for part in stages - parts if change[part] > 0}
+    trained = {x for x in stages - parts if run.model_path(x).exists()}
+    longer, epochs = trained & more, {}
+    # That there have been, by level maybe more than in settings.
+    if longer or any(change.values()) and run.history_path.exists():
         epochs = utils.read_history(run).groupby("stage")["epoch"].max()
         longer = {part for part in longer if asked[part] > epochs.get(part, 0)}
+    for part in stages:
+        if change[part] < 0:
+            refuse_too_few(part, asked[part], epochs, stages & parts)
     if "texture" in more - trained:
         parts.add("texture")  # the first one
     if not (parts or longer or under_way):
@@ -323,6 +327,25 @@ def plan_resume(job, earlier):
     now["done"] = [part for part in now["done"] if part not in parts]
     now["epochs_before"] |= since
     run.update()
+
+
+def refuse_too_few(part, asked, epochs, left):
+    """Raise `FlagError` if a model is to have no more epochs than it had.
+
+    Args:
+        asked: epochs of `part`, and of the other levels if it is a prior.
+        epochs: {stage: those that there were}.
+        left: stages whose training is not complete.
+    """
+    prefix = utils.stage_prefix(part)
+    same = {x for x in left if utils.stage_prefix(x) == prefix}
+    had = max(epochs.get(x, 0) for x in same or {part})
+    if asked <= had or not same:
+        raise utils.FlagError(
+            f"--{prefix.replace('_', '-')}epochs: {part} has had {had}, found "
+            f"{asked}; only a training under way may get fewer, and more than "
+            "it has had"
+        )
 
 
 def load_images(job, asked):

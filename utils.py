@@ -327,8 +327,8 @@ def number(low, high, ends="[]"):
 
 
 def _read_size(words):
-    height, _, width = words[0].partition("x")
-    return int(height), int(width or height)
+    height, x, width = words[0].partition("x")
+    return int(height), int(width if x else height)
 
 
 def size_text(size):
@@ -502,8 +502,8 @@ class ReadSettings:
     """For --dataset folder: regular expression of paths with groups named
     subject, slice, label (default: guessed)."""
     image_size: ImageSize | None = None
-    """Height and width in pixels, a multiple of the total downsampling; None:
-    the most common size of the data."""
+    """Height and width, 16 to 4096 pixels, multiples of the total downsampling;
+    None: the most common size of the data."""
     resize: bool = False
     """Resample images of another size."""
     skip_bad: bool = False
@@ -964,8 +964,8 @@ def parse_training(argv, description=None):
     _check_together(chosen, is_new=not fixed)
     before = flat(default)
     for key, value in flat(chosen).items():
-        longer = key.endswith("epochs") and value > before[key]
-        may_change = key not in fixed or longer and chosen.run.resume
+        more_or_fewer = key.endswith("epochs") and chosen.run.resume
+        may_change = key not in fixed or more_or_fewer
         if value != before[key] and not may_change:
             raise FlagError(
                 f"--{key.replace('_', '-')}: the run was trained with "

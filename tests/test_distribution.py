@@ -24,7 +24,7 @@ from tests.conftest import ROOT, oasis_flags, refused, run_python, train_tiny
 
 # Dropout would hide other conditions on each replica.
 FLAGS = (
-    "--epochs 6 --prior-epochs 4 --condition-dropout 0 --prior gated "
+    "--epochs 4 --prior-epochs 2 --condition-dropout 0 --prior gated "
     "--prior-ema-momentum 0.9 --no-evaluate --round-steps 2"
 ).split()
 # `train.py` on two logical CPUs: a machine without GPUs has no other replicas.

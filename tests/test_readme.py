@@ -31,7 +31,7 @@ def commands(text):
     spans = [x for block in code_blocks(text, "") for x in block.splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"(?s)```.*?```", "", text))
     spans += [" ".join(span.split()) for span in inline]
-    pattern = r"(?:^|/|\s)python (train|predict|dataset)\.py\b([^|&]*)"
+    pattern = r"(?:^|/|\s)python (train|predict|dataset)\.py\b([^|&#]*)"
     found = [match for span in spans for match in re.findall(pattern, span)]
     return sorted({(script, line.strip(" '")) for script, line in found})
 
@@ -52,7 +52,7 @@ def test_commands_parse(script, line, tiny_run, monkeypatch):
         monkeypatch.setattr(utils, name, ending(getattr(utils, name)))
     line = line.replace(RUN, str(tiny_run.path))
     with pytest.raises((Parsed, SystemExit)) as end:  # --list-recipes, --help
-        SCRIPTS[script].main(shlex.split(line, comments=True))
+        SCRIPTS[script].main(shlex.split(line))
     assert not getattr(end.value, "code", None)
 
 
@@ -65,7 +65,7 @@ def runnable(script, *words):
 def test_training_commands_run(line, request, tmp_path, plain):
     (layout,) = set(re.findall("oasis|adni|hipmri", line)) or ["oasis"]
     data = request.getfixturevalue(f"{layout}_dir")
-    words = shlex.split(line.replace("DIR", str(data)), comments=True)
+    words = shlex.split(line.replace("DIR", str(data)))
     if "--subject-pattern" in words:  # of other names
         pattern = r"case_(?P<subject>\d+)_slice_(?P<slice>\d+)"
         words[words.index("--subject-pattern") + 1] = pattern
@@ -88,7 +88,7 @@ def test_commands_of_predict_run(
         shutil.copy(image, tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
     line = re.sub(r"\b(25000|256)\b", "2", line.replace("DIR", str(oasis_dir)))
-    predict.main(shlex.split(line, comments=True))
+    predict.main(shlex.split(line))
 
 
 def test_two_commands_near_the_top():

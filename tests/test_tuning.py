@@ -8,6 +8,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 import train
 import utils
@@ -52,6 +53,8 @@ def fake(monkeypatch, measure):
         return measure(settings, len(seen))
 
     monkeypatch.setattr(train, "train_trial", train_trial)
+    # A figure for each trial would take most of the time.
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: path.touch())
     return seen
 
 
