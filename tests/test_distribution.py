@@ -115,8 +115,8 @@ def test_two_replicas_train_as_one(alone, oasis_dir, tmp_path):
         ("--strategy multiworker", "TF_CONFIG"),
         ("--batch-size 2 --accumulation-steps 3", "--batch-size: 2 images"),
         (
-            "--accumulation-steps 4 --texture-epochs 1 --texture-batch-size 3",
-            "--texture-batch-size: 3 images",
+            "--prior-batch-size 2 --accumulation-steps 3",
+            "--prior-batch-size: 2",
         ),
         # What Keras cannot do with replicas, whatever chose them.
         ("--jit", "--jit: works on one device"),

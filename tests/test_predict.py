@@ -356,9 +356,6 @@ def test_conditions_that_a_run_does_not_know():
         assert re.match(part, text)
 
 
-# Complete
-
-
 def completions(run, *argv):
     call("complete", run.path, *argv)
     with np.load(run.path / "completions.npz") as file:
@@ -388,9 +385,6 @@ def test_indices_that_are_kept(run):
         assert not np.all(grids == grids[0])
     assert known.shape[1] * 0.3 < (known >= 0).any(axis=2).sum(axis=1).min()
     assert "completions" in figures(run.figures_path)
-
-
-# Anomaly
 
 
 def test_what_is_unlikely_is_found_and_restored(monkeypatch):
@@ -810,9 +804,6 @@ def test_summary_is_five_lines(levels, capsys):
     assert predict.summary_table({}) == "nothing evaluated yet"
 
 
-# Inspect
-
-
 def test_inspect_as_json(any_run, capsys):
     before = files(any_run.path)
     call("inspect", any_run.path, "--json")
@@ -831,23 +822,11 @@ def test_inspect_as_json(any_run, capsys):
         assert found["weights"] == model.count_params()
         assert sum(x["weights"] for x in found["layers"]) == found["weights"]
     assert files(any_run.path) == before
-
-
-def test_inspect_on_a_page(levels_run, capsys):
-    call("inspect", levels_run.path)
+    call("inspect", any_run.path)
     page = capsys.readouterr().out
-    for part in (
-        "data        adni, real",
-        "train: 12 images, 3 subjects",
-        "level 2     grid 4x4, K=16, D=4, ",
-        "quantizer_2 ",
-        "\nprior_top.keras: PixelSNAIL, ",
-        "ssim foreground",
-    ):
+    for part in ("level 1     grid 8x8, K=16, D=4, ", "\nprior", "ssim fore"):
         assert part in page, part
 
-
-# Export
 
 ELSEWHERE = """
 import importlib.util, sys

@@ -53,8 +53,7 @@ def fake(monkeypatch, measure):
         return measure(settings, len(seen))
 
     monkeypatch.setattr(train, "train_trial", train_trial)
-    # A figure for each trial would take most of the time.
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: path.touch())
+    monkeypatch.setattr(Figure, "savefig", lambda _, path: path.touch())
     return seen
 
 
