@@ -901,7 +901,11 @@ def _cache_path(table, root, plan):
 
 
 def _remove_unused(folder):
-    """Remove the entries of a cache that were not used for `CACHE_DAYS`."""
+    """Remove the entries of a cache that were not used for `CACHE_DAYS`.
+
+    And what a process that was killed had begun.
+    """
+    utils.remove_temporary_files(folder.glob("*.tmp-*"))
     for path in folder.glob("*"):
         with contextlib.suppress(OSError):  # of another process, gone
             used = max(path.stat().st_mtime, path.stat().st_atime)
@@ -1904,7 +1908,9 @@ def slice_volumes(options):
         )
     # Near the new folder: the usual place of temporary files may be small.
     place = next(filter(Path.is_dir, dest.absolute().parents))
-    with tempfile.TemporaryDirectory(".tmp-cut", ".", place) as folder:
+    utils.remove_temporary_files(place.glob("*.tmp-*"))
+    mark = utils.temporary_mark()
+    with tempfile.TemporaryDirectory(mark, ".", place) as folder:
         table["file"] = [f"{folder}/{k}.npy" for k in table.index]
         work = functools.partial(_cut_to_file, options)
         pairs = table["source"], table["file"]
@@ -2350,10 +2356,11 @@ def main(argv):
     """Run a verb of the command line."""
     verbs = {"check": Check, "slice": Slice, "simulate": Simulate}
     verb, options = utils.parse_verbs(verbs, argv, description=__doc__)
-    if verb == "simulate":
-        print(simulate(**dataclasses.asdict(options)))
-    else:
-        {"check": check, "slice": slice_volumes}[verb](options)
+    with utils.StopSignals():
+        if verb == "simulate":
+            print(simulate(**dataclasses.asdict(options)))
+        else:
+            {"check": check, "slice": slice_volumes}[verb](options)
 
 
 if __name__ == "__main__":

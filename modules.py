@@ -78,7 +78,8 @@ class TrainableModel(Composite, keras.Model):
 
     Attributes:
         accumulation_steps: int >= 1. Parts that a replica splits its batch
-            into, for less memory. An EMA codebook moves with each part.
+            into, for less memory; no batch may have fewer images. An EMA
+            codebook moves with each part.
     """
 
     accumulation_steps = 1
@@ -98,6 +99,12 @@ class TrainableModel(Composite, keras.Model):
         name = keras.config.dtype_policy().name
         message = f"dtype: expected that of the global policy, {name}"
         require(self.dtype_policy.name == name, message)
+
+    def get_config(self):
+        # Keras leaves its record out where a subclass adds to this method.
+        record, base = self._auto_config, super().get_config()
+        require(record, "arguments: expected plain ones, by name, to be saved")
+        return {**base, **record.config, **base}
 
     @classmethod
     def from_config(cls, config):
@@ -147,6 +154,8 @@ class TrainableModel(Composite, keras.Model):
             yield batch, 1.0
             return
         images = batch_size(batch)
+        message = "batch: fewer images than accumulation_steps"
+        tf.debugging.assert_greater_equal(images, count, message)
         bounds = [images * k // count for k in range(count + 1)]
         for a, b in itertools.pairwise(bounds):
             part = tf.nest.map_structure(lambda x, a=a, b=b: x[a:b], batch)
@@ -368,6 +377,7 @@ def count_codes(indices, num_embeddings):
     return tf.math.unsorted_segment_sum(ones, indices, num_embeddings)
 
 
+@register
 class VectorQuantizer(keras.layers.Layer):
     """Replace each latent vector by its nearest code vector.
 

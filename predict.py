@@ -250,10 +250,11 @@ def main(argv):
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
     if not (options.run or vars(options).get("json")):
         print(f"run folder {run.path}")
-    models = models_hash(run)  # samples are filed under it
-    trained = Trained.load(run, options)
-    refuse_replaced(run, models)
-    verbs[name][0](trained, options)
+    with utils.StopSignals():
+        models = models_hash(run)  # samples are filed under it
+        trained = Trained.load(run, options)
+        refuse_replaced(run, models)
+        verbs[name][0](trained, options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,7 +293,11 @@ def plan_resume(job, earlier):
     # That there have been, by level maybe more than in settings.
     if longer or any(change.values()) and run.history_path.exists():
         epochs = utils.read_history(run).groupby("stage")["epoch"].max()
-        longer = {part for part in longer if asked[part] > epochs.get(part, 0)}
+        if lost := longer - {*epochs.index}:
+            raise utils.RunError(
+                f"{run.history_path}: no epoch of {min(lost)}; restore the file"
+            )
+        longer = {part for part in longer if asked[part] > epochs[part]}
     for part in stages:
         if change[part] < 0:
             refuse_too_few(part, asked[part], epochs, stages & parts)
@@ -366,6 +370,7 @@ def load_images(job, asked):
     job.tables = {name: part.table for name, part in job.images.items()}
     run.info |= {
         "image_size": list(slices.size),
+        "images": len(slices.table),
         "crop": choose_crop(job),
         "simulated": slices.simulated,
         "intensity": slices.intensity,

@@ -37,6 +37,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 import typing
 import zipfile
@@ -109,7 +110,7 @@ class ResourceError(UserError):
 RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE}
 RESOURCE_ERRNOS |= {errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS}
 RESOURCE_ERRNOS |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
-RESOURCE_ERRNOS |= {errno.EBUSY, errno.ENAMETOOLONG}
+RESOURCE_ERRNOS |= {errno.EBUSY, errno.ENAMETOOLONG, errno.ESTALE, errno.ENOMEM}
 # Lines that TensorFlow writes at every start, before its log level is read.
 NOTICES = r"^WARNING: All log messages before|^[IW][0-9]{4} |cuInit"
 
@@ -185,11 +186,15 @@ def _as_user_error(error):
     # TensorFlow names a file that it cannot map in its message only.
     if found := re.search(r"MapV2: (.*?) \[\[{{node ImmutableConst", text):
         return DataError(f"{found[1]}; expected decoded images")
+    # h5py and TensorFlow say it in words, `numpy.save` in words of its own.
+    texts = [x for x in map(os.strerror, RESOURCE_ERRNOS) if x in text]
+    if re.search(r"\d requested and \d+ written", text):
+        texts = [os.strerror(errno.ENOSPC)]
     if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror}"
-    elif "No space left on device" in text:  # so h5py and TensorFlow say it
-        text = "No space left on device"
+    elif texts:
+        text = texts[0]
     elif (
         kind in ("UnavailableError", "AbortedError")
         or "Collective ops is aborted" in text
@@ -236,9 +241,11 @@ class StopSignals:
             for number in numbers  # ignored by nohup: stays so
             if signal.getsignal(number) != signal.SIG_IGN
         }
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._send_again
         return self
 
     def __exit__(self, *exception):
+        sys.unraisablehook = self._hook
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -250,6 +257,17 @@ class StopSignals:
         # Not print, which this may interrupt; a closed terminal takes nothing.
         with contextlib.suppress(OSError):
             os.write(1, f"{name}: stopping soon; again: at once\n".encode())
+
+    def _send_again(self, lost):
+        """Send a signal again if Python dropped its `Stopped`, as in `__del__`.
+
+        A little later, when that is over.
+        """
+        if isinstance(lost.exc_value, Stopped):
+            again = os.getpid(), lost.exc_value.exit_code - 128
+            threading.Timer(0.1, os.kill, again).start()
+        else:
+            self._hook(lost)
 
     @contextlib.contextmanager
     def deferred(self):
@@ -1024,6 +1042,11 @@ PACKAGES += "scikit-image scikit-learn scipy pillow"
 _HOST = re.sub(r"\W", "_", platform.node())
 
 
+def temporary_mark():
+    """Return what the names of temporary files of this process hold."""
+    return f".tmp-{_HOST}-{os.getpid()}"
+
+
 def write_atomic(path, write):
     """Let `write(temporary_path)` make a file, then move it to `path`.
 
@@ -1032,8 +1055,7 @@ def write_atomic(path, write):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"tmp-{_HOST}-{os.getpid()}"
-    temporary = path.with_name(f"{path.name}.{mark}{path.suffix}")
+    temporary = path.with_name(path.name + temporary_mark() + path.suffix)
     _remove(temporary)  # in a container numbers of processes repeat
     try:
         write(temporary)
@@ -1121,11 +1143,12 @@ class Run:
         path: Path of the folder.
         settings: `Settings` of its models.
         info: dict of what `config.json` holds: format, settings of the models,
-            versions, command, started, image_size [H, W] of the frame, crop
-            [top, left, height, width] or None, latent_grids [[h, w], ...],
-            labels {name: number}, slice_range, intensity {rule, low, high},
-            simulated, dataset, data_dir, sampling {temperature: [...], top_p:
-            [...]}, a value a level, and, while under way, training.
+            versions, command, started, image_size [H, W] of the frame, images
+            (their number), crop [top, left, height, width] or None,
+            latent_grids [[h, w], ...], labels {name: number}, slice_range,
+            intensity {rule, low, high}, simulated, dataset, data_dir, sampling
+            {temperature: [...], top_p: [...]}, a value a level, and, while
+            under way, training.
     """
 
     def __init__(self, path, settings, info):
@@ -1403,9 +1426,9 @@ def read_history(run):
 
 def read_split_table(run):
     """Return `split.csv` of a run; its paths are relative to `data_dir`."""
-    words = ("path", "subject", "scan", "label", "split", "sha256")
-    numbers = ("slice", "position", "height", "width", "low", "high")
-    return _read(
+    words = ["path", "subject", "scan", "label", "split", "sha256"]
+    numbers = ["slice", "position", "height", "width", "low", "high"]
+    table = _read(
         run.split_path,
         pd.read_csv,
         dtype=dict.fromkeys(words, str),
@@ -1414,6 +1437,13 @@ def read_split_table(run):
         float_precision="round_trip",
         encoding_errors="surrogateescape",
     )
+    images = run.info.get("images", len(table))
+    if {*words, *numbers} - {*table} or len(table) != images:
+        raise RunError(
+            f"{run.split_path}: damaged, found {len(table)} images, expected "
+            f"{images}; restore the file"
+        )
+    return table
 
 
 # --------------------------------------------------------------- 4. Devices

@@ -400,6 +400,26 @@ def test_unusual_batches(shape):
     np.testing.assert_allclose(quantized, latents, rtol=5e-3)
 
 
+def test_models_of_users_are_loaded(tmp_path):
+    """A layer of ours in their model, and a subclass with a setting."""
+
+    @keras.saving.register_keras_serializable()
+    class Larger(modules.VQVAE):
+        def __init__(self, extra=3, **options):
+            super().__init__(**options)
+            self.extra = extra
+
+        def get_config(self):
+            return {**super().get_config(), "extra": self.extra}
+
+    x = keras.Input((8, 8, 4))
+    functional = keras.Model(x, new_quantizer(8, 4)(x)[0])
+    for model in (functional, Larger(extra=5, image_size=(32, 32))):
+        again = reload(model, tmp_path / "m.keras")
+        assert_all_equal(again.get_weights(), model.get_weights())
+    assert again.extra == 5 and again.image_size == (32, 32)
+
+
 # VQ-VAE
 
 

@@ -111,9 +111,6 @@ def draws(monkeypatch):
     return seen
 
 
-# Without a verb
-
-
 def test_bare_command(levels_run, tmp_path, monkeypatch, capsys):
     """It takes the newest run, writes figures and report, says what matters."""
     shutil.copytree(levels_run.path, tmp_path / "runs" / "a")
@@ -174,9 +171,6 @@ def test_the_shipped_model(tiny_run, tmp_path, monkeypatch, capsys):
     assert "the shipped model comes" in refused(4, capsys, "reconstruct")
 
 
-# Reconstruct
-
-
 def rows(capsys):
     """{file name: SSIM} that a reconstruction printed."""
     text = capsys.readouterr().out
@@ -217,9 +211,6 @@ def test_results_go_where_output_says(run, tmp_path):
     expected |= {"report.html", "MODEL_CARD.md", "figures", "samples"}
     assert {path.name for path in output.iterdir()} == expected
     assert figures(output / "figures") >= FIGURES
-
-
-# Generate
 
 
 def test_options_reach_the_sampler_and_the_names(run, draws):
@@ -446,9 +437,6 @@ def test_anomaly_does_not_use_labels(levels, tmp_path, draws, capsys):
     image = write_image(tmp_path, blobs(5))
     call("anomaly", levels.path, image, "--restorations", "1")
     assert all(np.isnan(one.slice_position).all() for one in draws)
-
-
-# Evaluate
 
 
 def test_evaluate_finds_what_training_found(run):
@@ -871,9 +859,6 @@ def test_export_is_all_or_nothing(vqvae_run, tmp_path, monkeypatch, capsys):
     with pytest.raises(OSError):
         call("export", vqvae_run.path, tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["dest"]
-
-
-# Refused
 
 
 def test_bad_flags(run, levels_run, capsys):

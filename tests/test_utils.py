@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,8 @@ def test_user_errors_are_one_line_and_an_exit_code(capsys):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
         (PermissionError(errno.EACCES, "Permission denied", "f"), "f: Perm"),
         (OSError("write failed, No space left on device"), "No space left"),
+        (OSError("86528 requested and 42944 written"), "No space left"),
+        (errors.UnknownError(None, None, "f; Input/output error"), "Input/"),
         (MemoryError(), "--batch-size"),
         (errors.ResourceExhaustedError(None, None, "OOM"), "out of memory"),
         (errors.UnavailableError(None, None, "gone"), "worker died"),
@@ -97,6 +100,17 @@ def test_a_second_signal_ends_at_once(name, capfd, monkeypatch):
         assert stopped.value.exit_code == 128 + number
     assert done == [(True, 1, number)]
     assert f"{name}: stopping soon" in capfd.readouterr().out
+
+
+def test_a_signal_in_a_finalizer_is_not_lost():
+    class Noted:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(utils.Stopped), utils.StopSignals():
+        Noted()
+        time.sleep(20)
 
 
 # Imports and environment
