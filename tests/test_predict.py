@@ -812,8 +812,7 @@ def test_inspect_as_json(any_run, capsys):
     assert files(any_run.path) == before
     call("inspect", any_run.path)
     page = capsys.readouterr().out
-    for part in ("level 1     grid 8x8, K=16, D=4, ", "\nprior", "ssim fore"):
-        assert part in page, part
+    assert "level 1     grid 8x8, K=16, D=4, " in page and "ssim fore" in page
 
 
 ELSEWHERE = """
@@ -895,8 +894,9 @@ def test_damaged_and_unfit_files_of_a_run(levels, capsys):
     pairs = ("split.csv", "reconstruct"), ("evaluation.json", "inspect")
     for name, verb in pairs:
         path, whole = levels.path / name, (levels.path / name).read_bytes()
-        path.write_bytes(b"")
-        assert f"{path}: damaged" in refused(4, capsys, verb, levels.path)
+        for damaged in (b"", b"path\n1", whole[: whole[:-1].rfind(b"\n")]):
+            path.write_bytes(damaged)
+            assert f"{path}: damaged" in refused(4, capsys, verb, levels.path)
         path.write_bytes(whole)
     path, upper = levels.prior_paths
     shutil.copy(upper, path)

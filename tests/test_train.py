@@ -157,18 +157,16 @@ def test_smoke_connects_everything_on_simulated_data(tmp_path, monkeypatch):
     (run,) = map(utils.Run.open, (tmp_path / "runs").glob("quickstart-*"))
     assert {*os.listdir(tmp_path)} == {"data", "runs"}
     assert run.info["simulated"] and run.info["image_size"] == [128, 112]
-    # A few images of each split, spread over its subjects and their slices.
     rows = utils.read_split_table(run)
     assert set(rows["split"].value_counts()) <= set(range(4, 9))
     rows = rows[rows["split"] == "train"]
     assert rows["subject"].nunique() == 2 and np.ptp(rows["position"]) > 0.5
 
 
-# Others have tests of their own: those of README's commands.
-TESTED = {"quickstart", "adni-vqvae-tuned", "oasis-vqvae-pixelcnn"}
+OF_README = {"quickstart", "adni-vqvae-tuned", "oasis-vqvae-pixelcnn"}
 
 
-@pytest.mark.parametrize("recipe", sorted({*utils.RECIPES} - TESTED))
+@pytest.mark.parametrize("recipe", sorted({*utils.RECIPES} - OF_README))
 def test_recipes_train_on_simulated_data(recipe, tmp_path, monkeypatch, plain):
     monkeypatch.chdir(tmp_path)
     train.main(["--recipe", recipe, "--smoke", "--image-size", "64x32"])

@@ -34,9 +34,6 @@ def cases(table):
     return pytest.mark.parametrize("case", rows, ids=lines)
 
 
-# Errors
-
-
 def test_user_errors_are_one_line_and_an_exit_code(capsys):
     for code, kind in ((2, "Flag"), (3, "Data"), (4, "Run"), (5, "Numerics")):
         error = getattr(utils, f"{kind}Error")("a\n  b")
@@ -113,9 +110,6 @@ def test_a_signal_in_a_finalizer_is_not_lost():
         time.sleep(20)
 
 
-# Imports and environment
-
-
 def test_help_needs_no_heavy_package():
     done = run_python(
         "-c",
@@ -153,9 +147,6 @@ def test_the_environment_of_the_user_does_not_matter(tmp_path):
     place = f"{tmp_path}:{ROOT}"
     done = run_python("-c", "import utils; utils.tf.x", PYTHONPATH=place)
     assert done.returncode == -signal.SIGABRT and done.stderr == "no AVX here\n"
-
-
-# Flags
 
 
 @cases("""
@@ -241,9 +232,6 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(capsys):
         assert recipe.settings.recipe == name and recipe.figure in text
 
 
-# Files
-
-
 def test_failed_write_keeps_the_old_file_alone(tmp_path):
     path, seen = tmp_path / "new" / "m.keras", []
 
@@ -287,9 +275,6 @@ def test_json_is_sorted_plain_and_refuses_nan(tmp_path):
     with pytest.raises(ValueError):
         utils.write_json(path, {"loss": float("nan")})
     assert path.read_text(encoding="utf-8") == text
-
-
-# Run folder
 
 
 def create(folder, **values):
@@ -444,9 +429,6 @@ def test_tables_of_a_run(run):
     pd.testing.assert_frame_equal(found, pd.DataFrame(columns))
 
 
-# Devices
-
-
 def test_devices(monkeypatch):
     name, reason = utils.choose_precision("auto")
     assert name in ("float32", "mixed_bfloat16") and reason
@@ -457,9 +439,6 @@ def test_devices(monkeypatch):
     for visible, text in (("-1", "hides every GPU"), ("0", "cannot use it")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert text in utils.describe_devices()
-
-
-# Metrics
 
 
 def image_pair(height, width, batch=3):
