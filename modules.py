@@ -70,7 +70,8 @@ class TrainableModel(Composite, keras.Model):
 
     A subclass gives `_batch_loss(batch, training)`: the mean loss over the
     images of a batch. It also updates the trackers that an epoch logs. Targets
-    and sample weights that `fit` is given are not used.
+    and sample weights that `fit` is given are not used, nor `loss` and
+    `metrics` of `compile`.
 
     Under a strategy of `tf.distribute` each replica trains on its part of the
     batch; the step equals that of one device with the whole batch, but for

@@ -189,6 +189,10 @@ class Complete(SamplingArguments, OutputArguments):
     number: Annotated[Few, arg(aliases=["-n"])] = 4
     """Number of completions of each image."""
 
+    def __post_init__(self):
+        if not self.images:
+            raise utils.FlagError("IMAGE: missing; see --help")
+
 
 @utils.settings
 class Anomaly(SamplingArguments, SplitArguments):
@@ -563,8 +567,6 @@ def complete(trained, options):
             f"{trained.run.path}: complete needs a run of one level, found "
             f"{vqvae.levels}: only there are completions exact"
         )
-    if not options.images:
-        raise utils.FlagError("IMAGE: missing; see --help")
     cut, kept = kept_part(vqvae, options.keep_fraction)
     slices = dataset.read_files(options.images, trained.run)
     images = slices.read()[..., 0]

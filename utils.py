@@ -1064,7 +1064,8 @@ def write_atomic(path, write):
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:  # that of a full disk names no file
-        error.filename = error.filename or str(path)
+        name = str(error.filename or path)
+        error.filename = name.replace(str(temporary), str(path))
         raise
     finally:
         _remove(temporary)
