@@ -2092,7 +2092,8 @@ def _letters_and_digits(name):
 def _read_labels(subjects, options):
     """Return the label of each subject, "" if unknown."""
     if options.labels is None:
-        print("no labels (of folders none are read; --labels names a table)")
+        if options.layout == "folder":
+            print("no labels: folders give none; --labels names a table")
         return ""
     if options.layout == "oasis":
         raise FlagError("--labels: the OASIS layout has none; use folder")
@@ -2116,30 +2117,8 @@ def _read_labels(subjects, options):
     labels = labels.str.replace(r"^\.", "0.", regex=True)
     _refuse_misread(labels.dropna().unique(), options.labels)
     wanted = subjects.map(_canonical)
-    # Of the other columns, the one that names most of the subjects; of two
-    # rather names than numbers, which may be those of the rows.
-    whole = known.map(lambda value: re.sub(r"\.0$", "", value.strip()))
-    keys = whole.map(lambda value: _canonical(_subject_of(value)))
-    numbers = known.map(str.isdigit).mean()
-    # Rows and ages are numbers too.
-    called = re.compile(r"(?i)subj|partic|patient|person|(^|[^a-z])(pt?|r)?id")
-    fits = {
-        k: (len({*keys[k]} & {*wanted}), -numbers[k], bool(called.search(k)))
-        for k in keys
-    }
-    column = max(fits, key=fits.get, default=None)
-    if not fits or not fits[column][0]:
-        raise DataError(
-            f"{_show(options.labels)}: no column names a subject of the "
-            f"volumes, expected ids such as {_some(subjects, 3)}"
-        )
-    for other in fits:
-        if fits[other] == fits[column] and any(keys[other] != keys[column]):
-            raise DataError(
-                f"{_show(options.labels)}: the columns {column} and {other} "
-                "both name the subjects, expected one; remove the other"
-            )
-    found = labels.groupby(keys[column]).agg(["first", "nunique"])
+    column, keys = _subject_column(known, wanted, options.labels)
+    found = labels.groupby(keys).agg(["first", "nunique"])
     result = wanted.map(found["first"]).fillna("")
     names = result[result != ""].unique()
     print(
@@ -2151,6 +2130,35 @@ def _read_labels(subjects, options):
     if unknown := sum(result == ""):
         print(f"{unknown} of {len(result)} volumes have no label")
     return result
+
+
+def _subject_column(table, wanted, file):
+    """Return the column of a table that names the subjects, and its ids.
+
+    The one that names most of them; of two rather names than numbers, which may
+    be those of the rows, and rather one that is called like an id.
+    """
+    whole = table.map(lambda value: re.sub(r"\.0$", "", value.strip()))
+    keys = whole.map(lambda value: _canonical(_subject_of(value)))
+    numbers = table.map(str.isdigit).mean()
+    called = re.compile(r"(?i)subj|partic|patient|person|(^|[^a-z])(pt?|r)?id")
+    fits = {
+        k: (len({*keys[k]} & {*wanted}), -numbers[k], bool(called.search(k)))
+        for k in keys
+    }
+    column = max(fits, key=fits.get, default=None)
+    if not fits or not fits[column][0]:
+        raise DataError(
+            f"{_show(file)}: no column names a subject of the volumes, "
+            f"expected ids such as {_some(wanted, 3)}"
+        )
+    for other in fits:
+        if fits[other] == fits[column] and any(keys[other] != keys[column]):
+            raise DataError(
+                f"{_show(file)}: the columns {column} and {other} both name "
+                "the subjects, expected one; remove the other"
+            )
+    return column, keys[column]
 
 
 def _refuse_misread(labels, file):
