@@ -1427,8 +1427,8 @@ def read_history(run):
 
 def read_split_table(run):
     """Return `split.csv` of a run; its paths are relative to `data_dir`."""
-    words = ["path", "subject", "scan", "label", "split", "sha256"]
-    numbers = ["slice", "position", "height", "width", "low", "high"]
+    words = ("path", "subject", "scan", "label", "split", "sha256")
+    numbers = ("slice", "position", "height", "width", "low", "high")
     table = _read(
         run.split_path,
         pd.read_csv,
@@ -1439,7 +1439,7 @@ def read_split_table(run):
         encoding_errors="surrogateescape",
     )
     images = run.info.get("images", len(table))
-    if {*words, *numbers} - {*table} or len(table) != images:
+    if {"path", "subject", "split"} - {*table} or len(table) != images:
         raise RunError(
             f"{run.split_path}: damaged, found {len(table)} images, expected "
             f"{images}; restore the file"

@@ -175,15 +175,19 @@ def levels_run(adni_dir, tmp_path_factory):
         "--texture-epochs 1"
     ).split()
     folder = tmp_path_factory.mktemp("levels") / "run"
-    return train_tiny(folder, *flags, data=adni_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.keras.Model, "run_eagerly", EAGER)
+        return train_tiny(folder, *flags, data=adni_dir)
+
+
+EAGER = property(lambda model: True, lambda model, value: None)
 
 
 @pytest.fixture
 def plain(monkeypatch):
     """Trainings without graphs, pictures and evaluation: what takes long."""
+    monkeypatch.setattr(utils.keras.Model, "run_eagerly", EAGER)
     for name in ("vqvae_pictures", "prior_pictures"):
         monkeypatch.setattr(train, name, lambda *_: None)
     for name in ("evaluate_run", "print_summary"):
         monkeypatch.setattr(predict, name, lambda *_: None)
-    eager = property(lambda model: True, lambda model, value: None)
-    monkeypatch.setattr(utils.keras.Model, "run_eagerly", eager)

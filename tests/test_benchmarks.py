@@ -25,7 +25,7 @@ def measure(script, *arguments):
     return common.run(script.__doc__, script.CASES, script.FLAGS, argv)
 
 
-def test_speed():
+def test_speed(plain):
     found = measure(speed, "--models", "quickstart_prior", "--steps", 2)
     assert all(found[name] for name in speed.CASES)
 
@@ -42,7 +42,7 @@ def test_lesions(tiny_run):
     assert lesions.add_lesion(0 * image, 3)[1].sum() == 0
 
 
-def test_time_to_ssim(adni_dir):
+def test_time_to_ssim(adni_dir, plain):
     flags = "--minutes", 0.001, "--epochs", 1, "--figure", "curve.png"
     assert len(measure(time_to_ssim, adni_dir, *flags)["curves"]) >= 3
     assert Path("curve.png").exists() and Path("rows.json").exists()

@@ -401,8 +401,6 @@ def test_unusual_batches(shape):
 
 
 def test_models_of_users_are_loaded(tmp_path):
-    """A layer of ours in their model, and a subclass with a setting."""
-
     @keras.saving.register_keras_serializable()
     class Larger(modules.VQVAE):
         def __init__(self, extra=3, **options):

@@ -163,10 +163,8 @@ def test_smoke_connects_everything_on_simulated_data(tmp_path, monkeypatch):
     assert rows["subject"].nunique() == 2 and np.ptp(rows["position"]) > 0.5
 
 
-OF_README = {"quickstart", "adni-vqvae-tuned", "oasis-vqvae-pixelcnn"}
-
-
-@pytest.mark.parametrize("recipe", sorted({*utils.RECIPES} - OF_README))
+# Others in test_readme.py; of two levels in its command with --data-dir.
+@pytest.mark.parametrize("recipe", sorted(utils.RECIPES)[:3:2])
 def test_recipes_train_on_simulated_data(recipe, tmp_path, monkeypatch, plain):
     monkeypatch.chdir(tmp_path)
     train.main(["--recipe", recipe, "--smoke", "--image-size", "64x32"])
@@ -423,7 +421,7 @@ def test_stopped_again_and_again(oasis_dir, tmp_path, monkeypatch, plain):
     arguments = [*oasis_flags(oasis_dir, *FLAGS), "--run-dir", stopped]
     while set(codes) <= {143}:
         with monkeypatch.context() as patch:
-            stop_after(9, patch)
+            stop_after(11, patch)
             codes.append(run_main(*arguments))
         arguments = ["--resume", stopped]
     assert codes[-1] == 0 and len(codes) > 2

@@ -200,7 +200,7 @@ def test_every_flag_shows_help_bounds_and_default(capsys):
         "--channels [1, 4096] Feature channels. (default: 48)",
         "None: chosen on validation subjects. (default: 1.0)",
         "--condition none|label|slice|label,slice Class label",
-        "--image-size {None}|H[xW] Height and width in pixels",
+        "--image-size {None}|H[xW] Height and width, 16 to",
     ):
         assert part in text
 
@@ -389,7 +389,7 @@ def test_newest_is_the_last_with_a_model(tmp_path, monkeypatch):
     --resume RUN --seed 3 --strategy none --force |
     --resume RUN --epochs 40 --prior-epochs 200 | epochs=40
     --resume RUN --data-dir d | data_dir=d
-    --resume RUN --epochs 4 | !--epochs
+    --resume RUN --epochs 4 | epochs=4
     --resume RUN --seed 4 | !--seed
     --resume RUN --run-dir x | !--run-dir
     --resume RUN --recipe adni-vqvae-tuned --data-dir x | !--recipe
@@ -421,6 +421,7 @@ def test_tables_of_a_run(run):
         "path": ["a\udce9.png", "NA"],
         "subject": ["001", "NA"],
         "label": ["", "AD"],
+        "split": ["train", "test"],
         "position": [0.1 + 0.2, np.nan],
         "low": [np.nan, 3.0],
     }
