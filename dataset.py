@@ -567,7 +567,8 @@ def _check_table(table, base, layout, split, ignored):
     if empty := sorted(needed - set(table["split"])):
         raise DataError(
             f"{_show(base)}: found {table['subject'].nunique()} subjects, none "
-            f"for {' and '.join(empty)}; looked for files like "
+            f"for {' and '.join(empty)}, expected two or more in all; looked "
+            "for files like "
             f"{layout.name.format('001', 10)} in folders "
             f"{_some(layout.prefix + split for split in SPLITS)}; ignored "
             f"{_some(os.path.relpath(path, base) for path in ignored)}"
