@@ -572,6 +572,7 @@ def _check_table(table, base, layout, split, ignored):
             f"{layout.name.format('001', 10)} in folders "
             f"{_some(layout.prefix + split for split in SPLITS)}; ignored "
             f"{_some(os.path.relpath(path, base) for path in ignored)}"
+            f"{_word_on_dicom(base)}"
         )
     splits = table.groupby("subject")["split"].nunique()
     if (splits > 1).any():
