@@ -349,7 +349,6 @@ FAULTS = {fault.name: fault for fault in [
     oasis("16 bits", always(png(DEEP))),
     oasis("RGBA, one alpha", always(png(OPAQUE))),
     oasis("RGBA", always(png(RGBA)), CLEAR),
-    oasis("LA, one alpha", always(png(OPAQUE[..., 2:]))),
     oasis("LA", always(png(RGBA[..., 2:])), CLEAR),
     oasis("RGB, equal channels", always(png(RGBA[..., :3]))),
     oasis("RGB", always(png(RGB)), **COLOUR),

@@ -162,7 +162,8 @@ def test_wrong_layouts_are_refused_in_one_line(oasis, tmp_path, hipmri_dir):
     with pytest.raises(DataError, match="cannot list"):
         dataset.scan(train_file(oasis), "oasis")
     (tmp_path / "none" / "pictures").mkdir(parents=True)
-    with pytest.raises(DataError, match="layouts none.*found pictures"):
+    (tmp_path / "none" / "IM1").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(DataError, match="none.*found IM1, pictures.*dcm2niix"):
         dataset.detect_layout(tmp_path / "none")
     shutil.copytree(hipmri_dir, tmp_path / "b")
     with pytest.raises(DataError, match="oasis, hipmri.*name the folder"):
