@@ -28,11 +28,13 @@ SLICES = 4  # a subject
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Give all tests that share runs to one process, else those of a file."""
-    runs = {"tiny_run", "vqvae_run", "levels_run", "any_run"}
+    """Give all tests that share what takes long to make to one process."""
+    runs = ("tiny_run", "vqvae_run", "levels_run", "any_run")
+    groups = {**dict.fromkeys(runs, "runs"), "alone": "alone"}
+    groups |= {name: name for name in ("half_done", "people", "simulated")}
     for item in items:
-        group = "runs" if runs & {*item.fixturenames} else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        for name in groups.keys() & {*item.fixturenames}:
+            item.add_marker(pytest.mark.xdist_group(groups[name]))
 
 
 def blobs(*key, shape=(SIZE, SIZE)):
