@@ -268,7 +268,7 @@ def scan(root, dataset, pattern=None, split=None):
     table = kept.reset_index(drop=True)
     for name in ("subject", "scan", "label"):
         table[name] = _unify(table[name])
-    if around is not None and not pattern:
+    if any_folder and not pattern:
         _note_what_may_be_several(table, notes)
     people = table.groupby("label")["subject"].nunique()
     if any_folder and (len(people) == 1 or people.max() == 1):
@@ -400,7 +400,8 @@ def files_below(folder, ignored=None, onerror=_refuse_folder):
     for parent, names, files in os.walk(top, True, onerror, followlinks=True):
         real, inside = os.path.realpath(parent), os.path.relpath(parent, top)
         names[:] = sorted(n for n in names if not hidden.match(n))
-        if real in seen or {"config.json", "split.csv"} <= {*files}:
+        is_run = inside != "." and {"config.json", "split.csv"} <= {*files}
+        if real in seen or is_run:
             ignored.append(parent)
             names.clear()
             continue
@@ -567,9 +568,8 @@ def _check_table(table, base, layout, split, ignored):
     if empty := sorted(needed - set(table["split"])):
         raise DataError(
             f"{_show(base)}: found {table['subject'].nunique()} subjects, none "
-            f"for {' and '.join(empty)}, expected two or more in all; looked "
-            "for files like "
-            f"{layout.name.format('001', 10)} in folders "
+            f"for {' and '.join(empty)}, expected two or more in all; "
+            f"looked for files like {layout.name.format('001', 10)} in folders "
             f"{_some(layout.prefix + split for split in SPLITS)}; ignored "
             f"{_some(os.path.relpath(path, base) for path in ignored)}"
             f"{_word_on_dicom(base)}"

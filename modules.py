@@ -1842,10 +1842,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
     def call(
         self, indices, upper=(), label=None, slice_position=None, training=False
     ):
-        indices, context = (
-            tf.ensure_shape(indices, (None, *self.latent_grid)),
-            None,
-        )
+        indices = tf.ensure_shape(indices, (None, *self.latent_grid))
+        context = None
         if self.use_context:
             null = tf.fill(tf.shape(indices)[:1], -1)
             given = (null if x is None else x for x in (slice_position, label))

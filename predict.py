@@ -13,8 +13,8 @@
 RUN is a folder that train.py made; complete and export need it. The others take
 the newest run under runs/ or, if there is none, the trained model under
 resources/pretrained.
-Results go into the run folder, those of the shipped model to
-runs/results-NAME, or else into the folder given by --output.
+Results go into the run folder, those of the shipped model into
+runs/results-NAME; --output names another folder.
 """
 
 import base64
@@ -98,8 +98,8 @@ class SamplingArguments:
     """What every verb takes that samples."""
 
     seed: utils.Seed | None = None
-    """Image k depends on it, on k and on what is asked for (default: the
-    run's)."""
+    """Seed: image k depends on it, on k and on what is asked for (default: that
+    of the run)."""
     temperature: utils.Temperature | None = None
     """Sampling temperature; below 1 favours likely codes
     (default: chosen for the run; 1 with --top-p)."""

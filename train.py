@@ -298,7 +298,7 @@ def plan_resume(job, earlier):
                 f"{run.history_path}: no epoch of {min(lost)}; restore the file"
             )
         longer = {part for part in longer if asked[part] > epochs[part]}
-    for part in stages:
+    for part in sorted(stages):
         if change[part] < 0:
             refuse_too_few(part, asked[part], epochs, stages & parts)
     if "texture" in more - trained:

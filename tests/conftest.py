@@ -30,8 +30,8 @@ SLICES = 4  # a subject
 def pytest_collection_modifyitems(items):
     """Give all tests that share what takes long to make to one process."""
     runs = ("tiny_run", "vqvae_run", "levels_run", "any_run")
-    groups = {**dict.fromkeys(runs, "runs"), "alone": "alone"}
-    groups |= {name: name for name in ("half_done", "people", "simulated")}
+    groups = {x: x for x in ("alone", "half_done", "people", "simulated")}
+    groups |= dict.fromkeys(runs, "runs")
     for item in items:
         for name in groups.keys() & {*item.fixturenames}:
             item.add_marker(pytest.mark.xdist_group(groups[name]))

@@ -243,9 +243,7 @@ def test_where_no_subject_can_be_told_every_file_is_one(tmp_path):
     assert set(index.table["label"]) == {"AD", "Non AD"}
     assert "scores may be too good" in index.notes[0]
     for pattern in ("(", "brain", "(?P<subject>nobody)"):
-        with pytest.raises(
-            FlagError, match="--subject-pattern: (found|.* fits)"
-        ):
+        with pytest.raises(FlagError, match="-pattern: (found|.* fits)"):
             dataset.scan(root, "folder", pattern)
     for form in ("{p}_z-{k}_label.png", "{p}_z{k}_label.png"):
         write_folder(tmp_path / "e", form)

@@ -103,7 +103,6 @@ def test_a_signal_in_a_finalizer_is_not_lost():
     class Noted:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
 
     with pytest.raises(utils.Stopped), utils.StopSignals():
         Noted()
