@@ -1020,6 +1020,11 @@ def _check_together(chosen, is_new):
             f"--data-dir is required for --dataset {data.dataset}: the folder "
             "that holds its images (but for folder, --smoke simulates them)"
         )
+    # Before TensorFlow, which takes its time, is imported.
+    if is_new and not os.path.isdir(data.data_dir or "."):
+        raise DataError(
+            f"{data.data_dir}: not a folder, expected that of --data-dir"
+        )
     bits = search.objective == "ssim+bits"
     whole = run.stage == "all" or run.stage == "vqvae" and not bits
     if search.tune and (run.resume or run.prior_level or not whole):

@@ -220,11 +220,13 @@ def test_values_are_read_by_type():
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(capsys):
     assert utils.parse_training([]) == utils.RECIPES["quickstart"].settings
-    argv = "--recipe adni-vqvae-pixelcnn --data-dir d --num-embeddings 512"
+    argv = "--recipe adni-vqvae-pixelcnn --data-dir . --num-embeddings 512"
     for words, number in ((4, 32), (6, 512)):  # 512 is the default, too
         chosen = utils.parse_training(argv.split()[:words])
         assert chosen.vqvae.num_embeddings == number
-        assert chosen.vqvae.downsampling == 8 and chosen.data.data_dir == "d"
+        assert chosen.vqvae.downsampling == 8 and chosen.data.data_dir == "."
+    with pytest.raises(utils.DataError, match="^x: not a folder"):
+        utils.parse_training(argv.replace("dir .", "dir x").split())
     assert exit_code(utils.parse_training, "--list-recipes") == 0
     text = capsys.readouterr().out
     for name, recipe in utils.RECIPES.items():
