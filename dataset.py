@@ -1834,6 +1834,7 @@ PLANES = {
 # Visits behind a subject: AB01_M12, AB01_BL.
 VISITS = re.compile(rf"(?<=\d)(?:[-_. ]+(?:{APART}|(?i:bl|sc|pre|post)))+$")
 MISSING = {"", ".", "n/a", "na", "nan", "none", "?"}  # for a label, any case
+OBLIQUE = math.radians(15)  # between the axes of voxels and of the body
 INSIDE = 0.1  # of the intensity range: what is brighter is content
 
 
@@ -2094,6 +2095,8 @@ def _letters_and_digits(name):
 def _read_labels(subjects, options):
     """Return the label of each subject, "" if unknown."""
     if options.labels is None:
+        if options.label_column != Slice.label_column:
+            raise FlagError("--label-column: needs the table of --labels")
         if options.layout == "folder":
             print("no labels: folders give none; --labels names a table")
         return ""
@@ -2245,6 +2248,8 @@ def _open_volume(path, axes):
         voxels, spacing = _turn(image, axes)
         if spacing is None:
             raise _Unfit("found an affine without orientation, expected one")
+        if max(nibabel.affines.obliquity(image.affine)) > OBLIQUE:
+            notes.append("oblique: slices follow the voxels, not the body")
         if isinstance(image, nibabel.analyze.AnalyzeImage):  # also NIfTI
             codes = map(image.header.get, ("sform_code", "qform_code"))
             base = image.header.get_base_affine()  # of size and spacing alone

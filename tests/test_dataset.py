@@ -950,6 +950,7 @@ def test_flags_of_slicing(brain, tmp_path, capsys):
         f"--labels {root}/participants.tsv --label-column x": "the columns",
         f"--labels {tmp_path}/other.csv": "no column names a subject",
         f"--labels {root}/none.csv": "none.csv",
+        "--label-column x": "--label-column: needs",
         "--match *": r"24 T1w, 1 bold; .* --match '\*T1w\.\*'",
     }.items():
         if flags == "--match *":
@@ -1010,9 +1011,11 @@ def test_thick_planes_are_taken_as_they_are(tmp_path):
     nibabel.save(NIFTI(volume[..., :1], affine), tmp_path / "v.nii")
     images, [note] = dataset.cut_volume(str(tmp_path / "v.nii"), options)
     assert len(images) == 1 and images.any() and "as in a mask" in note
-    nibabel.save(NIFTI(volume, None), tmp_path / "v.nii")
-    _, notes = dataset.cut_volume(str(tmp_path / "v.nii"), options)
-    assert notes == ["no orientation is stated: the sides are a guess"]
+    tilted = affine + 0.4 * np.eye(4, k=1)
+    for sides, note in (None, "no orientation is stated"), (tilted, "oblique"):
+        nibabel.save(NIFTI(volume, sides), tmp_path / "v.nii")
+        _, [found] = dataset.cut_volume(str(tmp_path / "v.nii"), options)
+        assert found.startswith(note)
 
 
 def test_names_of_volumes(capsys):
