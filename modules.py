@@ -76,6 +76,7 @@ class TrainableModel(Composite, keras.Model):
     Under a strategy of `tf.distribute` each replica trains on its part of the
     batch; the step equals that of one device with the whole batch, but for
     random draws (dropout, times and noise of a texture), which replicas share.
+    Gradients are clipped as one by `global_clipnorm` of the optimizer only.
 
     Attributes:
         accumulation_steps: int >= 1. Parts that a replica splits its batch
@@ -490,9 +491,11 @@ class VectorQuantizer(keras.layers.Layer):
         count, found = tf.shape(latents)[0], []
         bounds = [count * k // self.PIECES for k in range(self.PIECES + 1)]
         for a, b in itertools.pairwise(bounds):
-            products = tf.matmul(latents[a:b], -2 * codebook, transpose_b=True)
-            scores = tf.nn.bias_add(products, squares)  # (N / PIECES, K)
-            found.append(tf.argmin(scores, axis=1, output_type=tf.int32))
+            with tf.control_dependencies(found[-1:]):  # one after the other
+                piece = latents[a:b]
+                products = tf.matmul(piece, -2 * codebook, transpose_b=True)
+                scores = tf.nn.bias_add(products, squares)  # (N / PIECES, K)
+                found.append(tf.argmin(scores, axis=1, output_type=tf.int32))
         return tf.concat(found, axis=0)
 
     def lookup(self, indices):
@@ -763,10 +766,10 @@ class VQVAE(TrainableModel):
         self(tf.zeros((1, *self.image_size, 1)))  # makes the weights
 
     def _add_level(self, level, seed):
-        """Add attributes `encoder_1`, `quantizer_1`, ...: named, not listed.
+        """Add attributes `encoder_1`, `quantizer_1`, ... of a level.
 
-        Keras restores the members of a list by class and position, so a list
-        of levels could be loaded in the wrong order without an error.
+        Their order is part of the file format: Keras restores projections and
+        quantizers by class and order of creation.
         """
         options = self.settings
         quantizer = VectorQuantizer(seed, **dataclasses.asdict(options))
@@ -1846,7 +1849,8 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         context = None
         if self.use_context:
             null = tf.fill(tf.shape(indices)[:1], -1)
-            given = (null if x is None else x for x in (slice_position, label))
+            given = [null if x is None else x for x in (slice_position, label)]
+            given = map(tf.convert_to_tensor, given)
             context = self.context(*given, tuple(upper), training=training)
         codes = self.embedding(indices)
         return self._predict(self._hidden(codes, context, training))
@@ -2026,6 +2030,24 @@ def load_model(path):
         ) from error
 
 
+def load_vqvae(run, on_cpu=False):
+    """Load the VQ-VAE of a run, to be used `on_cpu` or wherever it is fastest.
+
+    Where bfloat16 is slow, images are decoded in float32. They are encoded as
+    in training: other arithmetic would give other codes.
+    """
+    vqvae = load_model(run.vqvae_path)
+    if not (utils.has_cpu_bfloat16() if on_cpu else utils.has_bfloat16()):
+        compute_in_float32(vqvae.decoder_1)
+    return vqvae
+
+
+def compute_in_float32(part):
+    """Let a layer, with those inside, compute in float32 from now on."""
+    for layer in part._flatten_layers():
+        layer.dtype_policy = "float32"
+
+
 def load_models(run):
     """Load the VQ-VAE of a run and its priors, bottom first; [] if none.
 
@@ -2033,7 +2055,7 @@ def load_models(run):
         utils.RunError: if one is missing, damaged, or was trained on the
             indices of another VQ-VAE.
     """
-    vqvae = load_model(run.vqvae_path)
+    vqvae = load_vqvae(run)
     paths = enumerate(run.prior_paths if run.has_priors else (), start=1)
     return vqvae, [load_for(vqvae, path, level) for level, path in paths]
 
@@ -2067,9 +2089,8 @@ def load_texture(run, vqvae):
     if not run.texture_path.exists():
         return None
     texture = load_for(vqvae, run.texture_path)
-    if utils.choose_precision()[0] == "float32":  # all else is slow here
-        for layer in texture._flatten_layers():
-            layer.dtype_policy = "float32"
+    if not utils.has_bfloat16():  # it is slow then
+        compute_in_float32(texture)
     return texture
 
 

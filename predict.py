@@ -289,7 +289,7 @@ class Trained:
         if level:  # other priors may still be in training
             utils.warn(f"{what}: no priors are used")
         if missing or isinstance(options, Reconstruct):
-            return cls.of(run, modules.load_model(run.vqvae_path), [], options)
+            return cls.of(run, modules.load_vqvae(run), [], options)
         trained = cls.of(run, *modules.load_models(run), options)
         check_conditions(trained, options)
         return trained

@@ -151,7 +151,7 @@ class Job:
         First asked for outside of a graph, in which it would be loaded.
         """
         with tf.device("CPU"):
-            return modules.load_model(self.run.vqvae_path)
+            return modules.load_vqvae(self.run, on_cpu=True)
 
     def begin(self, parts, **epochs_before):
         """Note which parts are to be made; removes all checkpoints.
@@ -181,6 +181,8 @@ class Job:
 
     def finish(self, part, model):
         """Save the model of a part; the training is past it."""
+        # Nothing reads its optimizer, which is twice as large as the weights.
+        model.optimizer, model.compiled = None, False
         utils.write_atomic(self.run.model_path(part), model.save)
         # These show the model that was there before.
         run = self.run
@@ -509,7 +511,7 @@ def train_models(job, *callbacks):
         print(f"{replicas} replicas share each batch")
     if not run.is_done("vqvae"):
         train_vqvae(job, callbacks)
-    vqvae, priors = modules.load_model(run.vqvae_path), []
+    vqvae, priors = modules.load_vqvae(run), []
     if not run.is_done("indices"):
         encode_splits(job, vqvae)
     indices = utils.read_indices(run)

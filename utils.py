@@ -62,6 +62,8 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Its faster kernels, which it uses by itself on CPUs with AVX-512 only.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+# Other processes may use the same GPU, as those that share a search.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 # Its Python log warns of retracing whenever several models are trained.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
@@ -683,7 +685,8 @@ class RunSettings:
     )
     """Dtype of the arithmetic."""
     strategy: Literal["auto", "none", "mirrored", "multiworker"] = "auto"
-    """mirrored: all GPUs here; multiworker: the machines in TF_CONFIG."""
+    """none: one device; mirrored: all GPUs here; multiworker: the machines in
+    TF_CONFIG; auto: these if there are any, else one device."""
     jit: bool = False
     """Compile training steps with XLA."""
     seed: Seed = 0
@@ -1459,16 +1462,25 @@ def choose_precision(precision="auto"):
     """Return (Keras policy, reason); bfloat16 where hardware computes it."""
     if precision != "auto":
         return precision, "asked for"
+    if has_bfloat16():
+        return "mixed_bfloat16", "the hardware computes bfloat16"
+    return "float32", "the hardware does not compute bfloat16"
+
+
+def has_bfloat16():
+    """Return whether all GPUs, or the CPU if there is none, compute it."""
     gpus = tf.config.list_physical_devices("GPU")
     details = map(tf.config.experimental.get_device_details, gpus)
     fast = [d.get("compute_capability", (0, 0)) >= (8, 0) for d in details]
-    if not gpus:
-        with contextlib.suppress(OSError):
-            flags = Path("/proc/cpuinfo").read_text().split()
-            fast = [not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)]
-    if fast and all(fast):
-        return "mixed_bfloat16", "the hardware computes bfloat16"
-    return "float32", "the hardware does not compute bfloat16"
+    return all(fast) if gpus else has_cpu_bfloat16()
+
+
+def has_cpu_bfloat16():
+    """Return whether the CPU computes bfloat16."""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text().split()
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return False
 
 
 def describe_devices():
@@ -1499,10 +1511,8 @@ def choose_strategy(name="auto", alone=False):
     except ValueError as error:
         raise FlagError(f"TF_CONFIG: expected JSON ({error})") from error
     workers = sum(len(jobs.get(job, ())) for job in ("chief", "worker"))
-    if name == "auto":
-        several = len(tf.config.list_physical_devices("GPU")) > 1
-        name = "mirrored" if several else "none"
-        name = "multiworker" if workers > 1 else name
+    if name == "auto":  # batches of recipes are small for several GPUs
+        name = "multiworker" if workers > 1 else "none"
     if name == "mirrored":
         return tf.distribute.MirroredStrategy()
     if name == "none":

@@ -574,14 +574,15 @@ def test_vqvae_refuses():
         tiny_vqvae(levels=4)
     with pytest.raises(ValueError, match="last axis .* expected 4, found 8"):
         new_quantizer(8, 4)(noise(2, 3, 3, 8))
+    model = tiny_vqvae()
     with pytest.raises(ValueError, match="16 and 32"):  # not the corner of it
-        tiny_vqvae().encode(blocky_images(1, 32, 32))
+        model.encode(blocky_images(1, 32, 32))
     for kind, found in ("uint8", "<dtype"), ("float32", "some above 2"):
         with pytest.raises(Exception, match=f"floats in 0..1, found {found}"):
-            tiny_vqvae().encode(np.full((1, 16, 16, 1), 200, kind))
+            model.encode(np.full((1, 16, 16, 1), 200, kind))
     for grids in ([np.zeros((1, 3, 9), "int32")], [np.zeros((1, 8, 8))] * 2):
         with pytest.raises(ValueError, match="be equal|found 2"):
-            tiny_vqvae().decode_indices(grids)
+            model.decode_indices(grids)
 
 
 # Causal layers and priors
@@ -1106,6 +1107,22 @@ def test_texture_learns_what_reconstructions_lack(tmp_path):
     found = texture.add(decoded, 3, tf.range(8)).numpy() - decoded
     assert not found[:, :4].any()
     assert abs(found - stripes)[:, 4:].mean() < 0.015 < 0.03 < found.std()
+
+
+def test_images_are_decoded_without_slow_bfloat16(tmp_path, monkeypatch):
+    """Prevents: other codes than in training, or rounding without need."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    tiny_vqvae(levels=2).save(tmp_path / "vqvae.keras")
+    keras.config.set_dtype_policy("float32")
+    run, found = utils.Run(tmp_path, utils.Settings(), {}), []
+    for has in True, False:
+        monkeypatch.setattr(utils, "has_bfloat16", lambda has=has: has)
+        model = modules.load_vqvae(run)
+        codes = model.encode(blocky_images(2, 16, 16))
+        found.append((codes, model.decode_indices(codes).numpy()))
+    (codes, rough), (same, fine) = found
+    assert_all_equal(codes, same)
+    assert 0 < abs(rough - fine).max() < 0.02
 
 
 def test_generate_in_a_graph():
