@@ -1489,7 +1489,8 @@ def describe_devices():
     if gpus:
         details = map(tf.config.experimental.get_device_details, gpus)
         names = {detail.get("device_name", "GPU") for detail in details}
-        return f"devices: {len(gpus)} x {', '.join(sorted(names))}"
+        more = "; --strategy mirrored takes all" if len(gpus) > 1 else ""
+        return f"devices: {len(gpus)} x {', '.join(sorted(names))}{more}"
     why, drivers = "", ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
     if tf.test.is_built_with_cuda() and any(map(os.path.exists, drivers)):
         why = "; this machine has a GPU, but TensorFlow cannot use it: install "
