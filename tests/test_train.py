@@ -76,8 +76,8 @@ def test_indices_are_the_encoded_images_of_each_split(tiny_run):
     counts = [len(indices[f"{name}_1"]) for name in dataset.SPLITS]
     assert len(indices) == 3 and counts == [4 * SLICES, SLICES, SLICES]
     images = dataset.load_run(tiny_run)["test"].read()
-    found = modules.load_model(tiny_run.vqvae_path).encode(images)[0]
-    np.testing.assert_array_equal(found, indices["test_1"])
+    vqvae = modules.load_model(tiny_run.vqvae_path)
+    np.testing.assert_array_equal(vqvae.encode(images)[0], indices["test_1"])
 
 
 def test_history_has_a_row_an_epoch_of_both_stages(tiny_run):
