@@ -703,8 +703,11 @@ def _turn(image, axes):
     return nibabel.apply_orientation(voxels, turn), spacing
 
 
-def _read_nifti(path, notes):
-    """Return the only plane in a NIfTI file, with its axes to RAS."""
+def _read_nifti(path, notes, upright):
+    """Return the only plane in a NIfTI file, with its axes to RAS.
+
+    If `upright`, turned as `cut_volume` turns planes of this kind.
+    """
     with _library("NIfTI file"):
         image = _open_nifti(path)
         sides = [n for n in image.shape if n > 1]
@@ -714,9 +717,17 @@ def _read_nifti(path, notes):
                 f"found shape {image.shape}, expected one plane; cut volumes "
                 "with python dataset.py slice"
             )
-        voxels, spacing = _turn(image, "RAS")
-        codes = "".join(map(str, nibabel.aff2axcodes(image.affine)))
-        if spacing is not None and codes != "RAS":
+        codes, axes = nibabel.aff2axcodes(image.affine), "RAS"
+        if upright:
+            across = codes[(*image.shape, 1).index(1)]  # the plane
+            across = {"I": "S", "P": "A", "L": "R"}.get(across, across)
+            goals = (goal for goal, _ in PLANES.values() if goal[0] == across)
+            axes = next(goals, axes)
+        voxels, spacing = _turn(image, axes)
+        if spacing is not None and upright:
+            notes.add("turned upright, like the pictures of the run")
+        elif spacing is not None and codes != tuple(axes):
+            codes = "".join(codes)
             notes.add(f"stored with axes to {codes}; turned to RAS")
     return np.atleast_2d(voxels.squeeze())
 
@@ -726,11 +737,11 @@ _UNREAD = {"reason": "", "sha256": "", "notes": (), "height": 0, "width": 0}
 _UNREAD |= {"full": 0, "low": 0.0, "high": 0.0, "constant": False, "cut": False}
 
 
-def _read_file(path):
+def _read_file(path, upright=False):
     """Return what is known of a file, and its image as it is stored."""
     data, notes, full = _read_bytes(path), set(), 0
     if str(path).lower().endswith((".nii", ".nii.gz")):
-        image = _read_nifti(path, notes)  # nibabel opens it again
+        image = _read_nifti(path, notes, upright)  # nibabel opens it again
     else:
         image, full = _read_picture(path, data, notes)
     fit = image.dtype.kind != "f" or np.abs(image) <= MOST_INTENSITY
@@ -823,6 +834,7 @@ class _Plan:
     kept: tuple | None = None  # sizes not scaled but padded, cropped: all
     white: dict | None = None  # {full scale: share of it that becomes 1}
     least: tuple | None = None  # from this size to the frame's none is scaled
+    upright: bool = False  # whether NIfTI slices are turned like pictures
 
     def scales(self, size):
         """Whether images of a size are scaled."""
@@ -920,7 +932,7 @@ def _complete(plan, names):
     sizes, shades = [], collections.defaultdict(list)
     for row in utils.spread(len(names), 256):
         with contextlib.suppress(_Unfit):  # it is named when all are read
-            values, image = _read_file(names[row])
+            values, image = _read_file(names[row], plan.upright)
             sizes.append(image.shape)
             if values["full"]:
                 some = image.ravel()[:: max(3, image.size // 2**15)]
@@ -946,7 +958,7 @@ def _decode_scan(names, levels, plan):
     files, voxels = [], []
     for name, (low, _) in zip(names, levels, strict=True):
         try:
-            values, image = _read_file(name)
+            values, image = _read_file(name, plan.upright)
             if np.isnan(low) and not values["full"]:
                 voxels.append(image.ravel())
         except _Unfit as error:
@@ -1243,13 +1255,15 @@ def _plan_of_run(run, white=None):
     """Return how images that are not of a run's data become its images.
 
     A size between that of the crop and the frame presumably shows bodies as
-    large as training images do.
+    large as training images do. NIfTI slices are turned if those are pictures.
     """
     size = tuple(run.info["image_size"])
+    upright = run.info["intensity"]["high"] > 0  # that of pictures
     if run.settings.data.resize:
-        return _Plan(size, (), white)
+        return _Plan(size, (), white, upright=upright)
     own = tuple(sorted(set(_sizes(_split_table(run)))))
-    return _Plan(size, own, white, tuple((run.info["crop"] or size)[-2:]))
+    least = tuple((run.info["crop"] or size)[-2:])
+    return _Plan(size, own, white, least, upright)
 
 
 def _white_of_run(run):
@@ -1272,6 +1286,11 @@ def read_files(paths, run):
     """
     here, files = Path.cwd(), []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if os.path.exists(os.path.join(path, "vqvae.keras")):
+            raise DataError(
+                f"{_show(path)}: found a run folder, expected images; a run "
+                "comes before them"
+            )
         below = filter(IMAGE_FILE.fullmatch, files_below(path))
         more = [*below] if os.path.isdir(path) else [os.fspath(path)]
         if not more:

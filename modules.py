@@ -2302,7 +2302,7 @@ def _generate_in_graph(models, n, seed, temperature, label):
     size, labels = priors[0].chunk_size, priors[0].labels
     found = tf.constant(["", *labels]) == label
     asked = tf.argmax(found, output_type=tf.int32) - 1
-    known = f"label: expected one of {', '.join(labels) or 'none'}, or empty"
+    known = f"label: expected one of {', '.join(['empty', *labels])}"
     for right, text in (
         (n >= 1, "n: expected >= 1"),
         (seed >= 0, "seed: expected >= 0"),

@@ -254,11 +254,26 @@ def main(argv):
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
     if not (options.run or vars(options).get("json")):
         print(f"run folder {run.path}")
+    path = output_path(run, options)
+    if "output" in vars(options) and path.exists():
+        if not os.access(path, os.W_OK):
+            raise utils.ResourceError(
+                f"{path}: cannot be written to; name a folder with --output"
+            )
     with utils.StopSignals():
         models = models_hash(run)  # samples are filed under it
         trained = Trained.load(run, options)
         refuse_replaced(run, models)
         verbs[name][0](trained, options)
+
+
+def output_path(run, options):
+    """Folder of the results of a verb."""
+    if folder := getattr(options, "output", None):
+        return Path(folder)
+    if utils.RESOURCES in run.path.resolve().parents:
+        return Path("runs") / f"results-{run.path.name}"
+    return run.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,10 +316,7 @@ class Trained:
         Sampling is as chosen for the run, unless they say a part of that.
         """
         output, asked = copy.copy(run), vars(options) if options else {}
-        if asked.get("output"):
-            output.path = Path(options.output)
-        elif utils.RESOURCES in run.path.resolve().parents:
-            output.path = Path("runs") / f"results-{run.path.name}"
+        output.path = output_path(run, options)
         seed = asked.get("seed")
         seed = run.settings.run.seed if seed is None else seed
         names = [field.name for field in dataclasses.fields(modules.Sampling)]
@@ -382,13 +394,22 @@ def show(trained, options):
 
 def reconstruct(trained, options):
     """Write `figures/reconstructions.png` of files or of a split."""
-    slices = chosen_images(trained.run, options)
-    name = "reconstructed_images" if options.images else "reconstructions"
+    slices, split = chosen_images(trained.run, options), options.split
+    name = "reconstructions" + f"_{split}" * (split != "test")
+    name = "reconstructed_images" if options.images else name
     path = trained.output.figures_path / f"{name}.png"
-    values = plot_reconstructions(path, trained, slices.read())
+    about = {"captions": [short_name(x) for x in slices.table["path"]]}
+    about["title"] = f"Reconstructions, {min(len(slices), PICTURED)} images of "
+    about["title"] += f"{len(slices)}" if options.images else f"split {split}"
+    values = plot_reconstructions(path, trained, slices.read(), **about)
     for file, value in zip(slices.table["path"], values, strict=True):
         print(f"SSIM {value:.4f}  {Path(file).name}")
     print(f"reconstructions: {path}")
+
+
+def short_name(path):
+    """The end of a file's name without suffix, for a caption."""
+    return dataset.SUFFIX.sub("", Path(path).name)[-24:]
 
 
 def chosen_images(run, options):
@@ -413,7 +434,8 @@ def generate(trained, options):
     """
     folder, drawn = sample_folder(trained), 0
     utils.remove_temporary_files(folder.glob("*.tmp-*"))
-    name, kind = sample_name(trained, options), options.format
+    asked, kind = sample_request(trained, options).items(), options.format
+    name = "_".join(key.replace("_", "-") + text for key, text in asked)
     start, end = options.first, options.first + options.number
     edges = [start, *range(start // CHUNK * CHUNK + CHUNK, end, CHUNK), end]
     chunks = [(a, b - a) for a, b in itertools.pairwise(edges)]
@@ -431,13 +453,14 @@ def generate(trained, options):
     files = sample_files(folder / name, kind, first, count)
     suffix = f"_{first:06d}" if first else ""
     path = trained.output.figures_path / f"samples{suffix}.png"
-    plot_samples(path, trained, read_images(files)[:count], name)
+    plot_samples(path, trained, read_images(files)[:count], options)
     print(f"the first {count}: {path}")
 
 
-def plot_samples(path, trained, images, name):
+def plot_samples(path, trained, images, options):
     """Draw generated images, all of them, in order."""
-    words = re.sub(r"(label|[a-z](?=\d))", r"\1 ", name).replace("_", ", ")
+    asked = sample_request(trained, options).items()
+    words = ", ".join(f"{key.replace('_', ' ')} {x}" for key, x in asked)
     title = f"Generated slices, uncurated: {words}"
     utils.plot_samples(path, *trained.cut(images), title)
 
@@ -492,8 +515,8 @@ def refuse_replaced(run, models):
         )
 
 
-def sample_name(trained, options):
-    """Name of a request: its seed, and what differs from the plain model."""
+def sample_request(trained, options):
+    """Seed of a request, and what differs from the plain model, as text."""
     told = {"seed": [trained.seed]}
     usual = dataclasses.asdict(modules.Sampling())
     for key, values in trained.sampling_values().items():
@@ -503,11 +526,10 @@ def sample_name(trained, options):
         if (value := getattr(options, key)) is not None:
             told[key] = [value]
     # All digits of a number, but 2 for 2.0.
-    return "_".join(
-        key.replace("_", "-")
-        + "-".join(str(value).removesuffix(".0") for value in values)
+    return {
+        key: "-".join(str(value).removesuffix(".0") for value in values)
         for key, values in told.items()
-    )
+    }
 
 
 def sample_files(path, kind, first, count):
@@ -629,7 +651,8 @@ def anomaly(trained, options):
     for row in table.itertuples():
         name, score, percentile = Path(row.path).name, row.score, row.percentile
         print(f"{score:.4f}  percentile {percentile:5.1f}  {name}")
-        captions.append(f"score {score:.3f}\npercentile {percentile:.0f}")
+        score = f"score {score:.3f}\npercentile {percentile:.0f}"
+        captions.append(f"{short_name(row.path)}\n{score}")
     some = utils.spread(len(table), PICTURED)
     shown = [found[name][some] for name in ("images", "restored", "residual")]
     vqvae = trained.vqvae
@@ -728,8 +751,10 @@ def export(trained, options):
             "or an empty folder"
         )
     facts = run_facts(trained)
-    kept = ("versions", "intensity", "labels", "latent_grids", "crop", "data")
+    kept = ("versions", "intensity", "latent_grids", "crop", "data")
     about = {key: facts[key] for key in kept if key in facts}
+    known = trained.priors[0].labels if trained.priors else ()
+    about["labels"] = {name: number for number, name in enumerate(known)}
     signatures = ["encode", "decode", "generate"][: 2 + bool(trained.priors)]
     about["signatures"] = signatures
 
@@ -1010,8 +1035,7 @@ def measure_speed(trained):
         samples, _, _ = trained.generate(count)
         seconds = time.perf_counter() - started
         speed |= {"samples": count, "seconds_for_samples": seconds}
-        path, name = figures / "samples.png", sample_name(trained, Generate())
-        plot_samples(path, trained, samples, name)
+        plot_samples(figures / "samples.png", trained, samples, Generate())
     return speed | {"peak_memory_mb": utils.peak_memory_mb()}
 
 
@@ -1154,9 +1178,12 @@ def plot_nearest(trained, images, peers, near, audited):
     ]
     limits = {key: audited[key]["first_percentile"] for key in utils.SPACES}
     title = f"The nearest to training of {len(images)} generated images\n"
-    title += f"1 % of unseen images are nearer than {show_value(limits)}\n"
-    title += f"copies {show_value(audited['copies'])}, "
-    title += f"alarm {show_value(audited['alarm'])}"
+    if audited["alarm"] is None:
+        title += "too few unseen images to tell copies"
+    else:
+        title += f"1 % of unseen images are nearer than {show_value(limits)}\n"
+        title += f"copies {show_value(audited['copies'])}, "
+        title += f"alarm {show_value(audited['alarm'])}"
     drawn, real = trained.cut(images[order], peers.read(order)[..., 0])
     rows = utils.Row("generated", drawn), utils.Row("nearest training", real)
     path = trained.output.figures_path / "memorization.png"
@@ -1203,12 +1230,13 @@ def plot_least_likely(trained, images, bits):
     utils.plot_samples(path, shown, title, captions, FAILURES)
 
 
-def plot_reconstructions(path, trained, images, **options):
+def plot_reconstructions(path, trained, images, captions=(), **options):
     """Figure of images and their reconstructions; returns the SSIM."""
     decoded = modules.rebuild(trained.vqvae, dataset.ordered_batches(images))
     values = utils.ssim(images, decoded[..., None]).numpy()
     some = utils.spread(len(images), PICTURED)
     pair = trained.cut(images[some, ..., 0], decoded[some])
+    options["captions"] = [captions[k] for k in some if captions]
     utils.plot_reconstructions(path, *pair, values[some], **options)
     return values
 
@@ -1283,7 +1311,7 @@ def untrained(evaluation):
         # How often each code occurs would tell as much.
         if (prior["bits_per_code"].get("train") or 0) >= prior["unigram_bits"]:
             names.append(f"the prior of level {prior['level']}")
-    return " and ".join(names)
+    return ", ".join(names)
 
 
 def print_summary(run, evaluation, output=None):

@@ -1184,8 +1184,17 @@ def report_trials(study, folder):
         return
     plots = optuna.visualization.matplotlib
     one = len(study.directions) == 1
-    axes = (plots.plot_slice if one else plots.plot_pareto_front)(study)
-    figure, name = np.ravel(axes)[0].figure, "slices" if one else "pareto"
+    names = ["SSIM of validation images", "bits per image"]
+    if one:
+        axes = plots.plot_slice(study, target_name=names[0])
+    else:
+        axes = plots.plot_pareto_front(study, target_names=names)
+    for panel in np.ravel(axes):
+        if panel.get_xscale() == "log":  # where the usual labels overlap
+            marks = np.geomspace(*panel.get_xlim(), 5)[1::2]
+            panel.set_xticks(marks, [f"{mark:.2g}" for mark in marks])
+            panel.minorticks_off()
+    figure, name = panel.figure, "slices" if one else "pareto"
     path = folder / "figures" / f"tuning_{name}.png"
     utils.write_atomic(path, figure.savefig)
     plt.close(figure)

@@ -585,14 +585,20 @@ def test_single_files_of_another_size_or_kind(oasis_dir, tmp_path, capsys):
     Image.new("L", (SIZE, SIZE)).save("blank.png")
     Image.fromarray(GREY[4:28, 4:28]).save("near.png")
     Image.fromarray(GREY.astype(np.uint16) * 9).save("deep.png")
-    names = ["large.png", "blank.png", "near.png", "deep.png"]
+    # Its first axis goes to the right, its second to the front.
+    write_nifti(Path("lying.nii"), GREY[::-1].T[..., None].astype(np.int16))
+    names = ["large.png", "blank.png", "near.png", "deep.png", "lying.nii"]
     slices = dataset.read_files(names, run)
     assert "; 128x64 scaled to 32x32, their" in capsys.readouterr().out
-    large, blank, near, deep = slices.read_bytes()[..., 0]
+    large, blank, near, deep, lying = slices.read_bytes()[..., 0]
+    assert np.corrcoef(lying.ravel(), GREY.ravel())[0, 1] > 0.99
     assert not large[:, :8].any() and min(large.max(), deep.max()) > 229
     assert not blank.any() and (near == GREY)[4:28, 4:28].all()
-    for name, match in (("gone.png", "nothing there"), (".", "not.png: found")):
-        Path("not.png").write_text("text")
+    Path("not.png").write_text("text")
+    Path("run").mkdir()
+    Path("run/vqvae.keras").touch()
+    faults = {"gone.png": "nothing there", ".": "not.png: found"}
+    for name, match in (faults | {"run": "a run comes before"}).items():
         with pytest.raises(DataError, match=match):
             dataset.read_files([name], run)
 

@@ -186,7 +186,7 @@ def test_reconstruct_a_split_and_images(run, tmp_path, capsys):
     paths = list(table["path"][table["split"] == "train"])
     expected = [Path(paths[k]).name for k in utils.choose_rows(len(paths), 5)]
     assert list(rows(capsys)) == expected
-    assert figures(run.figures_path) == {"reconstructions"}
+    assert figures(run.figures_path) == {"reconstructions_train"}
     pixels = np.stack([blobs(7), np.zeros((SIZE, SIZE), "uint8")])
     names = ("image.png", "blank.png")
     paths = map(write_image, [tmp_path] * 2, pixels, names)
@@ -198,7 +198,7 @@ def test_reconstruct_a_split_and_images(run, tmp_path, capsys):
     assert "reconstructed_images" in figures(run.figures_path)
 
 
-def test_results_go_where_output_says(run, tmp_path):
+def test_results_go_where_output_says(run, tmp_path, monkeypatch, capsys):
     """Of a run that one may only read."""
     before, output = files(run.path), tmp_path / "mine"
     image = write_image(tmp_path, blobs(1))
@@ -211,6 +211,8 @@ def test_results_go_where_output_says(run, tmp_path):
     expected |= {"report.html", "MODEL_CARD.md", "figures", "samples"}
     assert {path.name for path in output.iterdir()} == expected
     assert figures(output / "figures") >= FIGURES
+    monkeypatch.setattr(predict.os, "access", lambda *_: False)
+    assert "--output" in refused(6, capsys, "show", run.path)
 
 
 def test_options_reach_the_sampler_and_the_names(run, draws):
@@ -746,6 +748,7 @@ def test_report_and_card_show_every_score_and_setting(any_run):
 def test_report_and_card_warn(run):
     """Of simulated data, of copies; and escape what they are told."""
     assert "applies to real scans" not in text_of(run)
+    assert "unknown too few unseen slices to tell" in text_of(run)
     assert "Alarm:" not in text_of(run) and "ALARM" not in card_of(run)
     run.info["command"] = "train.py --run-dir '<script>alert(1)</script>'"
     evaluation = utils.read_evaluation(run)
@@ -847,6 +850,7 @@ def test_export_is_all_or_nothing(vqvae_run, tmp_path, monkeypatch, capsys):
     dest.mkdir()
     call("export", vqvae_run.path, dest)  # an empty folder is fine
     assert "signatures encode, decode:" in capsys.readouterr().out
+    assert not json.loads((dest / "export.json").read_text())["labels"]
     before = files(dest)
     error = refused(4, capsys, "export", vqvae_run.path, dest)
     assert "an empty folder" in error and files(dest) == before
