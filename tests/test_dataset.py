@@ -595,8 +595,7 @@ def test_single_files_of_another_size_or_kind(oasis_dir, tmp_path, capsys):
     assert not large[:, :8].any() and min(large.max(), deep.max()) > 229
     assert not blank.any() and (near == GREY)[4:28, 4:28].all()
     Path("not.png").write_text("text")
-    Path("run").mkdir()
-    Path("run/vqvae.keras").touch()
+    utils.write_json(Path("run/vqvae.keras"), {})
     faults = {"gone.png": "nothing there", ".": "not.png: found"}
     for name, match in (faults | {"run": "a run comes before"}).items():
         with pytest.raises(DataError, match=match):

@@ -1,7 +1,4 @@
-"""Several replicas and workers train as one process with the whole batch.
-
-The workers are real processes of `train.py` that talk over loopback.
-"""
+"""Replicas, and workers that talk over loopback, train as one process."""
 
 import functools
 import json
@@ -119,15 +116,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("flags", REFUSED)
-def test_refused(flags, oasis_dir, tmp_path, capsys, monkeypatch):
-    message = REFUSED[flags]
+@pytest.mark.parametrize(("flags", "message"), REFUSED.items())
+def test_refused(flags, message, oasis_dir, tmp_path, capsys, monkeypatch):
     if "JSON" in message:
         monkeypatch.setenv("TF_CONFIG", "{worker: 1}")
     if "one device" in message:
-        extended = types.SimpleNamespace(should_checkpoint=True)
-        two = {"num_replicas_in_sync": 2, "extended": extended}
-        strategy = types.SimpleNamespace(**two)
+        strategy = types.SimpleNamespace(num_replicas_in_sync=2)
+        strategy.extended = types.SimpleNamespace(should_checkpoint=True)
         monkeypatch.setattr(utils, "choose_strategy", lambda *_, **__: strategy)
     run = tmp_path / "run"
     argv = oasis_flags(oasis_dir, *FLAGS, "--run-dir", run, *flags.split())

@@ -1114,11 +1114,11 @@ def test_images_are_decoded_without_slow_bfloat16(tmp_path, monkeypatch):
     keras.config.set_dtype_policy("mixed_bfloat16")
     tiny_vqvae(levels=2).save(tmp_path / "vqvae.keras")
     keras.config.set_dtype_policy("float32")
-    run, found = utils.Run(tmp_path, utils.Settings(), {}), []
+    found, images = [], blocky_images(2, 16, 16)
     for has in True, False:
         monkeypatch.setattr(utils, "has_bfloat16", lambda has=has: has)
-        model = modules.load_vqvae(run)
-        codes = model.encode(blocky_images(2, 16, 16))
+        model = modules.load_vqvae(utils.Run(tmp_path, utils.Settings(), {}))
+        codes = model.encode(images)
         found.append((codes, model.decode_indices(codes).numpy()))
     (codes, rough), (same, fine) = found
     assert_all_equal(codes, same)

@@ -91,13 +91,6 @@ def test_commands_of_predict_run(
     predict.main(shlex.split(line))
 
 
-def test_two_commands_near_the_top():
-    top = README.splitlines()[:60]
-    for end in (".venv/bin/python train.py", ".venv/bin/python -m pytest"):
-        assert any("install" in line and line.endswith(end) for line in top)
-    assert len(README.splitlines()) <= 350
-
-
 def test_flags_exist():
     verbs = [value for m in (predict, dataset) for value in vars(m).values()]
     settings = [utils.Settings, *filter(utils.dataclasses.is_dataclass, verbs)]
