@@ -258,7 +258,7 @@ def main(argv):
     if "output" in vars(options) and path.exists():
         if not os.access(path, os.W_OK):
             raise utils.ResourceError(
-                f"{path}: cannot be written to; name a folder with --output"
+                f"{path}: cannot be written to; name another with --output"
             )
     with utils.StopSignals():
         models = models_hash(run)  # samples are filed under it
@@ -399,8 +399,10 @@ def reconstruct(trained, options):
     name = "reconstructed_images" if options.images else name
     path = trained.output.figures_path / f"{name}.png"
     about = {"captions": [short_name(x) for x in slices.table["path"]]}
-    about["title"] = f"Reconstructions, {min(len(slices), PICTURED)} images of "
-    about["title"] += f"{len(slices)}" if options.images else f"split {split}"
+    about["title"] = f"Reconstructions of the {split} split"
+    if options.images:
+        some = min(len(slices), PICTURED)
+        about["title"] = f"Reconstructions, {some} of {len(slices)} images"
     values = plot_reconstructions(path, trained, slices.read(), **about)
     for file, value in zip(slices.table["path"], values, strict=True):
         print(f"SSIM {value:.4f}  {Path(file).name}")

@@ -1,5 +1,6 @@
 """Tiny data sets and runs, shared by all tests: copy one to change it."""
 
+import functools
 import gzip
 import itertools
 import os
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+import modules
 import predict
 import train
 import utils
@@ -24,6 +26,7 @@ import utils
 ROOT = Path(__file__).parent.parent
 SIZE = 32  # pixels, both ways
 SLICES = 4  # a subject
+LOADED = {}  # models of `load_once`
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -193,3 +196,19 @@ def plain(monkeypatch):
         monkeypatch.setattr(train, name, lambda *_: None)
     for name in ("evaluate_run", "print_summary"):
         monkeypatch.setattr(predict, name, lambda *_: None)
+
+
+@pytest.fixture
+def load_once(monkeypatch):
+    """Models are loaded, and their samplers compiled, once a session."""
+
+    def cached(load, run, *models):
+        paths = run.vqvae_path, *run.prior_paths, run.texture_path
+        key = load, *(p.exists() and p.read_bytes() for p in paths)
+        if key not in LOADED:
+            LOADED[key] = load(run, *models)
+        return LOADED[key]
+
+    for name in ("load_models", "load_texture"):
+        own = functools.partial(cached, getattr(modules, name))
+        monkeypatch.setattr(modules, name, own)

@@ -109,7 +109,6 @@ REFUSED = {
     "--strategy multiworker": "TF_CONFIG",
     "--batch-size 2 --accumulation-steps 3": "--batch-size: 2 images",
     "--prior-batch-size 2 --accumulation-steps 3": "--prior-batch-size: 2",
-    # What Keras cannot do with replicas, whatever chose them.
     "--jit": "--jit: works on one device",
     "--precision mixed_float16": "mixed_float16: works on one device",
     "--strategy auto": "TF_CONFIG: expected JSON",

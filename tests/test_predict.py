@@ -29,25 +29,8 @@ FIGURES = {
     *("reconstructions", "failures", "indices", "codebook", "history"),
     *("samples", "failures_samples", "memorization"),
 }
-LOADED = {}
 refused = functools.partial(conftest.refused, predict.main)
-
-
-@pytest.fixture(autouse=True)
-def load_once(monkeypatch):
-    """Models are loaded, and their samplers compiled, once a session."""
-
-    def cached(load, run, *models):
-        paths = [run.vqvae_path, *run.prior_paths, run.texture_path]
-        files = [p.exists() and p.read_bytes() for p in paths]
-        key = hash((load, *files))
-        if key not in LOADED:
-            LOADED[key] = load(run, *models)
-        return LOADED[key]
-
-    for name in ("load_models", "load_texture"):
-        own = functools.partial(cached, getattr(modules, name))
-        monkeypatch.setattr(modules, name, own)
+pytestmark = pytest.mark.usefixtures("load_once")
 
 
 @pytest.fixture
