@@ -76,7 +76,8 @@ class TrainableModel(Composite, keras.Model):
     Under a strategy of `tf.distribute` each replica trains on its part of the
     batch; the step equals that of one device with the whole batch, but for
     random draws (dropout, times and noise of a texture), which replicas share.
-    Gradients are clipped as one by `global_clipnorm` of the optimizer only.
+    To clip gradients, give the optimizer a `global_clipnorm`: other limits are
+    kept by each replica for itself.
 
     Attributes:
         accumulation_steps: int >= 1. Parts that a replica splits its batch
@@ -1878,8 +1879,7 @@ class AutoregressivePrior(RasterSampler, TrainableModel):
         with policy_lock:
             policies = [layer.dtype_policy for layer in layers]
             try:
-                for layer in layers:
-                    layer.dtype_policy = "float32"
+                compute_in_float32(self)
                 yield
             finally:
                 for layer, policy in zip(layers, policies, strict=True):

@@ -254,12 +254,11 @@ def main(argv):
     run = utils.Run.open(options.run) if options.run else utils.Run.newest()
     if not (options.run or vars(options).get("json")):
         print(f"run folder {run.path}")
-    path = output_path(run, options)
-    if "output" in vars(options) and path.exists():
-        if not os.access(path, os.W_OK):
-            raise utils.ResourceError(
-                f"{path}: cannot be written to; name another with --output"
-            )
+    path, writes = output_path(run, options), "output" in vars(options)
+    if writes and path.exists() and not os.access(path, os.W_OK):
+        raise utils.ResourceError(
+            f"{path}: cannot be written to; name another with --output"
+        )
     with utils.StopSignals():
         models = models_hash(run)  # samples are filed under it
         trained = Trained.load(run, options)
@@ -395,15 +394,16 @@ def show(trained, options):
 def reconstruct(trained, options):
     """Write `figures/reconstructions.png` of files or of a split."""
     slices, split = chosen_images(trained.run, options), options.split
-    name = "reconstructions" + f"_{split}" * (split != "test")
-    name = "reconstructed_images" if options.images else name
-    path = trained.output.figures_path / f"{name}.png"
-    about = {"captions": [short_name(x) for x in slices.table["path"]]}
-    about["title"] = f"Reconstructions of the {split} split"
     if options.images:
-        some = min(len(slices), PICTURED)
-        about["title"] = f"Reconstructions, {some} of {len(slices)} images"
-    values = plot_reconstructions(path, trained, slices.read(), **about)
+        name, some = "reconstructed_images", min(len(slices), PICTURED)
+        title = f"Reconstructions, {some} of {len(slices)} images"
+    else:  # only those of the test split are of unseen people
+        name = "reconstructions" + f"_{split}" * (split != "test")
+        title = f"Reconstructions of the {split} split"
+    path = trained.output.figures_path / f"{name}.png"
+    names = [*map(short_name, slices.table["path"])]
+    images = slices.read()
+    values = plot_reconstructions(path, trained, images, names, title=title)
     for file, value in zip(slices.table["path"], values, strict=True):
         print(f"SSIM {value:.4f}  {Path(file).name}")
     print(f"reconstructions: {path}")

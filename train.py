@@ -181,7 +181,7 @@ class Job:
 
     def finish(self, part, model):
         """Save the model of a part; the training is past it."""
-        # Nothing reads its optimizer, which is twice as large as the weights.
+        # Nothing reads its optimizer, which is larger than the weights.
         model.optimizer, model.compiled = None, False
         utils.write_atomic(self.run.model_path(part), model.save)
         # These show the model that was there before.

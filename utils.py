@@ -1024,7 +1024,7 @@ def _check_together(chosen, is_new):
             "that holds its images (but for folder, --smoke simulates them)"
         )
     # Before TensorFlow, which takes its time, is imported.
-    if is_new and not os.path.isdir(data.data_dir or "."):
+    if is_new and data.data_dir and not os.path.isdir(data.data_dir):
         raise DataError(
             f"{data.data_dir}: not a folder, expected that of --data-dir"
         )
